@@ -1,0 +1,61 @@
+"""What every test shares: strictness, one table of tolerances, keys, poisoned memory."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# The compile cache on disk knows a custom operator by its name alone: a test must never be served yesterday's gradient.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+
+import torch
+
+import fnattn
+
+# Two threads on a busy machine make small operators ten times slower, and results must not depend on their number.
+torch.set_num_threads(1)
+
+# dtype -> (rtol, atol) for comparing two correct ways to compute the same thing. One table, which nothing loosens:
+# a test that needs more states the measured error and its cause.
+TOL = {
+    torch.float64: dict(rtol=1e-10, atol=1e-12),
+    torch.float32: dict(rtol=1e-4, atol=1e-5),
+    torch.bfloat16: dict(rtol=1.6e-2, atol=1e-2),
+    torch.float16: dict(rtol=2e-3, atol=1e-3),
+    torch.complex128: dict(rtol=1e-10, atol=1e-12),
+    torch.complex64: dict(rtol=1e-4, atol=1e-5),
+}
+
+
+def assert_close(actual, expected, dtype: torch.dtype | None = None) -> None:
+    """Equal to the table's tolerance for `dtype`, by default the coarser of the two dtypes."""
+    if dtype is None:
+        dtype = max(actual.dtype, expected.dtype, key=lambda d: TOL.get(d, {"rtol": 0.0})["rtol"])
+    torch.testing.assert_close(actual, expected, **TOL.get(dtype, dict(rtol=0.0, atol=0.0)), check_dtype=False)
+
+
+@pytest.fixture
+def key():
+    """A key for tests that need one and do not care which."""
+    return fnattn.random.key(17)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """Fills the memory that torch.empty and its kin hand out with NaN (integers: their largest value).
+
+    A kernel that forgets to write part of its output passes most days, when fresh memory happens to hold zeros.
+    """
+    def poison(t):
+        if t.is_floating_point() or t.is_complex():
+            return t.fill_(float("nan"))
+        return t.fill_(torch.iinfo(t.dtype).max) if t.dtype != torch.bool else t.fill_(True)
+
+    def wrap(fn):
+        return lambda *args, **kwargs: poison(fn(*args, **kwargs))
+
+    for owner, names in ((torch, ("empty", "empty_like", "empty_strided")),
+                         (torch.Tensor, ("new_empty", "new_empty_strided"))):
+        for name in names:
+            monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
