@@ -1,0 +1,107 @@
+"""The door between mathematics and machines: which kernel serves a call, and why the others do not.
+
+A request by name is served or refused with the reasons; it never falls back. `impl="auto"` takes the first kernel that
+can serve the call and is worth it at this size by the measured table in `_crossover`, else the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from fnattn_kernels.contracts import KernelUnavailable
+from fnattn_kernels.native import build
+from torch import Tensor
+
+REFERENCE = "reference"
+
+
+class Kernel(NamedTuple):
+    """One implementation of one operator.
+
+    name:    what impl= calls it.
+    run:     the function that computes, differentiable and mappable in every way; arguments are the operator's own.
+    why_not: None if it can serve these arguments on this machine, else the reason. Reads shapes, dtypes, devices only.
+    worth:   whether impl="auto" should take it for these arguments.
+    """
+
+    name: str
+    run: Callable
+    why_not: Callable[..., str | None]
+    worth: Callable[..., bool] = lambda *args: True
+
+
+def choose(operator: str, impl: str, kernels: Sequence[Kernel], *args) -> Kernel | None:
+    """The kernel that serves this call; None means the reference.
+
+    Raises:
+        ValueError: impl is not a name that this operator knows.
+        KernelUnavailable: the named kernel cannot serve the call.
+    """
+    if impl == REFERENCE:
+        return None
+    if impl == "auto":
+        for kernel in kernels:
+            if kernel.worth(*args) and kernel.why_not(*args) is None:
+                return kernel
+        return None
+    for kernel in kernels:
+        if kernel.name == impl:
+            reason = kernel.why_not(*args)
+            if reason is None:
+                return kernel
+            raise KernelUnavailable(f"{operator}: impl={impl!r} cannot serve this call.\n  {impl}: {reason}\n"
+                                    f'  Use impl="auto" to let the library choose, or impl="reference" for plain torch.')
+    known = ", ".join(repr(name) for name in ("auto", REFERENCE, *(k.name for k in kernels)))
+    raise ValueError(f"{operator}: impl must be one of {known}; got {impl!r}.\n"
+                     f'  Use impl="auto" to let the library choose.')
+
+
+def native_reason(source: str, *tensors: Tensor | None) -> str | None:
+    """Why the C kernel csrc/<source>.c cannot take these tensors; None if it can."""
+    for t in tensors:
+        if t is None:
+            continue
+        if t.device.type != "cpu":
+            return f"needs CPU tensors, got {t.device.type}"
+        if not t.is_floating_point():
+            return f"needs floating point, got {t.dtype}"
+    return build.why_not(source)
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What sums run in: float64 if any tensor is, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def widen(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in one dtype wide enough to sum in: float64 if any is, else float32."""
+    dtype = compute_dtype(*tensors)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def no_autocast(t: Tensor) -> torch.autocast:
+    """A context in which autocast leaves sums and products alone."""
+    return torch.autocast(t.device.type if t.device.type in ("cpu", "cuda") else "cpu", enabled=False)
+
+
+def check_heads(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q [b, h, n, d], k [b, g, m, d], v [b, g, m, e] with h a multiple of g, one floating dtype family, one device."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{who}: {name} must be a tensor; got {type(t).__name__}.\n  Convert it: torch.as_tensor({name}).")
+        if not t.is_floating_point():
+            raise TypeError(f"{who}: {name} must be floating point; got {t.dtype}.\n  Cast it: {name}.float().")
+        if t.ndim != 4:
+            raise ValueError(f"{who}: {name} must be [batch, heads, seq, width]; got {list(t.shape)}.\n"
+                             f"  Add the missing axes, for example {name}[None, None], or use vmap for further ones.")
+    b, h, _, d = q.shape
+    g = k.shape[1]
+    if k.shape[0] != b or k.shape[3] != d or v.shape[:3] != k.shape[:3] or (h % g if g else h):
+        raise ValueError(f"{who}: expected q [b, h, n, d], k [b, g, m, d], v [b, g, m, e] with h a multiple of g; "
+                         f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}.\n"
+                         f"  Check the axes' order: heads come before the sequence.")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"{who}: q, k and v must be on one device; got {q.device}, {k.device}, {v.device}.\n"
+                         f"  Move them: .to(q.device).")

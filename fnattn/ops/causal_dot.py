@@ -1,0 +1,96 @@
+"""Causal linear attention without a normaliser: out_i = sum over j <= i of (q_i . k_j) v_j.
+
+Trilinear, so the operator is its own derivative: with `dot` for the sum and `back` for the same sum over j >= i,
+
+    dq = dot(g, v, k)        dk = back(v, g, q)        dv = back(k, q, g)
+
+and one kernel with a direction flag serves every order of differentiation.
+
+Source: Katharopoulos et al. 2020, arXiv 2006.16236 (their phi(Q), phi(K) are our q, k; their S is our running sum).
+"""
+
+from __future__ import annotations
+
+import torch
+from fnattn_kernels.native import causal_dot as native
+from torch import Tensor
+
+from ._door import Kernel, check_heads, choose, native_reason, no_autocast, widen
+
+# b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
+CHUNK = 64
+
+
+def causal_dot(q: Tensor, k: Tensor, v: Tensor, *, reverse: bool = False, impl: str = "auto") -> Tensor:
+    """Sums past values, each weighted by how well its key meets the query.
+
+        out_i = sum_{j <= i} (q_i . k_j) v_j          (j >= i if reverse)
+
+    No softmax and no normaliser. Time grows with n d e; no [n, n] table is made.
+
+    Args:
+        q: [b, h, n, d], floating point.
+        k: [b, g, n, d], h a multiple of g; each key head serves h / g query heads and is not repeated.
+        v: [b, g, n, e].
+        reverse: sum over the keys from i on instead of those up to i.
+        impl: "reference" is plain torch; "native" insists on the C kernel (CPU); "auto" chooses. See `ops.report()`.
+    Returns:
+        [b, h, n, e] in v's dtype, summed in float32, or in float64 if any input is.
+    Raises:
+        ValueError: shapes or devices disagree. TypeError: not floating tensors.
+        KernelUnavailable: the named kernel cannot serve the call.
+
+    Differentiable any number of times in both modes; batches under vmap without a loop; compiles and exports.
+    """
+    check_heads("causal_dot", q, k, v)
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"causal_dot: q and k must have one length; got {q.shape[2]} and {k.shape[2]}.\n"
+                         f"  Cut or pad the longer one.")
+    kernel = choose("causal_dot", impl, KERNELS, q, k, v)
+    run = reference if kernel is None else kernel.run
+    with no_autocast(v):
+        return run(*widen(q, k, v), reverse).to(v.dtype)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, reverse: bool = False) -> Tensor:
+    """The same in plain torch: a masked product inside each chunk of 64, and a running sum of k v^T between chunks."""
+    if reverse:
+        return reference(q.flip(2), k.flip(2), v.flip(2)).flip(2)
+    b, h, n, d = q.shape
+    g, e = k.shape[1], v.shape[3]
+    if n == 0 or b * h == 0:
+        return q.new_zeros(b, h, n, e) + 0 * (q.sum() + k.sum() + v.sum())
+    q = q.unflatten(1, (g, h // g))
+    total = q.new_zeros(())  # grows to [b, g, d, e] with the first chunk
+    outs = []
+    for q_c, k_c, v_c in zip(q.split(CHUNK, 3), k.split(CHUNK, 2), v.split(CHUNK, 2)):
+        scores = torch.einsum("bghid,bgjd->bghij", q_c, k_c).tril()
+        out = torch.einsum("bghij,bgje->bghie", scores, v_c)
+        if total.ndim:
+            out = out + torch.einsum("bghid,bgde->bghie", q_c, total)
+        outs.append(out)
+        total = total + torch.einsum("bgjd,bgje->bgde", k_c, v_c)
+    return torch.cat(outs, 3).flatten(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------ the native kernel
+
+
+def _vjp(needs, args, outs, cotangents):
+    q, k, v, reverse = args
+    (g,) = cotangents
+    return (native.dot(g, v, k, reverse) if needs[0] else None,
+            native.dot(v, g, q, not reverse) if needs[1] else None,
+            native.dot(k, q, g, not reverse) if needs[2] else None, None)
+
+
+def _jvp(args, outs, tangents):
+    q, k, v, reverse = args
+    terms = [native.dot(*(tangents[j] if j == i else args[j] for j in range(3)), reverse)
+             for i in range(3) if tangents[i] is not None]
+    return sum(terms[1:], terms[0])
+
+
+native.dot.derive(vjp=_vjp, jvp=_jvp, save_outputs=False)
+
+KERNELS = (Kernel("native", native.dot, lambda q, k, v: native_reason("causal_dot", q, k, v)),)

@@ -1,0 +1,346 @@
+"""Trees of tensors: one registration for torch.func and optree, names for leaves, and transforms that accept whole trees.
+
+A tree here is NamedTuples (dicts, lists and tuples work too) of tensors, plus static nodes: frozen dataclasses without
+leaves, such as a Config, which travel inside a tree without being seen by grad, vmap or an optimiser.
+
+torch.func insists that every leaf is a floating tensor (grad) or a tensor (vmap). The versions here accept integer
+tensors, None and Python values as leaves and leave them alone. `value_and_grad` is built on `torch.func.vjp`, because
+`torch.func.grad` keeps the graph for a second differentiation alive: about three times the memory.
+
+The only file that touches torch's private pytree module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import optree
+import torch
+import torch.autograd.forward_ad as fwad
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+NAMESPACE = "fnattn"
+T = TypeVar("T")
+
+
+def static(cls: type[T]) -> type[T]:
+    """Registers a frozen, hashable class as a node without leaves, for torch and optree (namespace "fnattn") alike."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    pytree.register_pytree_node(
+        cls, lambda node: ([], node), lambda leaves, node: node, serialized_type_name=name,
+        flatten_with_keys_fn=lambda node: ([], node),
+        to_dumpable_context=lambda node: dataclasses.asdict(node),
+        from_dumpable_context=lambda fields: cls(**fields))
+    optree.register_pytree_node(cls, lambda node: ((), node, ()), lambda node, leaves: node, namespace=NAMESPACE)
+    return cls
+
+
+def flatten(tree: Any) -> tuple[list, Any]:
+    """Leaves in order, and the structure that `unflatten` takes."""
+    return pytree.tree_flatten(tree)
+
+
+def unflatten(leaves: Iterable, structure: Any) -> Any:
+    """The tree with this structure and these leaves."""
+    return pytree.tree_unflatten(list(leaves), structure)
+
+
+def leaves(tree: Any) -> list:
+    """All leaves in order."""
+    return pytree.tree_leaves(tree)
+
+
+def structure(tree: Any) -> Any:
+    """What is left of a tree without its leaves; compares equal exactly for trees that can be mapped together."""
+    return pytree.tree_structure(tree)
+
+
+def map(fn: Callable, tree: Any, *others: Any) -> Any:  # noqa: A001 - read as tree.map
+    """fn applied to each leaf, together with the leaves of `others` at the same place."""
+    return pytree.tree_map(fn, tree, *others)
+
+
+def is_differentiable(x: Any) -> bool:
+    """True for floating and complex tensors: what a derivative can be taken for."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+# ------------------------------------------------------------------------------------------------ names of leaves
+
+
+def _name(path: tuple) -> str:
+    return ".".join(_key(entry) for entry in path)
+
+
+def _key(entry: Any) -> str:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def to_flat(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted name, in order: {"blocks.0.attn.to_q": tensor, ...}. What safetensors, curvlinops and others take."""
+    named = [(_name(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
+    flat = dict(named)
+    if len(flat) != len(named):
+        twice = sorted({name for name, _ in named if sum(n == name for n, _ in named) > 1})
+        raise ValueError(f"tree.to_flat: expected every leaf to have its own name; got {twice} more than once.\n"
+                         f"  Do not mix keys that print alike, such as 1 and '1', in one dict.")
+    return flat
+
+
+def from_flat(flat: dict[str, Any], like: Any) -> Any:
+    """The tree shaped like `like` whose leaves are taken from `flat` by name; the inverse of `to_flat`.
+
+    Raises:
+        ValueError: a name is missing or unknown; both lists are named.
+    """
+    names = list(to_flat(like))
+    missing, unknown = [n for n in names if n not in flat], [n for n in flat if n not in set(names)]
+    if missing or unknown:
+        raise ValueError(f"tree.from_flat: expected the leaves of the given tree; got missing {missing}, unknown {unknown}.\n"
+                         f"  Compare with list(tree.to_flat(like)).")
+    return unflatten([flat[n] for n in names], structure(like))
+
+
+# ------------------------------------------------------------------------------------------------ parts of trees
+
+
+def partition(tree: Any, keep: Callable[[Any], bool] = is_differentiable) -> tuple[Any, Any]:
+    """Two trees of the same structure: leaves for which keep(leaf) holds, and the others; None elsewhere."""
+    items, form = flatten(tree)
+    kept = [x if keep(x) else None for x in items]
+    rest = [None if keep(x) else x for x in items]
+    return unflatten(kept, form), unflatten(rest, form)
+
+
+def combine(first: Any, second: Any) -> Any:
+    """The inverse of `partition`: at each place the leaf that is not None."""
+    a, form = flatten(first)
+    b, other = flatten(second)
+    if form != other:
+        raise ValueError(f"tree.combine: expected two trees of one structure; got {form} and {other}.\n"
+                         f"  Pass the two results of tree.partition.")
+    return unflatten([y if x is None else x for x, y in zip(a, b)], form)
+
+
+def stack(trees: Iterable[Any]) -> Any:
+    """One tree whose leaves carry a new leading axis, one entry per given tree: an ensemble's params."""
+    trees = list(trees)
+    if not trees:
+        raise ValueError("tree.stack: expected at least one tree; got none.\n  Pass a non-empty list of trees.")
+    return map(lambda *xs: torch.stack(xs), trees[0], *trees[1:])
+
+
+def unstack(tree: Any) -> list[Any]:
+    """The list of trees along the leading axis; the inverse of `stack`."""
+    items, form = flatten(tree)
+    if not items:
+        raise ValueError("tree.unstack: expected a tree with leaves; got none, so the number of members is unknown.\n"
+                         "  Stack trees that hold at least one tensor.")
+    sizes = {x.shape[0] for x in items}
+    if len(sizes) != 1:
+        raise ValueError(f"tree.unstack: expected one leading size for all leaves; got {sorted(sizes)}.\n"
+                         f"  Unstack only what tree.stack or vmap produced.")
+    return [unflatten([x[i] for x in items], form) for i in range(sizes.pop())]
+
+
+# ------------------------------------------------------------------------------------------------ transforms
+
+
+def _split(tree: Any) -> tuple[list[Tensor], Callable]:
+    """Differentiable leaves of a tree, and the function that rebuilds the tree around new ones (None: gradients only)."""
+    items, form = flatten(tree)
+    places = [i for i, x in enumerate(items) if is_differentiable(x)]
+
+    def merge(new: Iterable[Tensor], others_kept: bool = True) -> Any:
+        filled = list(items) if others_kept else [None] * len(items)
+        for i, x in zip(places, new):
+            filled[i] = x
+        return unflatten(filled, form)
+
+    return [items[i] for i in places], merge
+
+
+def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
+    """The value of a scalar function, and its gradient with respect to whole trees.
+
+    Args:
+        fn: returns a 0-d tensor, or (0-d tensor, aux) if has_aux.
+        argnums: which argument(s) to differentiate. Integer tensors and other leaves inside are passed on unchanged;
+            the gradient has None in their place.
+    Returns:
+        A function of the same arguments giving (value, grad), or ((value, aux), grad). With a tuple of argnums, grad is a
+        tuple. Nests with every transform, and is built on torch.func.vjp: no graph for a second derivative is kept.
+    """
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def wrapped(*args, **kwargs):
+        for number in numbers:
+            if not -len(args) <= number < len(args):
+                raise ValueError(f"tree.value_and_grad: argnums must name positional arguments; got {number} of {len(args)}.\n"
+                                 f"  Pass the arguments to differentiate by position.")
+        tensors, merge = _split(tuple(args[n] for n in numbers))
+
+        def part(*new):
+            full = list(args)
+            for n, tree in zip(numbers, merge(new)):
+                full[n] = tree
+            return fn(*full, **kwargs)
+
+        if has_aux:
+            value, pull, aux = torch.func.vjp(part, *tensors, has_aux=True)
+        else:
+            value, pull = torch.func.vjp(part, *tensors)
+        if not isinstance(value, Tensor) or value.ndim:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"tree.value_and_grad: the function must return a 0-d tensor; got {got}.\n"
+                             f"  Reduce it, for example with .mean(), or use torch.func.jacrev.")
+        grads = merge(pull(torch.ones_like(value)), others_kept=False)
+        grads = grads[0] if isinstance(argnums, int) else grads
+        return ((value, aux), grads) if has_aux else (value, grads)
+
+    return wrapped
+
+
+def grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
+    """The gradient alone; with has_aux (grad, aux). See `value_and_grad`."""
+
+    def wrapped(*args, **kwargs):
+        value, grads = value_and_grad(fn, argnums, has_aux)(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return wrapped
+
+
+def vmap(fn: Callable, in_axes: Any = 0, out_axes: int = 0, *, chunk_size: int | None = None,
+         randomness: str = "error") -> Callable:
+    """torch.vmap for trees that hold None, numbers and static nodes beside tensors.
+
+    Args:
+        in_axes: one entry per argument (or one for all): an int, None for "not mapped", or a tree that is a prefix of the
+            argument, with ints and Nones at its leaves.
+        out_axes: where the mapped axis goes in every result tensor. Leaves that are not tensors come back once.
+        chunk_size: map so many at a time, for memory.
+    """
+
+    def wrapped(*args):
+        axes = in_axes if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
+        if len(axes) != len(args):
+            raise ValueError(f"tree.vmap: in_axes must have one entry per argument; got {len(axes)} for {len(args)}.\n"
+                             f"  Pass one int for all of them, or a tuple of that length.")
+        items, form = flatten(tuple(args))
+        dims = [d for axis, arg in zip(axes, args) for d in _spread(axis, arg)]
+        dims = [d if isinstance(x, Tensor) else None for d, x in zip(dims, items)]
+        outer: list = []
+
+        def flat_fn(*new):
+            out, out_form = flatten(fn(*unflatten(new, form)))
+            outer[:] = [out_form, [None if isinstance(x, Tensor) else (x,) for x in out]]
+            return tuple(x for x in out if isinstance(x, Tensor))
+
+        mapped = iter(torch.vmap(flat_fn, in_dims=tuple(dims), out_dims=out_axes, randomness=randomness,
+                                 chunk_size=chunk_size)(*items))
+        out_form, constants = outer
+        return unflatten([next(mapped) if c is None else c[0] for c in constants], out_form)
+
+    return wrapped
+
+
+def _spread(axis: Any, tree: Any) -> list[int | None]:
+    """The axis of every leaf of `tree`, from a prefix tree of ints and Nones."""
+    if axis is None or isinstance(axis, int):
+        return [axis] * len(leaves(tree))
+    if isinstance(axis, dict) and isinstance(tree, dict) and set(axis) == set(tree):
+        return [d for key in tree for d in _spread(axis[key], tree[key])]
+    if isinstance(axis, (tuple, list)) and isinstance(tree, (tuple, list)) and len(axis) == len(tree):
+        return [d for a, t in zip(axis, tree) for d in _spread(a, t)]
+    if type(axis) is type(tree) and not leaves(tree):  # a static node on both sides
+        return []
+    raise ValueError(f"tree.vmap: in_axes must be a prefix of the argument; got {axis!r} for {type(tree).__name__}.\n"
+                     f"  Use an int or None for a whole argument, or a tree of the same outer shape.")
+
+
+class _Remat(torch.autograd.Function):
+    """Calls fn now and again in backward; saves its arguments only."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(fn, *xs):
+        return fn(*xs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.fn, *xs = inputs
+        ctx.save_for_backward(*xs)
+        ctx.save_for_forward(*xs)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        xs, fn = ctx.saved_tensors, ctx.fn
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
+
+        def part(*chosen):
+            full = list(xs)
+            for i, x in zip(wanted, chosen):
+                full[i] = x
+            return fn(*full)
+
+        _, pull = torch.func.vjp(part, *[xs[i] for i in wanted])
+        grads: list = [None] * len(xs)
+        for i, g in zip(wanted, pull(tuple(cotangents))):
+            grads[i] = g
+        return (None, *grads)
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        # Forward mode is off around this call; nested forward-mode levels need it (level=0: see fnattn_kernels.contracts).
+        with fwad._set_fwd_grad_enabled(True):
+            xs = [torch._VF._unpack_dual(x, level=0)[0] for x in ctx.saved_tensors]
+            duals = [x if t is None else torch._VF._make_dual(x, t, level=0) for x, t in zip(xs, tangents)]
+            outs = [torch._VF._unpack_dual(out, level=0) for out in ctx.fn(*duals)]
+            return tuple(torch.zeros_like(p) if t is None else t for p, t in outs)
+
+    @staticmethod
+    def vmap(info, in_dims, fn, *xs):
+        mapped = torch.func.vmap(fn, in_dims=tuple(in_dims[1:]), randomness=info.randomness)
+        out = _Remat.apply(mapped, *xs)
+        return out, (0,) * len(out)
+
+
+def remat(fn: Callable) -> Callable:
+    """fn, recomputed in the backward pass instead of keeping its intermediates: memory of its arguments, one more forward.
+
+    Works under every torch.func transform, where torch.utils.checkpoint does not. Every tensor that is to receive a
+    gradient must be an argument, not captured by fn. Under torch.compile it is plain fn: the compiler decides there.
+    """
+
+    def wrapped(*args):
+        if torch.compiler.is_compiling():
+            return fn(*args)
+        items, form = flatten(args)
+        places = [i for i, x in enumerate(items) if isinstance(x, Tensor)]
+        fixed = [None if isinstance(x, Tensor) else x for x in items]
+        out_form: list = []
+
+        def flat_fn(*tensors):
+            full = list(fixed)
+            for i, t in zip(places, tensors):
+                full[i] = t
+            out, form_out = flatten(fn(*unflatten(full, form)))
+            bad = [type(x).__name__ for x in out if not isinstance(x, Tensor)]
+            if bad:
+                raise TypeError(f"tree.remat: the function must return tensors only; got {bad}.\n"
+                                f"  Return the other values separately, outside remat.")
+            out_form[:] = [form_out]
+            return tuple(out)
+
+        out = _Remat.apply(flat_fn, *[items[i] for i in places])
+        return unflatten(out, out_form[0])
+
+    return wrapped

@@ -1,0 +1,223 @@
+"""One mechanism for every compiled operator, so that each transform of torch.func gets it right.
+
+An `Operator` is a dispatcher operator with a Python kernel on the `Autograd` key. functorch re-enters the dispatcher once
+per transform level and reaches that kernel each time, exactly as it does for a built-in operator; tracers see one opaque
+node. The documented ways (`custom_op` with `register_autograd`, a bare `autograd.Function`) return zero derivatives
+without an error under some transforms, which is why none of them is used.
+
+Private torch names are confined to this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwad
+from torch import Tensor
+from torch._C._functorch import get_single_level_autograd_function_allowed, set_single_level_autograd_function_allowed
+
+NAMESPACE = "fnattn"
+_LIB = torch.library.Library(NAMESPACE, "FRAGMENT")
+_C = torch._C
+
+
+class KernelUnavailable(RuntimeError):
+    """A kernel was asked for by name and cannot serve this call on this machine; the text says why."""
+
+
+class DerivativeUnsupported(RuntimeError):
+    """A derivative was asked for that does not exist; the alternative would be a wrong number."""
+
+
+# level=0 always: the public forward_ad functions read a Python global that compiled graphs do not set.
+def unpack_dual(t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Primal and tangent (or None) of t at the innermost forward-mode level."""
+    primal, tangent = torch._VF._unpack_dual(t, level=0)
+    return primal, tangent
+
+
+def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """A dual tensor at the innermost forward-mode level."""
+    return torch._VF._make_dual(primal, tangent, level=0)
+
+
+class Operator:
+    """A dispatcher operator `fnattn::<name>_v<version>`, right under every transform once it has been given derivatives.
+
+    name:     operator and kernel, for example `causal_dot_native`.
+    version:  counted up whenever a derivative rule changes: torch's compile caches on disk key on the name alone.
+    schema:   arguments and results in torch's schema language. Every tensor argument and result has one leading batch
+              axis, into which vmap folds the mapped axis (see `fold`), unless `batch` is given to `derive`.
+    fake:     results' shapes and dtypes, for tracing.
+    cpu, cuda, any_device: the functions that compute. They get plain tensors, of any strides.
+    autocast: dtype that low-precision arguments are cast to under autocast; None leaves them alone.
+    """
+
+    def __init__(self, name: str, version: int, schema: str, *, fake: Callable, cpu: Callable | None = None,
+                 cuda: Callable | None = None, any_device: Callable | None = None,
+                 autocast: torch.dtype | None = torch.float32):
+        self.name = f"{name}_v{version}"
+        self.qualified = f"{NAMESPACE}::{self.name}"
+        _LIB.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self.packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
+        self.op = self.packet.default
+        self._vjp: Callable | None = None
+        self._jvp: Callable | None = None
+        self._save_outputs = True
+        for key, fn in (("CPU", cpu), ("CUDA", cuda), ("CompositeExplicitAutograd", any_device)):
+            if fn is not None:
+                _LIB.impl(self.name, fn, key)
+        torch.library.register_fake(self.qualified, fake, lib=_LIB)
+        _LIB.impl(self.name, self._autograd, "Autograd", with_keyset=True)
+        if autocast is not None:
+            for device in ("cpu", "cuda"):
+                torch.library.register_autocast(self.qualified, device, autocast, lib=_LIB)
+        self._node = _node(self)
+
+    def __repr__(self) -> str:
+        return f"Operator({self.qualified})"
+
+    def __call__(self, *args):
+        return self.packet(*args)
+
+    def derive(self, *, vjp: Callable, jvp: Callable, batch: Callable | None = None, save_outputs: bool = True) -> None:
+        """Gives the operator its derivatives and its vmap rule.
+
+        vjp(needs, args, outs, cotangents) -> one gradient per argument (None where not needed or not a tensor);
+            cotangents of unused outputs are None.
+        jvp(args, outs, tangents) -> tangent of each output; tangents[i] is None where argument i has none.
+            It runs inside a forward-mode level: plain differentiable torch code and Operators only, no torch.func.
+        batch: the rule for torch.library.register_vmap; default: fold the mapped axis into the leading axis.
+        save_outputs: whether the rules read `outs`; False saves their memory.
+        """
+        self._vjp, self._jvp, self._save_outputs = vjp, jvp, save_outputs
+        torch.library.register_vmap(self.qualified, batch or fold(self), lib=_LIB)
+
+    def flops(self, formula: Callable) -> None:
+        """Registers a FLOP formula, which takes shapes where the operator takes tensors, for torch's FlopCounterMode."""
+        from torch.utils.flop_counter import register_flop_formula
+
+        register_flop_formula(self.packet)(formula)
+
+    def _autograd(self, keyset, *args):
+        """Runs once per transform level and once at the bottom, like the kernel of a built-in operator."""
+        forward_on = _C._is_fwd_grad_enabled()
+        reverse = _C.is_grad_enabled() and _C._any_requires_grad(*args)
+        if reverse or (forward_on and any(isinstance(a, Tensor) and unpack_dual(a)[1] is not None for a in args)):
+            if self._vjp is None:
+                raise DerivativeUnsupported(
+                    f"{self.qualified} is a raw kernel without derivatives, and an input carries a gradient or tangent.\n"
+                    f"  Call the public operator in fnattn.ops instead.")
+            before = get_single_level_autograd_function_allowed()
+            set_single_level_autograd_function_allowed(True)
+            try:
+                return self._node.apply((keyset, forward_on), *args)
+            finally:
+                set_single_level_autograd_function_allowed(before)
+        with _C._AutoDispatchBelowAutograd():
+            return self.op.redispatch(keyset & _C._after_autograd_keyset, *args)
+
+
+def _node(operator: Operator) -> type:
+    """The autograd node of one operator at one transform level."""
+
+    class Node(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, meta, *args):
+            keyset, forward_on = meta
+            # Function.apply has switched grad mode and forward mode off; the transform levels below need them.
+            with torch.enable_grad(), fwad._set_fwd_grad_enabled(forward_on), _C._AutoDispatchBelowAutograd():
+                out = operator.op.redispatch(keyset & _C._after_autograd_keyset, *args)
+            outs = out if isinstance(out, tuple) else (out,)
+            ctx.tensor_at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+            ctx.others = [None if isinstance(a, Tensor) else a for a in args]
+            # The arguments as they came, tangents included: core forward-over-reverse needs the duals.
+            saved = [args[i] for i in ctx.tensor_at] + (list(outs) if operator._save_outputs else [])
+            ctx.save_for_backward(*saved)
+            ctx.save_for_forward(*saved)
+            ctx.set_materialize_grads(False)
+            return out
+
+        @staticmethod
+        def backward(ctx, *cotangents):
+            args, count, saved = list(ctx.others), len(ctx.tensor_at), ctx.saved_tensors
+            if all(c is None for c in cotangents):
+                return (None,) * (1 + len(args))
+            for i, t in zip(ctx.tensor_at, saved):
+                args[i] = t
+            return (None, *operator._vjp(ctx.needs_input_grad[1:], args, saved[count:], cotangents))
+
+        @staticmethod
+        def jvp(ctx, _, *tangents):
+            args, count = list(ctx.others), len(ctx.tensor_at)
+            # Forward mode was switched off around this call; outer forward-mode levels need it on, and this level's
+            # tangents must not be seen by the rule a second time.
+            with fwad._set_fwd_grad_enabled(True):
+                saved = [unpack_dual(t)[0] for t in ctx.saved_tensors]
+                for i, t in zip(ctx.tensor_at, saved):
+                    args[i] = t
+                return operator._jvp(args, saved[count:], tangents)
+
+        @staticmethod
+        def _compiled_autograd_key(ctx):
+            return (ctx._autograd_function_id,)
+
+    Node.__name__ = Node.__qualname__ = operator.name
+    return Node
+
+
+def fold(operator: Operator) -> Callable:
+    """vmap rule for operators whose tensors all have one leading batch axis: the mapped axis becomes part of it."""
+
+    def rule(info, in_dims, *args):
+        size = info.batch_size
+
+        def merge(x, dim):
+            if not isinstance(x, Tensor):
+                return x
+            x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x.flatten(0, 1)
+
+        out = operator(*[merge(x, d) for x, d in zip(args, in_dims)])
+        if isinstance(out, tuple):
+            return tuple(_unfold(o, size) for o in out), (0,) * len(out)
+        return _unfold(out, size), 0
+
+    return rule
+
+
+def _unfold(out: Tensor, size: int) -> Tensor:
+    return out.unflatten(0, (size, out.shape[0] // size if size else 0))
+
+
+def reference_jvp(fn: Callable, args: Sequence[Any], tangents: Sequence[Tensor | None]):
+    """Tangents of the plain-torch function fn; unlike torch.func.jvp it may be called inside a jvp rule."""
+    outs = fn(*[make_dual(a, t) if isinstance(a, Tensor) and t is not None else a for a, t in zip(args, tangents)])
+    results = []
+    for out in outs if isinstance(outs, tuple) else (outs,):
+        primal, tangent = unpack_dual(out)
+        results.append(torch.zeros_like(primal) if tangent is None else tangent)
+    return tuple(results) if isinstance(outs, tuple) else results[0]
+
+
+def reference_vjp(fn: Callable, needs: Sequence[bool], args: Sequence[Any], cotangents: Sequence[Tensor | None]):
+    """Gradients of the plain-torch function fn for each argument that needs one; None for the others."""
+    wanted = [i for i, (a, need) in enumerate(zip(args, needs)) if need and isinstance(a, Tensor)]
+
+    def part(*chosen):
+        full = list(args)
+        for i, x in zip(wanted, chosen):
+            full[i] = x
+        return fn(*full)
+
+    outs, pull = torch.func.vjp(part, *[args[i] for i in wanted])
+    if isinstance(outs, tuple):
+        given = tuple(torch.zeros_like(o) if c is None else c for o, c in zip(outs, cotangents))
+    else:
+        given = cotangents[0]
+    grads: list[Tensor | None] = [None] * len(args)
+    for i, g in zip(wanted, pull(given)):
+        grads[i] = g
+    return tuple(grads)

@@ -1,0 +1,139 @@
+"""Compiles a C source on first use and loads it with ctypes.
+
+A plain C ABI needs neither torch's nor Python's headers: half a second per file, and the library fits every torch and
+every Python. Libraries are cached by the hash of source, flags, compiler and processor; a new one is written under a
+temporary name and moved into place, so processes that build at the same time cannot see half a file.
+
+Environment: FNATTN_NATIVE=0 switches native kernels off, FNATTN_CACHE names the cache folder, CC the compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+from ..contracts import KernelUnavailable
+
+SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+COMPILERS = ("cc", "gcc", "clang")
+BASE_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno")
+# Tried in order: a compiler without OpenMP or without -march=native still gives a right, slower library.
+EXTRA_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
+BUILD_SECONDS = 300
+
+
+def load(source: str) -> ctypes.CDLL:
+    """The library compiled from csrc/<source>.c.
+
+    Raises:
+        KernelUnavailable: switched off, no compiler, no writable cache folder, or the build failed; the text says which.
+    """
+    library, reason = _load(source, os.environ.get("FNATTN_NATIVE", "1"))
+    if library is None:
+        raise KernelUnavailable(f"native kernel {source!r}: {reason}")
+    return library
+
+
+def why_not(source: str) -> str | None:
+    """None if csrc/<source>.c is, or can be, compiled and loaded here; else the reason. Builds it if need be."""
+    return _load(source, os.environ.get("FNATTN_NATIVE", "1"))[1]
+
+
+# Tracers call this with a constant and must take the answer as one: they cannot look into a compiler run.
+why_not._dynamo_marked_constant = True
+
+
+@functools.lru_cache(maxsize=None)
+def _load(source: str, switch: str) -> tuple[ctypes.CDLL | None, str | None]:
+    if switch == "0":
+        return None, "switched off by FNATTN_NATIVE=0"
+    try:
+        return _build(source), None
+    except KernelUnavailable as error:
+        # Once per source and process: the call is still served, by plain torch.
+        warnings.warn(f"fnattn: native kernel {source!r} is unavailable ({error}); plain torch is used instead.",
+                      RuntimeWarning, stacklevel=2)
+        return None, str(error)
+
+
+def _build(source: str) -> ctypes.CDLL:
+    compiler = _compiler()
+    folder = cache_folder()
+    code = b"".join(p.read_bytes() for p in sorted(SOURCES.glob("*.h"))) + (SOURCES / f"{source}.c").read_bytes()
+    problem = ""
+    for extra in EXTRA_FLAGS:
+        command = [*compiler, *BASE_FLAGS, *extra]
+        stamp = hashlib.sha256(code + repr((command, _compiler_version(tuple(compiler)), _processor())).encode())
+        target = folder / f"{source}-{stamp.hexdigest()[:20]}.so"
+        if target.exists():
+            try:
+                return ctypes.CDLL(str(target))
+            except OSError:  # cut short by a full disk or a crash: build it again
+                target.unlink(missing_ok=True)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:
+            run = subprocess.run([*command, str(SOURCES / f"{source}.c"), "-o", str(temporary), "-lm"],
+                                 capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+            if run.returncode:
+                problem = run.stderr.strip()[-400:]
+                continue
+            os.replace(temporary, target)
+            return ctypes.CDLL(str(target))
+        except (OSError, subprocess.TimeoutExpired) as error:
+            problem = str(error)
+        finally:
+            temporary.unlink(missing_ok=True)
+    raise KernelUnavailable(f"the build with {compiler[0]} failed: {problem}")
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CC")
+    for command in ([named] if named else COMPILERS):
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    looked = named or ", ".join(COMPILERS)
+    raise KernelUnavailable(f"no C compiler found (looked for {looked})")
+
+
+@functools.lru_cache(maxsize=None)
+def _compiler_version(compiler: tuple[str, ...]) -> str:
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout.partition("\n")[0]
+
+
+@functools.lru_cache(maxsize=None)
+def _processor() -> str:
+    """Names the instruction set: a cache folder may be shared between machines."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    except OSError:
+        pass
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def cache_folder() -> Path:
+    """The first folder that can be written: FNATTN_CACHE, the user's cache folder, the system's temporary folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    choices = [os.environ.get("FNATTN_CACHE"), os.path.join(home, "fnattn"),
+               os.path.join(tempfile.gettempdir(), f"fnattn-{user}")]
+    for choice in filter(None, choices):
+        try:
+            folder = Path(choice)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.NamedTemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    raise KernelUnavailable(f"no cache folder can be written (tried {', '.join(filter(None, choices))}); set FNATTN_CACHE")

@@ -1,0 +1,35 @@
+"""Calling a C function with tensors: pointers, argument types, and how many threads a call is worth."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from .build import load
+
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
+# Multiply-adds below which waking a second thread costs more than it saves.
+PARALLEL_FROM = 1 << 17
+
+
+@functools.lru_cache(maxsize=None)
+def function(source: str, name: str, dtype: torch.dtype, arguments: str):
+    """The C function fnattn_<name>_<f32|f64> of csrc/<source>.c; `arguments` spells its types (p pointer, i int64, d double)."""
+    fn = getattr(load(source), f"fnattn_{name}_{SUFFIX[dtype]}")
+    fn.argtypes = [TYPES[letter] for letter in arguments]
+    fn.restype = ctypes.c_int if name.startswith("try_") else None
+    return fn
+
+
+def address(t: Tensor | None) -> int | None:
+    """The address of a tensor's first element; None (a null pointer) for None."""
+    return None if t is None else t.data_ptr()
+
+
+def threads(work: int) -> int:
+    """How many threads a call of `work` multiply-adds may use: torch's setting, or 1 if it is small."""
+    return torch.get_num_threads() if work >= PARALLEL_FROM else 1
