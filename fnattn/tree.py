@@ -190,21 +190,26 @@ def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bo
             full = list(args)
             for n, tree in zip(numbers, merge(new)):
                 full[n] = tree
-            return fn(*full, **kwargs)
+            out = fn(*full, **kwargs)
+            _check_scalar(out[0] if has_aux else out)
+            return out
 
         if has_aux:
             value, pull, aux = torch.func.vjp(part, *tensors, has_aux=True)
         else:
             value, pull = torch.func.vjp(part, *tensors)
-        if not isinstance(value, Tensor) or value.ndim:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"tree.value_and_grad: the function must return a 0-d tensor; got {got}.\n"
-                             f"  Reduce it, for example with .mean(), or use torch.func.jacrev.")
         grads = merge(pull(torch.ones_like(value)), others_kept=False)
         grads = grads[0] if isinstance(argnums, int) else grads
         return ((value, aux), grads) if has_aux else (value, grads)
 
     return wrapped
+
+
+def _check_scalar(value: Any) -> None:
+    if not isinstance(value, Tensor) or value.ndim:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"tree.value_and_grad: the function must return a 0-d tensor; got {got}.\n"
+                         f"  Reduce it, for example with .mean(), or use torch.func.jacrev.")
 
 
 def grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
@@ -338,7 +343,8 @@ def remat(fn: Callable) -> Callable:
                 raise TypeError(f"tree.remat: the function must return tensors only; got {bad}.\n"
                                 f"  Return the other values separately, outside remat.")
             out_form[:] = [form_out]
-            return tuple(out)
+            # An argument returned as it is cannot be saved as well; a view of it can.
+            return tuple(x.view_as(x) if any(x is t for t in tensors) else x for x in out)
 
         out = _Remat.apply(flat_fn, *[items[i] for i in places])
         return unflatten(out, out_form[0])

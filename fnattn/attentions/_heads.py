@@ -1,0 +1,84 @@
+"""What every attention shares: projections, heads, norms, token shift, gradient scaling, initial values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import random
+
+# b batch, h heads, n positions, d width of one head
+
+
+def linear_init(params_key: Tensor, name: str, out_features: int, in_features: int, *, dtype: torch.dtype,
+                device: object = None) -> Tensor:
+    """A weight [out, in] drawn as torch.nn.Linear does, uniform in +-1/sqrt(in), from the key and the parameter's name."""
+    return uniform_init(params_key, name, (out_features, in_features), in_features ** -0.5, dtype=dtype, device=device)
+
+
+def uniform_init(params_key: Tensor, name: str, shape: tuple[int, ...], bound: float, *, dtype: torch.dtype,
+                 device: object = None) -> Tensor:
+    """Uniform in [-bound, bound), from the key and the parameter's name: adding a parameter changes no other."""
+    if device is not None and torch.device(device).type == "meta":
+        return torch.empty(shape, dtype=dtype, device="meta")
+    drawn = random.uniform(random.fold_in(params_key, name), shape, torch.float64 if dtype == torch.float64 else torch.float32,
+                           -bound, bound)
+    return drawn.to(dtype=dtype, device=device)
+
+
+def ones_init(shape: tuple[int, ...], *, dtype: torch.dtype, device: object = None) -> Tensor:
+    """Ones: the scale of a norm."""
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[b, n, h d] -> [b, h, n, d]."""
+    return x.unflatten(-1, (heads, -1 if x.shape[-1] else 0)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[b, h, n, d] -> [b, n, h d]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """gamma sqrt(d) x / max(|x|, 1e-12) over the last axis: x by its root mean square. 0 stays 0, with gradient 0."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    square = wide.square().sum(-1, keepdim=True)
+    # As F.normalize(eps=1e-12), but on the square, so that the gradient at x = 0 is 0 and not 0/0.
+    scale = square.clamp(min=1e-24).rsqrt() * math.sqrt(x.shape[-1])
+    return (wide * scale).to(x.dtype) * gamma
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm over the last axis, eps 1e-5, biased variance."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def shift_tokens(x: Tensor, last: Tensor | None = None) -> Tensor:
+    """Delays the second half of the channels by one position; `last` [b, 1, dim] is what came before x, else zeros.
+
+    The first half keeps ceil(dim / 2) channels.
+    """
+    stay = (x.shape[-1] + 1) // 2
+    before = x.new_zeros(x.shape[0], 1, x.shape[-1]) if last is None else last.to(x.dtype)
+    delayed = torch.cat((before, x), 1).narrow(1, 0, x.shape[1])
+    return torch.cat((x[..., :stay], delayed[..., stay:]), -1)
+
+
+def scale_gradient(x: Tensor, fraction: float) -> Tensor:
+    """x, with every derivative through it multiplied by `fraction`; not the gradient of any function unless that is 1."""
+    return x if fraction == 1.0 else x * fraction + x.detach() * (1.0 - fraction)
+
+
+def dropout(dropout_key: Tensor | None, name: str, x: Tensor, p: float) -> Tensor:
+    """Zeroes entries with probability p and scales the others by 1 / (1 - p); x itself without a key or with p = 0."""
+    if dropout_key is None or p == 0.0:
+        return x
+    if p == 1.0:
+        return x * 0.0
+    kept = random.bernoulli(random.fold_in(dropout_key, name), 1.0 - p, tuple(x.shape))
+    return torch.where(kept, x / (1.0 - p), torch.zeros_like(x))

@@ -1,0 +1,197 @@
+"""GateLoop: a linear recurrence whose decay and rotation are functions of the input.
+
+    H_t = alpha_t H_{t-1} + k_t v_t^T,     out_t = q_t^T Re(H_t),     alpha_t = sigmoid(|a_t|) exp(i arg a_t)
+
+with one complex a_t per head and step, a linear function of x. |alpha| lies in [1/2, 1): a step forgets half at most. The
+state is one complex d x d matrix per head, kept as (real, imaginary) pairs.
+
+Source: GateLoopedAttention of gateloop-transformer 0.2.5; Katsch 2023, arXiv 2311.01927 (their a_n is our alpha).
+Different here: real arithmetic throughout (bfloat16 works), a state, and the ablations are options of the config.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import ops, taps
+from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
+from ._heads import (layer_norm, linear_init, merge_heads, ones_init, scale_gradient, split_heads, uniform_init)
+
+# b batch, h heads, n positions, d width of a head
+
+
+@config
+class Config:
+    """Options of GateLoop.
+
+    dim:        width of x.
+    heads:      number of heads, a divisor of dim_inner; default dim_inner: one head per channel.
+    dim_inner:  width of queries, keys and values together; default dim.
+    checkpoint_gate_looped_attn: upstream's switch for recomputing the scan in backward; the operator always does, so it
+                changes neither values nor memory.
+    add_swish_gating: multiply the result by SiLU of a projection of x.
+    sub_ln:     LayerNorm on the heads' result before the gate.
+    frac_gradient_state_transition: factor on every derivative through a. At anything but 1 what differentiation returns
+                is not the derivative of the function computed; see `fnattn.gradient_is_exact`.
+    ablate_complex: drop the imaginary part of a: the phase is 0 or pi.
+    ablate_state_transition: alpha = 1, a sum without decay.
+    """
+
+    dim: int
+    heads: int | None = None
+    dim_inner: int | None = None
+    checkpoint_gate_looped_attn: bool = True
+    add_swish_gating: bool = True
+    sub_ln: bool = False
+    frac_gradient_state_transition: float = 0.9
+    ablate_complex: bool = False
+    ablate_state_transition: bool = False
+
+    def __post_init__(self):
+        check(self.dim >= 1 and self.inner >= 1, "gate_loop.Config: dim and dim_inner must be at least 1; got {} and {}.",
+              self.dim, self.dim_inner, remedy="Give a positive width.")
+        check(self.head_count >= 1 and self.inner % self.head_count == 0,
+              "gate_loop.Config: heads must divide dim_inner={}; got {}.", self.inner, self.head_count,
+              remedy="Choose a divisor, or leave heads out for one head per channel.")
+
+    @property
+    def inner(self) -> int:
+        """Width of queries, keys and values together."""
+        return self.dim if self.dim_inner is None else self.dim_inner
+
+    @property
+    def head_count(self) -> int:
+        """Number of heads."""
+        return self.inner if self.heads is None else self.heads
+
+    @property
+    def projects_out(self) -> bool:
+        """Whether there is an output projection: not if the widths agree and nothing gates, as upstream."""
+        return self.inner != self.dim or self.add_swish_gating
+
+
+class Params(NamedTuple):
+    """Weights are [out, in], as in torch.nn.Linear."""
+
+    cfg: Config
+    to_qkv: Tensor                          # [3 h d, dim]
+    to_a: Tensor                            # [2 h, dim], rows (head, re | im)
+    to_a_bias: Tensor                       # [2 h]
+    to_gates: Tensor | Empty = EMPTY        # [h d, dim]; Empty unless add_swish_gating
+    sub_ln: Tensor | Empty = EMPTY          # [h d]; Empty unless cfg.sub_ln
+    sub_ln_bias: Tensor | Empty = EMPTY     # [h d]
+    to_out: Tensor | Empty = EMPTY          # [dim, h d]; Empty unless cfg.projects_out
+
+
+class State(NamedTuple):
+    """What the past leaves behind: constant in its length."""
+
+    h: Tensor   # [b, h, d, d, 2]: sum of decayed k v^T, (real, imaginary)
+    a: Tensor   # [b, h, 2]: product of all alphas since the state began; what `combine` decays an earlier state by
+
+
+def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
+    """Parameters of cfg, drawn by name from params_key: uniform in +-1/sqrt(fan in), norms 1 and 0."""
+    kind = {"dtype": dtype, "device": device}
+    gated, normed = cfg.add_swish_gating, cfg.sub_ln
+    return Params(
+        cfg,
+        to_qkv=linear_init(params_key, "to_qkv", 3 * cfg.inner, cfg.dim, **kind),
+        to_a=linear_init(params_key, "to_a", 2 * cfg.head_count, cfg.dim, **kind),
+        to_a_bias=uniform_init(params_key, "to_a_bias", (2 * cfg.head_count,), cfg.dim ** -0.5, **kind),
+        to_gates=linear_init(params_key, "to_gates", cfg.inner, cfg.dim, **kind) if gated else EMPTY,
+        sub_ln=ones_init((cfg.inner,), **kind) if normed else EMPTY,
+        sub_ln_bias=torch.zeros(cfg.inner, **kind) if normed else EMPTY,
+        to_out=linear_init(params_key, "to_out", cfg.dim, cfg.inner, **kind) if cfg.projects_out else EMPTY)
+
+
+def init_state(params: Params, batch: int, *, capacity: int = 0) -> State:
+    """The state before the first position. `capacity` is accepted for all families alike; this one needs none."""
+    cfg, like = params.cfg, params.to_qkv
+    d = cfg.inner // cfg.head_count
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    one = torch.stack((like.new_ones((), dtype=wide), like.new_zeros((), dtype=wide)))
+    return State(h=like.new_zeros(batch, cfg.head_count, d, d, 2, dtype=wide),
+                 a=one.expand(batch, cfg.head_count, 2).clone())
+
+
+def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
+          context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
+    """Mixes the past by a gated recurrence. Time grows linearly with the length, memory of the state not at all.
+
+    Args:
+        params: from `init`.
+        x: [b, n, dim].
+        state: from `init_state` or a former call: x continues that sequence, in a chunk of any length.
+        mask, context: refused; a recurrence has no keys to hide or to take from elsewhere.
+        dropout_key: accepted; GateLoop drops nothing.
+        impl: passed to `ops.gate_loop`.
+    Returns:
+        out [b, n, dim] in x's dtype; the state after x, or EMPTY.
+    """
+    cfg = params.cfg
+    check_input("gate_loop.apply", x, cfg.dim)
+    refuse("gate_loop.apply", "The recurrence reads every position in order and has no keys to choose from.",
+           "Leave padding at the end of the sequence and ignore its outputs, or choose a family that masks: full, taylor.",
+           mask=mask, context=context)
+    streaming = not isinstance(state, Empty)
+
+    q, k, v = (split_heads(t, cfg.head_count) for t in F.linear(x, params.to_qkv).chunk(3, -1))
+    q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
+    if cfg.ablate_state_transition:
+        out, after = _sum_without_decay(q, k, v, state, impl)
+    else:
+        a = F.linear(x, params.to_a, params.to_a_bias).unflatten(-1, (cfg.head_count, 2)).transpose(1, 2)
+        a = taps.tap("a", scale_gradient(a, cfg.frac_gradient_state_transition))
+        if cfg.ablate_complex:
+            a = torch.stack((a[..., 0], torch.zeros_like(a[..., 1])), -1)
+        out, after = ops.gate_loop(q, k, v, a, state=tuple(state) if streaming else None, impl=impl)
+        after = State(*after) if streaming else EMPTY
+    out = merge_heads(taps.tap("heads", out))
+    if cfg.sub_ln:
+        out = layer_norm(out, params.sub_ln, params.sub_ln_bias)
+    if cfg.add_swish_gating:
+        out = F.silu(F.linear(x, params.to_gates)) * out
+    return (F.linear(out, params.to_out) if cfg.projects_out else out), after
+
+
+def _sum_without_decay(q: Tensor, k: Tensor, v: Tensor, state: State | Empty, impl: str) -> tuple[Tensor, State | Empty]:
+    """alpha = 1: causal linear attention, on top of the real part of the state."""
+    out = ops.causal_dot(q, k, v, impl=impl)
+    if isinstance(state, Empty):
+        return out, EMPTY
+    wide = state.h.dtype
+    out = (out.to(wide) + torch.einsum("bhnd,bhde->bhne", q.to(wide), state.h[..., 0])).to(v.dtype)
+    added = torch.einsum("bhnd,bhne->bhde", k.to(wide), v.to(wide))
+    return out, State(state.h + torch.stack((added, torch.zeros_like(added)), -1), state.a)
+
+
+def resume(state: State) -> State:
+    """A state that has seen nothing: the start of a segment that `combine` joins to what came before."""
+    return State(torch.zeros_like(state.h), torch.stack((torch.ones_like(state.a[..., 0]), torch.zeros_like(state.a[..., 1])), -1))
+
+
+def combine(a: State, b: State) -> State:
+    """The state after both segments, where b was grown from `resume(a)`: H = A_b H_a + H_b, A = A_b A_a."""
+    return State(_times(b.a[..., None, None, :], a.h) + b.h, _times(b.a, a.a))
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """The product of complex numbers kept as pairs in the last axis."""
+    return torch.stack((x[..., 0] * y[..., 0] - x[..., 1] * y[..., 1], x[..., 0] * y[..., 1] + x[..., 1] * y[..., 0]), -1)
+
+
+FAMILY = Family(
+    name="gate_loop", config=Config, init=init, init_state=init_state, apply=apply, streams=True, masks=False, contexts=False,
+    source="gateloop-transformer 0.2.5, GateLoopedAttention; arXiv 2311.01927",
+    examples=(
+        Config(dim=7, frac_gradient_state_transition=1.0),
+        Config(dim=6, heads=2, sub_ln=True, frac_gradient_state_transition=1.0),
+        Config(dim=5, heads=3, dim_inner=9, add_swish_gating=False, ablate_complex=True),
+        Config(dim=5, add_swish_gating=False, ablate_state_transition=True),
+    ),
+    combine=combine, resume=resume)

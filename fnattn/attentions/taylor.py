@@ -1,0 +1,191 @@
+"""Taylor-series linear attention: exp(q.k) ~ 1 + q.k + (q.k)^2 / 2, so that attention is a running sum.
+
+    out_i = sum_{j <= i} p_ij v_j / sum_{j <= i} p_ij          p = 1 + s + s^2 / 2,  s = q_i . k_j / sqrt(d)
+
+p is at least 1/2 for every s, so the denominator never vanishes and no maximum needs to be subtracted. The state is the
+sum of features of the keys times [v, 1]: constant in the length of the sequence.
+
+Source: TaylorSeriesLinearAttn of taylor-series-linear-attention 0.2.0; Arora et al. 2024 (Based), arXiv 2402.18668.
+Different here: the state keeps the 1 + d + d(d+1)/2 distinct features whatever `remove_even_power_dups` says (both give
+the same values), a one-headed KV has a one-headed state, a key mask works in the causal form too, chunks may have any
+length, and masked-out rows are 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import ops, taps
+from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
+from ._heads import dropout, linear_init, merge_heads, ones_init, rms_norm, shift_tokens, split_heads
+
+# b batch, h query heads, g key heads (h, or 1 if one-headed), n positions, d width of a head, f features
+
+
+@config
+class Config:
+    """Options of Taylor-series linear attention.
+
+    dim:        width of x.
+    dim_head:   width of one head, of queries, keys and values alike.
+    heads:      number of query heads.
+    causal:     position i attends to j <= i; needed for a state.
+    one_headed_kv: one key and value head serves all query heads.
+    rotary_emb: rotary positions on queries and keys, over the whole head.
+    combine_heads: project the heads back to dim; else out is [b, n, heads * dim_head] and nothing is dropped.
+    gate_value_heads: one sigmoid gate per head and position, computed from x before the norm.
+    prenorm:    RMSNorm on x, not on context.
+    shift_tokens: half of the channels come from the position before.
+    dropout:    chance of zeroing an entry of the result, when a dropout_key is passed.
+    remove_even_power_dups: upstream's storage option for the features; the same values either way, and the state here
+                always has the smaller form.
+    """
+
+    dim: int
+    dim_head: int = 16
+    heads: int = 8
+    causal: bool = False
+    one_headed_kv: bool = False
+    rotary_emb: bool = False
+    combine_heads: bool = True
+    gate_value_heads: bool = False
+    prenorm: bool = False
+    shift_tokens: bool = False
+    dropout: float = 0.0
+    remove_even_power_dups: bool = False
+
+    def __post_init__(self):
+        for name in ("dim", "dim_head", "heads"):
+            check(getattr(self, name) >= 1, "taylor.Config: {} must be at least 1; got {}.", name, getattr(self, name),
+                  remedy="Give a positive width.")
+        check(0.0 <= self.dropout <= 1.0, "taylor.Config: dropout must lie in [0, 1]; got {}.", self.dropout,
+              remedy="It is the chance of zeroing an entry.")
+        check(not self.rotary_emb or self.dim_head % 2 == 0, "taylor.Config: rotary_emb needs an even dim_head; got {}.",
+              self.dim_head, remedy="Rotary positions turn pairs of channels.")
+
+
+class Params(NamedTuple):
+    """Weights are [out, in], as in torch.nn.Linear; there are no biases."""
+
+    cfg: Config
+    to_q: Tensor                        # [h d, dim]
+    to_kv: Tensor                       # [2 g d, dim]: keys, then values
+    to_out: Tensor | Empty = EMPTY      # [dim, h d]; Empty unless combine_heads
+    to_v_gates: Tensor | Empty = EMPTY  # [h, dim]; Empty unless gate_value_heads
+    norm: Tensor | Empty = EMPTY        # [dim]; Empty unless prenorm
+
+
+class State(NamedTuple):
+    """What the past leaves behind: constant in its length."""
+
+    sums: Tensor                  # [b, g, f, d + 1]: sum of features(k) [v, 1]^T; the last column is the sum for the denominator
+    last: Tensor | Empty          # [b, 1, dim]: the last token; Empty unless shift_tokens
+    pos: Tensor                   # [] int64: positions seen
+
+
+def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
+    """Parameters of cfg, drawn by name from params_key: uniform in +-1/sqrt(fan in), norm 1."""
+    inner, kv = cfg.heads * cfg.dim_head, (1 if cfg.one_headed_kv else cfg.heads) * cfg.dim_head
+    kind = {"dtype": dtype, "device": device}
+    return Params(
+        cfg,
+        to_q=linear_init(params_key, "to_q", inner, cfg.dim, **kind),
+        to_kv=linear_init(params_key, "to_kv", 2 * kv, cfg.dim, **kind),
+        to_out=linear_init(params_key, "to_out", cfg.dim, inner, **kind) if cfg.combine_heads else EMPTY,
+        to_v_gates=linear_init(params_key, "to_v_gates", cfg.heads, cfg.dim, **kind) if cfg.gate_value_heads else EMPTY,
+        norm=ones_init((cfg.dim,), **kind) if cfg.prenorm else EMPTY)
+
+
+def init_state(params: Params, batch: int, *, capacity: int = 0) -> State:
+    """The state before the first position. `capacity` is accepted for all families alike; this one needs none."""
+    cfg = params.cfg
+    check(cfg.causal, "taylor.init_state: cannot stream. A non-causal query sees later keys, so no prefix has a final answer.",
+          remedy="Use Config(causal=True, ...), or call apply(params, x) on the whole sequence.")
+    d, like = cfg.dim_head, params.to_q
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return State(
+        sums=like.new_zeros(batch, 1 if cfg.one_headed_kv else cfg.heads, 1 + d + d * (d + 1) // 2, d + 1, dtype=wide),
+        last=like.new_zeros(batch, 1, cfg.dim) if cfg.shift_tokens else EMPTY,
+        pos=torch.zeros((), dtype=torch.int64, device=like.device))
+
+
+def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
+          context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
+    """Attends with polynomial weights. Time and memory grow linearly with the length.
+
+    Args:
+        params: from `init`.
+        x: [b, n, dim].
+        state: from `init_state` or a former call (causal only): x continues that sequence, in a chunk of any length.
+        mask: bool [b, keys]; False keys are not there. Describes context if given, else x.
+        context: [b, keys, dim] to attend to instead of x; not with causal or rotary_emb. Not normed, as upstream.
+        dropout_key: drops entries of the result if cfg.dropout > 0.
+        impl: passed to `ops.taylor`.
+    Returns:
+        out [b, n, dim] ([b, n, heads * dim_head] without combine_heads) in x's dtype; the state after x, or EMPTY.
+    """
+    cfg = params.cfg
+    check_input("taylor.apply", x, cfg.dim, mask=mask, context=context)
+    if cfg.causal:
+        refuse("taylor.apply", "With causal=True a query attends to its own past, and a context has none.",
+               "Use Config(causal=False, ...) for cross attention.", context=context)
+    else:
+        refuse("taylor.apply", "A non-causal query sees later keys, so no prefix has a final answer.",
+               "Use Config(causal=True, ...), or call apply(params, x) on the whole sequence.", state=state)
+    if cfg.rotary_emb:
+        refuse("taylor.apply", "Rotary positions of x say nothing about positions of a context.",
+               "Use Config(rotary_emb=False, ...) for cross attention.", context=context)
+    streaming = not isinstance(state, Empty)
+
+    shifted = shift_tokens(x, state.last if streaming else None) if cfg.shift_tokens else x
+    normed = rms_norm(shifted, params.norm) if cfg.prenorm else shifted
+    q = split_heads(F.linear(normed, params.to_q), cfg.heads)
+    k, v = F.linear(normed if context is None else context, params.to_kv).chunk(2, -1)
+    kv_heads = 1 if cfg.one_headed_kv else cfg.heads
+    k, v = split_heads(k, kv_heads), split_heads(v, kv_heads)
+    if cfg.rotary_emb:
+        start = state.pos if streaming else torch.zeros((), dtype=torch.int64, device=x.device)
+        positions = start + torch.arange(x.shape[1], device=x.device)
+        freqs = ops.lang_freqs(cfg.dim_head, device=x.device)
+        q, k = ops.rotary(q, positions, freqs), ops.rotary(k, positions, freqs)
+    q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
+
+    out, sums = ops.taylor(q, k, v, keep=mask, sums=state.sums if streaming else None, causal=cfg.causal, impl=impl)
+    out = taps.tap("heads", out)
+    if cfg.gate_value_heads:
+        out = out * F.linear(shifted, params.to_v_gates).sigmoid().transpose(1, 2).unsqueeze(-1)
+    out = merge_heads(out)
+    if cfg.combine_heads:
+        out = dropout(dropout_key, "out", F.linear(out, params.to_out), cfg.dropout)
+    if not streaming:
+        return out, EMPTY
+    last = torch.cat((state.last, x.to(state.last.dtype)), 1)[:, -1:] if cfg.shift_tokens else EMPTY
+    return out, State(sums, last, state.pos + x.shape[1])
+
+
+def resume(state: State) -> State:
+    """A state at the same position that has seen no keys: the start of a segment whose sums are added by `combine`."""
+    return state._replace(sums=torch.zeros_like(state.sums))
+
+
+def combine(a: State, b: State) -> State:
+    """The state after both segments, where b was grown from `resume(a)` (or from the same position and last token)."""
+    return State(a.sums + b.sums, b.last, b.pos)
+
+
+FAMILY = Family(
+    name="taylor", config=Config, init=init, init_state=init_state, apply=apply, streams=True, masks=True, contexts=True,
+    source="taylor-series-linear-attention 0.2.0, TaylorSeriesLinearAttn; arXiv 2402.18668",
+    examples=(
+        Config(dim=7, dim_head=3, heads=5, causal=True),
+        Config(dim=7, dim_head=4, heads=3, causal=True, one_headed_kv=True, rotary_emb=True, gate_value_heads=True, prenorm=True,
+               shift_tokens=True, dropout=0.25),
+        Config(dim=11, dim_head=5, heads=2, dropout=0.25),
+        Config(dim=5, dim_head=2, heads=3, one_headed_kv=True, combine_heads=False, gate_value_heads=True, prenorm=True,
+               remove_even_power_dups=True),
+    ),
+    combine=combine, resume=resume)

@@ -1,0 +1,60 @@
+"""Weights from and to the upstream packages: `load(cfg, state_dict) -> params`, `dump(params) -> state_dict`.
+
+Which upstream key is which of our leaves stands in one table, `fnattn.convert.keys`. Shapes are the same on both sides, so
+a conversion only renames; it never guesses: unknown, missing and misshapen keys are errors that name them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import random, tree
+from ..core import check
+from .keys import KeyMap, key_map
+
+__all__ = ["KeyMap", "dump", "key_map", "load"]
+
+
+def load(cfg: Any, state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, device: object = None) -> Any:
+    """Params of cfg with the weights of an upstream state_dict.
+
+    Args:
+        cfg: the Config of a family or model; its fields are those of the upstream constructor.
+        state_dict: exactly the keys that upstream has for these options. Tensors are copied, never aliased.
+        dtype, device: of the result; default those of the given tensors.
+    Raises:
+        ValueError: keys are missing or unknown, or a shape differs; all of them are named.
+        TypeError: cfg is not a Config that has an upstream class.
+    """
+    entry = key_map(cfg)
+    unknown = sorted(set(state_dict) - set(entry.leaves) - set(entry.constants))
+    missing = sorted(set(entry.leaves) - set(state_dict))
+    check(not unknown and not missing, "convert.load: expected the state_dict of {}; got missing keys {}, unknown keys {}.",
+          cfg, missing, unknown, remedy="Give cfg the options that the upstream module was built with.")
+    template = tree.to_flat(entry.init(random.key(0), cfg, device="meta"))
+    flat: dict[str, Tensor] = {}
+    for theirs, ours in entry.leaves.items():
+        given, want = state_dict[theirs], template[ours]
+        check(tuple(given.shape) == tuple(want.shape), "convert.load: {} must be {}; got {}.", theirs, list(want.shape),
+              list(given.shape), remedy="Give cfg the widths that the upstream module was built with.")
+        check(ours not in flat or torch.equal(flat[ours], given.detach().to(flat[ours])),
+              "convert.load: {} must equal the other keys of the tensor it is shared with; got different values.", theirs,
+              remedy="Take the state_dict from one module.")
+        flat[ours] = given.detach().clone().to(dtype=dtype or given.dtype, device=device or given.device)
+    return tree.from_flat(flat, entry.init(random.key(0), cfg, device="meta"))
+
+
+def dump(params: Any) -> dict[str, Tensor]:
+    """The upstream state_dict of these params: load_state_dict(strict=True) of the upstream module takes it.
+
+    Tensors are the params' own, not copies; upstream's constant entries (rotary frequencies) are added.
+    """
+    entry = key_map(params.cfg)
+    flat = tree.to_flat(params)
+    like = next(iter(flat.values()))
+    constants = {key: value.to(like.device) for key, value in entry.constants.items()}
+    return {**{theirs: flat[ours] for theirs, ours in entry.leaves.items()}, **constants}

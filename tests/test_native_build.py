@@ -1,0 +1,124 @@
+"""Building C kernels on first use: every way it can fail leaves one warning, the same numbers and nothing behind."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from fnattn_kernels.native import build
+
+REPO = Path(__file__).resolve().parent.parent
+HAS_COMPILER = build.why_not("causal_dot") is None
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler on this machine")
+
+PROGRAM = """
+import warnings, torch
+warnings.simplefilter("always")
+from fnattn.ops import causal_dot
+from fnattn.core import KernelUnavailable
+q, k, v = (torch.arange(2. * 3 * 5 * 7).reshape(2, 3, 5, 7).sin() for _ in range(3))
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    a, b = causal_dot(q, k, v), causal_dot(q, k, v)
+torch.testing.assert_close(a, causal_dot(q, k, v, impl="reference"), rtol=1e-5, atol=1e-5)
+assert torch.equal(a, b)
+ours = [str(w.message) for w in seen if "fnattn" in str(w.message)]
+print("WARNINGS", len(ours), *ours)
+try:
+    causal_dot(q, k, v, impl="native")
+    print("NATIVE runs")
+except KernelUnavailable as error:
+    print("NATIVE", error)
+"""
+
+
+def run(tmp_path: Path, program: str = PROGRAM, **environment: str) -> str:
+    env = {**os.environ, "PYTHONPATH": str(REPO), "FNATTN_CACHE": str(tmp_path / "cache"), **environment}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_compiler
+def test_the_kernel_is_built_once_and_kept(tmp_path):
+    assert "NATIVE runs" in run(tmp_path)
+    files = sorted((tmp_path / "cache").iterdir())
+    assert len([f for f in files if f.suffix == ".so"]) == len(files) >= 1
+    stamps = [f.stat().st_mtime_ns for f in files]
+    run(tmp_path)
+    assert [f.stat().st_mtime_ns for f in sorted((tmp_path / "cache").iterdir())] == stamps
+
+
+def test_switched_off_it_is_silent_and_plain_torch_serves(tmp_path):
+    out = run(tmp_path, FNATTN_NATIVE="0")
+    assert "WARNINGS 0" in out and "switched off by FNATTN_NATIVE=0" in out
+    assert not (tmp_path / "cache").exists()
+
+
+def test_without_a_compiler_there_is_one_warning_and_a_reason(tmp_path):
+    out = run(tmp_path, CC="no-such-compiler")
+    assert "WARNINGS 1" in out and "no C compiler found (looked for no-such-compiler)" in out
+
+
+def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path):
+    out = run(tmp_path, CC="false")
+    assert "WARNINGS 1" in out and "the build with false failed" in out
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@needs_compiler
+def test_a_cut_library_is_built_again(tmp_path):
+    run(tmp_path)
+    for library in (tmp_path / "cache").glob("*.so"):
+        library.write_bytes(library.read_bytes()[:100])
+    out = run(tmp_path)
+    assert "NATIVE runs" in out and "WARNINGS 0" in out
+
+
+@needs_compiler
+def test_a_cache_folder_that_cannot_be_written_gives_way_to_the_next(tmp_path):
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where a folder should be")
+    out = run(tmp_path, FNATTN_CACHE=str(blocked), XDG_CACHE_HOME=str(tmp_path / "home"))
+    assert "NATIVE runs" in out
+    assert list((tmp_path / "home" / "fnattn").glob("causal_dot-*.so"))
+
+
+@needs_compiler
+def test_a_read_only_cache_that_holds_the_library_is_used(tmp_path):
+    run(tmp_path)
+    folder = tmp_path / "cache"
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        assert "NATIVE runs" in run(tmp_path, XDG_CACHE_HOME=str(tmp_path / "home"))
+    finally:
+        folder.chmod(stat.S_IRWXU)
+
+
+@needs_compiler
+def test_two_processes_may_build_at_the_same_time(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(REPO), "FNATTN_CACHE": str(tmp_path / "cache")}
+    both = [subprocess.Popen([sys.executable, "-c", PROGRAM], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0 and "NATIVE runs" in out, err
+    assert all(f.suffix == ".so" for f in (tmp_path / "cache").iterdir())
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_the_result_does_not_depend_on_the_number_of_threads(tmp_path, threads):
+    program = """
+    import torch
+    from fnattn.ops import causal_dot
+    torch.set_num_threads({})
+    x = torch.arange(3. * 5 * 257 * 16).reshape(3, 5, 257, 16).sin()
+    print(causal_dot(x, x, x, impl="native").double().pow(2).sum().item().hex())
+    """
+    assert run(tmp_path, program.format(threads)) == run(tmp_path, program.format("1"))
