@@ -1,0 +1,254 @@
+"""The gated first-order recurrence h_t = a_t h_{t-1} + x_t, real or complex, and a scan over any associative operation.
+
+The recurrence is closed under differentiation. With G the gradient that reaches h_t from here and from later,
+
+    G_t = g_t + conj(a_{t+1}) G_{t+1}        dx_t = G_t        da_t = G_t conj(h_{t-1})
+
+which is the same recurrence run the other way, so one kernel serves every order.
+
+Source: Blelloch 1990, "Prefix sums and their applications"; the gates of GateLoop, Katsch 2023, arXiv 2311.01927.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fnattn_kernels.native import scan as native
+from torch import Tensor
+
+from .. import tree
+from ._door import Kernel, choose, native_reason, no_autocast, widen
+
+# b batch, n positions, c channels, m positions of one block
+BLOCK = 32
+
+
+def scan(a: Tensor, x: Tensor, h0: Tensor | None = None, *, reverse: bool = False, pairs: bool = False,
+         impl: str = "auto") -> Tensor:
+    """Runs a gated memory along the sequence and returns it at every position.
+
+        h_t = a_t h_{t-1} + x_t,    h_{-1} = h0          (h_t = a_t h_{t+1} + x_t, h_n = h0 if reverse)
+
+    Any a is allowed, zero included: nothing is divided by a. Time and memory grow with n c.
+
+    Args:
+        a: [b, n, c] gates; with pairs [b, n, c, 2], complex numbers as (re, im).
+        x: inputs, of a's shape.
+        h0: [b, c] (pairs: [b, c, 2]); zeros if None.
+        reverse: run from the last position to the first.
+        impl: "reference" is plain torch; "native" insists on the C kernel (CPU); "auto" chooses. See `ops.report()`.
+    Returns:
+        h, of x's shape and dtype, computed in float32, or in float64 if any input is.
+    Raises:
+        ValueError: shapes or devices disagree. TypeError: not floating tensors.
+        KernelUnavailable: the named kernel cannot serve the call.
+
+    Differentiable any number of times in both modes; batches under vmap without a loop; compiles and exports.
+    """
+    _check(a, x, h0, pairs)
+    kernel = choose("scan", impl, KERNELS, a, x, h0)
+    run = reference if kernel is None else kernel.run
+    with no_autocast(x):
+        return run(*widen(a, x, h0), reverse, pairs).to(x.dtype)
+
+
+def reference(a: Tensor, x: Tensor, h0: Tensor | None = None, reverse: bool = False, pairs: bool = False) -> Tensor:
+    """The same in plain torch: doubling inside blocks of 32, and the same function again for the blocks' last states."""
+    if reverse:
+        return reference(a.flip(1), x.flip(1), h0, False, pairs).flip(1)
+    times = complex_times if pairs else torch.mul
+    n = a.shape[1]
+    if n == 0:
+        return x + a
+    if h0 is None and n == 1:
+        h0 = torch.zeros_like(x[:, 0])  # so that a has a gradient, 0, at any length
+    if h0 is not None:
+        x = torch.cat((x[:, :1] + times(a[:, :1], h0[:, None]), x[:, 1:]), 1)
+    if n <= BLOCK:
+        return _double(a, x, times)[1]
+    blocks = -(-n // BLOCK)
+    a, x = (_pad_end(t, 1, blocks * BLOCK - n).unflatten(1, (blocks, BLOCK)) for t in (a, x))  # [b, blocks, m, c]
+    a, x = (t.flatten(0, 1) for t in (a, x))
+    a, x = _double(a, x, times)
+    a, x = (t.unflatten(0, (-1, blocks)) for t in (a, x))
+    last = reference(a[:, :, -1], x[:, :, -1], None, False, pairs)  # state after each block
+    return (x + times(a, before(last, 1)[:, :, None])).flatten(1, 2)[:, :n]
+
+
+def _double(a: Tensor, x: Tensor, times: Callable) -> tuple[Tensor, Tensor]:
+    """Products of the gates up to each position, and the states: after step s both reach over 2^s positions."""
+    reach = 1
+    while reach < a.shape[1]:
+        x = torch.cat((x[:, :reach], x[:, reach:] + times(a[:, reach:], x[:, :-reach])), 1)
+        a = torch.cat((a[:, :reach], times(a[:, reach:], a[:, :-reach])), 1)
+        reach *= 2
+    return a, x
+
+
+def complex_times(x: Tensor, y: Tensor) -> Tensor:
+    """Product of complex numbers stored as (re, im) in the last axis."""
+    (a, b), (c, d) = x.unbind(-1), y.unbind(-1)
+    return torch.stack((a * c - b * d, a * d + b * c), -1)
+
+
+def conjugate(x: Tensor) -> Tensor:
+    """Conjugate of complex numbers stored as (re, im) in the last axis."""
+    return torch.stack((x[..., 0], -x[..., 1]), -1)
+
+
+def before(t: Tensor, axis: int = 1, first: Tensor | None = None, reverse: bool = False) -> Tensor:
+    """t one step later along `axis`: what each position's predecessor holds; `first` (zeros if None) where there is none."""
+    size = t.shape[axis]
+    if size == 0:
+        return t
+    edge = torch.zeros_like(t.narrow(axis, 0, 1)) if first is None else first.unsqueeze(axis)
+    return torch.cat((t.narrow(axis, 1, size - 1), edge) if reverse else (edge, t.narrow(axis, 0, size - 1)), axis)
+
+
+def _pad_end(t: Tensor, axis: int, count: int) -> Tensor:
+    return F.pad(t, [0, 0] * (t.ndim - axis - 1) + [0, count]) if count else t
+
+
+def _check(a: Tensor, x: Tensor, h0: Tensor | None, pairs: bool) -> None:
+    letters = "[batch, seq, channels, 2]" if pairs else "[batch, seq, channels]"
+    for name, t in (("a", a), ("x", x), ("h0", h0)):
+        if t is None and name == "h0":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"scan: {name} must be a tensor; got {type(t).__name__}.\n  Convert it: torch.as_tensor({name}).")
+        if not t.is_floating_point():
+            raise TypeError(f"scan: {name} must be real floating point; got {t.dtype}.\n"
+                            f"  Complex numbers come as pairs: torch.view_as_real({name}), pairs=True.")
+    if a.ndim != (4 if pairs else 3) or (pairs and a.shape[-1] != 2):
+        raise ValueError(f"scan: a must be {letters} (pairs={pairs}); got {list(a.shape)}.\n"
+                         f"  Put further axes into the batch or the channels.")
+    if x.shape != a.shape:
+        raise ValueError(f"scan: a and x must have one shape; got {list(a.shape)} and {list(x.shape)}.\n"
+                         f"  Expand the smaller one: a.expand_as(x).")
+    if h0 is not None and h0.shape != x.shape[:1] + x.shape[2:]:
+        raise ValueError(f"scan: h0 must be {list(x.shape[:1] + x.shape[2:])}; got {list(h0.shape)}.\n"
+                         f"  It is one position of x: h0 has no sequence axis.")
+    if not a.device == x.device == (x.device if h0 is None else h0.device):
+        raise ValueError(f"scan: a, x and h0 must be on one device; got {a.device}, {x.device}"
+                         f"{'' if h0 is None else f', {h0.device}'}.\n  Move them: .to(x.device).")
+
+
+# ------------------------------------------------------------------------------------------------ any operation
+
+
+def associative_scan(op: Callable[[Any, Any], Any], elems: Any, *, reverse: bool = False, axis: int = 1) -> Any:
+    """All running totals of `elems` under any associative operation.
+
+        out_t = op(... op(op(e_0, e_1), e_2) ..., e_t)          (from the last element down to t if reverse)
+
+    Takes n - 1 to 2 n applications of op to single elements, in about 2 log2(n) calls.
+
+    Args:
+        op: op(earlier, later) -> total; maps two trees like `elems` to one, position by position along `axis`, for any
+            number of positions. With reverse, "earlier" are the elements nearer to the end.
+        elems: a tree of tensors with one common length of at least 1 along `axis`.
+    Returns:
+        A tree like `elems`.
+    Raises:
+        ValueError: no tensor, or lengths that differ or are 0.
+
+    Plain torch around op: every transform that op supports works.
+    """
+    flat, structure = tree.flatten(elems)
+    lengths = sorted({t.shape[axis] for t in flat})
+    if len(lengths) != 1 or lengths[0] == 0:
+        raise ValueError(f"associative_scan: expected tensors with one length >= 1 along axis {axis}; got lengths {lengths}.\n"
+                         f"  Give every leaf the same number of positions.")
+    if reverse:
+        flat = [t.flip(axis) for t in flat]
+
+    def combine(earlier: list, later: list) -> list:
+        return tree.leaves(op(tree.unflatten(earlier, structure), tree.unflatten(later, structure)))
+
+    flat = _pairwise(combine, flat, axis)
+    if reverse:
+        flat = [t.flip(axis) for t in flat]
+    return tree.unflatten(flat, structure)
+
+
+def _pairwise(combine: Callable, flat: list[Tensor], axis: int) -> list[Tensor]:
+    """Totals of neighbouring pairs, scanned, are the totals at odd positions; one more step each gives the even ones."""
+    n = flat[0].shape[axis]
+    if n == 1:
+        return flat
+
+    def part(ts: list[Tensor], start: int, stop: int, step: int) -> list[Tensor]:
+        return [t.movedim(axis, 0)[start:stop:step].movedim(0, axis) for t in ts]
+
+    odd = _pairwise(combine, combine(part(flat, 0, n - 1, 2), part(flat, 1, n, 2)), axis)
+    first = [t.narrow(axis, 0, 1) for t in flat]
+    if n == 2:
+        return [torch.cat(ts, axis) for ts in zip(first, odd)]
+    inner = combine([t.narrow(axis, 0, (n - 1) // 2) for t in odd], part(flat, 2, n, 2))
+    even = [torch.cat(ts, axis) for ts in zip(first, inner)]
+    return [_interleave(e, o, axis) for e, o in zip(even, odd)]
+
+
+def _interleave(even: Tensor, odd: Tensor, axis: int) -> Tensor:
+    axis %= even.ndim
+    count = odd.shape[axis]
+    mixed = torch.stack((even.narrow(axis, 0, count), odd), axis + 1).flatten(axis, axis + 1)
+    return mixed if even.shape[axis] == count else torch.cat((mixed, even.narrow(axis, count, 1)), axis)
+
+
+# ------------------------------------------------------------------------------------------------ the native kernel
+
+
+def run_native(a: Tensor, x: Tensor, h0: Tensor | None, reverse: bool, pairs: bool) -> Tensor:
+    """The C kernel, differentiable in every way; arguments as in `reference`."""
+    return native.scan(a, x, h0, reverse, pairs, False, False)
+
+
+def _times(pairs: bool) -> Callable:
+    return complex_times if pairs else torch.mul
+
+
+def _vjp(needs, args, outs, cotangents):
+    a, x, h0, reverse, pairs, lag, conj = args
+    (g,), h, times = cotangents, outs[0], _times(pairs)
+    # Going back, a position's successor comes first: what was its gate is now the gate of the row before, and vice versa.
+    total = native.scan(a, g, None, not reverse, pairs, not lag, conj != pairs)
+    da = dh0 = None
+    if needs[0]:
+        if lag:
+            sent, held = before(total, 1, None, not reverse), h
+        else:
+            sent, held = total, before(h, 1, h0, reverse)
+        da = times(sent, conjugate(held)) if pairs else sent * held
+        if pairs and conj:
+            da = conjugate(da)
+    if needs[2]:
+        start = -1 if reverse else 0
+        if lag or x.shape[1] == 0:
+            dh0 = total[:, start] if x.shape[1] else torch.zeros_like(h0)
+        else:
+            gate = a[:, start] if conj or not pairs else conjugate(a[:, start])
+            dh0 = times(gate, total[:, start])
+    return da, total if needs[1] else None, dh0, None, None, None, None
+
+
+def _jvp(args, outs, tangents):
+    a, x, h0, reverse, pairs, lag, conj = args
+    ta, tx, th0 = tangents[:3]
+    push = torch.zeros_like(x) if tx is None else tx
+    if ta is not None:
+        times = _times(pairs)
+        gate = conjugate(ta) if pairs and conj else ta
+        if lag:
+            push = push + before(times(gate, outs[0]), 1, None, reverse)
+        else:
+            push = push + times(gate, before(outs[0], 1, h0, reverse))
+    return native.scan(a, push, th0, reverse, pairs, lag, conj)
+
+
+native.scan.derive(vjp=_vjp, jvp=_jvp)
+
+KERNELS = (Kernel("native", run_native, lambda a, x, h0: native_reason("scan", a, x, h0)),)

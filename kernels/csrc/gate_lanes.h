@@ -1,0 +1,199 @@
+/* Vectors of REAL for the gated recurrences: partial loads, pairs, exp, the gates. Included once per precision.
+ *
+ * Needs REAL, S, VF, LANES and WIDE (1 for double). Only GCC/Clang vector extensions. */
+
+#ifndef FNATTN_GATE_LANES_ONCE
+#define FNATTN_GATE_LANES_ONCE
+
+typedef int32_t vi32 __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
+typedef int64_t vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(VI, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(VI, a, b, ...) __builtin_shuffle(a, b, (VI){__VA_ARGS__})
+#endif
+
+/* Lane numbers for: the even and odd lanes of two vectors, and the lower and upper halves of two vectors interleaved. */
+#define EVEN_2 0, 2
+#define ODD_2 1, 3
+#define LOW_2 0, 2
+#define HIGH_2 1, 3
+#define EVEN_4 0, 2, 4, 6
+#define ODD_4 1, 3, 5, 7
+#define LOW_4 0, 4, 1, 5
+#define HIGH_4 2, 6, 3, 7
+#define EVEN_8 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD_8 1, 3, 5, 7, 9, 11, 13, 15
+#define LOW_8 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_8 4, 12, 5, 13, 6, 14, 7, 15
+#define EVEN_16 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD_16 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define LOW_16 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_16 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+
+#define INLINE static inline __attribute__((always_inline))
+#endif
+
+#if WIDE
+#define VI vi64
+#define INT int64_t
+#else
+#define VI vi32
+#define INT int32_t
+#endif
+
+#undef EVEN
+#undef ODD
+#undef LOW
+#undef HIGH
+#if LANES == 16
+#define EVEN EVEN_16
+#define ODD ODD_16
+#define LOW LOW_16
+#define HIGH HIGH_16
+#elif LANES == 8
+#define EVEN EVEN_8
+#define ODD ODD_8
+#define LOW LOW_8
+#define HIGH HIGH_8
+#elif LANES == 4
+#define EVEN EVEN_4
+#define ODD ODD_4
+#define LOW LOW_4
+#define HIGH HIGH_4
+#else
+#define EVEN EVEN_2
+#define ODD ODD_2
+#define LOW LOW_2
+#define HIGH HIGH_2
+#endif
+
+/* `count` is a constant LANES everywhere but in the last vector of a row: the compiler makes plain moves of these. */
+INLINE VF S(load)(const REAL *p, int64_t count) {
+    VF x = {0};
+    if (count == LANES) memcpy(&x, p, sizeof x);
+    else memcpy(&x, p, (size_t)count * sizeof(REAL));
+    return x;
+}
+
+INLINE void S(store)(REAL *p, VF x, int64_t count) {
+    if (count == LANES) memcpy(p, &x, sizeof x);
+    else memcpy(p, &x, (size_t)count * sizeof(REAL));
+}
+
+typedef struct {
+    VF re, im;
+} S(pair);
+
+/* `count` complex numbers stored as (re, im), (re, im), ... */
+INLINE S(pair) S(load_pairs)(const REAL *p, int64_t count) {
+    VF two[2] = {{0}, {0}};
+    if (count == LANES) memcpy(two, p, sizeof two);
+    else memcpy(two, p, 2 * (size_t)count * sizeof(REAL));
+    return (S(pair)){SHUFFLE(VI, two[0], two[1], EVEN), SHUFFLE(VI, two[0], two[1], ODD)};
+}
+
+INLINE void S(store_pairs)(REAL *p, VF re, VF im, int64_t count) {
+    VF two[2] = {SHUFFLE(VI, re, im, LOW), SHUFFLE(VI, re, im, HIGH)};
+    if (count == LANES) memcpy(p, two, sizeof two);
+    else memcpy(p, two, 2 * (size_t)count * sizeof(REAL));
+}
+
+INLINE VF S(all)(REAL x) { return (VF){0} + x; }
+
+INLINE VF S(select)(VI mask, VF yes, VF no) { return (VF)(((VI)yes & mask) | ((VI)no & ~mask)); }
+
+/* exp(x) for x <= 0 to about one unit in the last place; below the smallest normal number it stays there. */
+INLINE VF S(exp_down)(VF x) {
+#if WIDE
+    const REAL floor_at = -708.0, magic = 6755399441055744.0, ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33;
+#else
+    const REAL floor_at = -87.0f, magic = 12582912.0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+#endif
+    x = S(select)(x < floor_at, S(all)(floor_at), x);
+    VF shifted = x * (REAL)1.44269504088896340736 + magic; /* the integer nearest to x / ln 2 sits in the low bits */
+    VF n = shifted - magic;
+    VF r = x - n * ln2_high - n * ln2_low;
+#if WIDE
+    VF y = S(all)(1.0 / 6227020800.0);
+    y = y * r + 1.0 / 479001600.0;
+    y = y * r + 1.0 / 39916800.0;
+    y = y * r + 1.0 / 3628800.0;
+    y = y * r + 1.0 / 362880.0;
+    y = y * r + 1.0 / 40320.0;
+    y = y * r + 1.0 / 5040.0;
+#else
+    VF y = S(all)(1.0f / 5040.0f);
+#endif
+    y = y * r + (REAL)(1.0 / 720.0);
+    y = y * r + (REAL)(1.0 / 120.0);
+    y = y * r + (REAL)(1.0 / 24.0);
+    y = y * r + (REAL)(1.0 / 6.0);
+    y = y * r + (REAL)0.5;
+    y = y * r + (REAL)1.0;
+    y = y * r + (REAL)1.0;
+    return (VF)((VI)y + ((VI)shifted << (WIDE ? 52 : 23)));
+}
+
+/* x^-1/2 for normal x > 0: a guess from the exponent, then Newton steps. Neither compiler's vector types have a sqrt. */
+INLINE VF S(inverse_root)(VF x) {
+#if WIDE
+    VF y = (VF)(0x5FE6EB50C7B537A9 - ((VI)x >> 1));
+    VF half = x * 0.5;
+    for (int i = 0; i < 4; i++) y = y * (1.5 - half * y * y);
+    return y + 0.5 * y * (1.0 - x * y * y);
+#else
+    VF y = (VF)(0x5F375A86 - ((VI)x >> 1));
+    VF half = x * 0.5f;
+    for (int i = 0; i < 2; i++) y = y * (1.5f - half * y * y);
+    return y + 0.5f * y * (1.0f - x * y * y);
+#endif
+}
+
+/* 1 / (1 + exp(-x)), right to the last places at both ends. */
+INLINE VF S(sigmoid)(VF x) {
+    VI sign = x < (REAL)0;
+    VF e = S(exp_down)(S(select)(sign, x, -x)), inverse = (REAL)1 / ((REAL)1 + e);
+    return S(select)(sign, e * inverse, inverse);
+}
+
+/* The complex gate alpha = size (ux + i uy), size = sigmoid(|a|), (ux, uy) = a / |a|, inverse = 1 / |a|.
+ *
+ * |a| < 2^-100 counts as 0: direction (1, 0), and `inverse`, through which alone the direction's derivative goes, is 0.
+ * Squares of the other tiny and of huge numbers are taken after a scaling by a power of two. */
+typedef struct {
+    VF ux, uy, size, inverse;
+    VI zero;
+} S(gate);
+
+INLINE S(gate) S(make_gate)(S(pair) a) {
+#if WIDE
+    const REAL low = 0, up = 1, high = 0x1p1000, down = 0x1p-600, none = 0x1p-200;
+#else
+    const REAL low = 0x1p-100f, up = 0x1p80f, high = 0x1p100f, down = 0x1p-80f, none = 0x1p-40f;
+#endif
+    VF square = a.re * a.re + a.im * a.im;
+    VF scale = S(select)(square < low, S(all)(up), S(select)(square > high, S(all)(down), S(all)(1)));
+    VF x = a.re * scale, y = a.im * scale;
+    square = x * x + y * y;
+    VI zero = square < none;
+    square = S(select)(zero, S(all)(1), square);
+    VF root = S(inverse_root)(square);
+    S(gate) g;
+    g.zero = zero;
+    g.ux = S(select)(zero, S(all)(1), x * root);
+    g.uy = S(select)(zero, S(all)(0), y * root);
+    g.inverse = S(select)(zero, S(all)(0), root * scale);
+    VF length = S(select)(zero, S(all)(0), square * root / scale);
+    g.size = (REAL)1 / ((REAL)1 + S(exp_down)(-length));
+    return g;
+}
+
+/* Gradient of a from the gradient of alpha: along a through the size, across it through the direction. */
+INLINE S(pair) S(gate_gradient)(VF ux, VF uy, VF size, VF inverse, VF gre, VF gim) {
+    VF along = size * ((REAL)1 - size) * (ux * gre + uy * gim);
+    VF across = size * inverse * (ux * gim - uy * gre);
+    along = S(select)(inverse == (REAL)0, S(all)(0), along);
+    return (S(pair)){ux * along - uy * across, uy * along + ux * across};
+}
