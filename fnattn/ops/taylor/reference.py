@@ -1,0 +1,176 @@
+"""Taylor attention and its gradients in plain torch: the specification of the kernels, and all derivatives beyond theirs.
+
+Chunked: inside a chunk of l positions the polynomial is taken of the [l, l] scores; what earlier chunks hold is read from
+the running sum of psi(k) [v, 1]^T. Splits and concatenations, not slices: the gradient of a slice is as long as what it was
+cut from, which would make a backward pass quadratic in the number of chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# b batch, h query heads, g key heads, r = h / g, n queries, m keys, d width of q and k, e width of v,
+# F = 1 + d + d (d + 1) / 2 features, c chunks of l positions
+CHUNK = 64
+EPS = 1e-5
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, sums: Tensor | None = None, hard: bool = False,
+              causal: bool = True, scale: float = 1.0, eps: float = EPS, chunk: int = CHUNK) -> tuple[Tensor, Tensor, Tensor]:
+    """(out [b, h, n, e], den [b, h, n] before the clamp, sums); a chunk as long as the sequence is the quadratic form."""
+    n, groups = q.shape[2], k.shape[1]
+    chunk = min(chunk, max(n, 1)) if causal else chunk
+    queries, keys, values = _operands(scale * q, k, v, keep, hard, causal, chunk)
+    acc, _, total = _accumulate(queries, keys, values, sums, q.shape[1] // max(groups, 1), causal, chunk)
+    num, den = _join(acc, q.shape[1], n).split([v.shape[3], 1], -1)
+    return num / den.clamp_min(eps), den.squeeze(-1), total
+
+
+def gradients(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, sums: Tensor | None, out: Tensor, den: Tensor, grad: Tensor,
+              grad_sums: Tensor | None, hard: bool = False, causal: bool = True, scale: float = 1.0, eps: float = EPS,
+              chunk: int = CHUNK) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, keep and sums for cotangents of out and of the returned sums.
+
+    With g' = [g / den, -(g . out) / den] the gradient of p_ij is u_ij = g'_i . [v_j, 1], and that of s_ij is (1 + s_ij) u_ij.
+    out and den are not read but computed again, so that differentiating this function sees through them.
+    """
+    (b, h, n, _), (_, g, m, e) = q.shape, v.shape
+    chunk = min(chunk, max(n, 1)) if causal else chunk
+    repeat = h // max(g, 1)
+    queries, keys, values = _operands(scale * q, k, v, keep, hard, causal, chunk)
+    acc, states, _ = _accumulate(queries, keys, values, sums, repeat, causal, chunk)
+    num, den = _join(acc, h, n).split([e, 1], -1)
+    safe = den.clamp_min(eps)
+    g_den = torch.where(den >= eps, -(grad * (num / safe)).sum(-1, keepdim=True), 0.0)
+    g_rows = _query_chunks(torch.cat((grad, g_den), -1) / safe, g, causal, chunk)  # g'
+
+    after = features(queries, False).mT @ g_rows  # [b, g, c, F, e + 1]: what each chunk's queries ask of earlier keys
+    last = torch.zeros_like(after.sum(2)) if grad_sums is None else grad_sums
+    if causal:
+        after = torch.cat((after, last.unsqueeze(2)), 2).flip(2).cumsum(2).flip(2)
+        first, after = after.split([1, after.shape[2] - 1], 2)
+        d_sums = first.squeeze(2)
+    else:
+        d_sums = after.squeeze(2) + last
+        after = d_sums.unsqueeze(2)
+    d_queries = features_back(queries, g_rows @ states.mT, False)
+    d_keys = features_back(keys, values @ after.mT, True)
+    d_values = features(keys, True) @ after
+    if causal:
+        scores = queries @ keys.mT
+        d_scores = _past((1 + scores) * (g_rows @ values.mT), repeat)
+        d_queries = d_queries + d_scores @ keys
+        d_keys = d_keys + d_scores.mT @ queries
+        d_values = d_values + _past(polynomial(scores), repeat).mT @ g_rows
+    dq = scale * _join(d_queries, h, n)
+    dk = _join(d_keys, g, m)
+    d_values = _join(d_values, g, m)
+    dv, d_one = d_values.split([e, 1], -1)
+    d_keep = q.new_empty(b, 0)
+    if keep is not None:
+        weight = keep[:, None, :, None]
+        if hard:
+            dk, dv = torch.where(weight != 0, dk, 0.0), torch.where(weight != 0, dv, 0.0)
+        else:
+            d_keep = ((dv * v).sum(-1) + d_one.squeeze(-1)).sum(1)
+            dv = weight * dv
+    return dq, dk, dv, d_keep, q.new_empty(b, 0, 0, 0) if sums is None else d_sums
+
+
+# ----------------------------------------------------------------------------------------------------------- features
+
+
+def pairs(d: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows i and columns j of the products x_i x_j with i <= j, row-major."""
+    i, j = torch.triu_indices(d, d, device=like.device).unbind(0)
+    return i, j
+
+
+def features(x: Tensor, weighted: bool) -> Tensor:
+    """phi(x) = [1, x, x_i x_j (i <= j)], or psi(x) with squares halved: [..., d] -> [..., F]."""
+    i, j = pairs(x.shape[-1], x)
+    second = x.index_select(-1, i) * x.index_select(-1, j)
+    if weighted:
+        second = torch.where(i == j, 0.5 * second, second)
+    one, _ = torch.ones_like(x).split([1, x.shape[-1] - 1], -1)
+    return torch.cat((one, x, second), -1)
+
+
+def features_back(x: Tensor, grad: Tensor, weighted: bool) -> Tensor:
+    """Gradient of x [..., d] from that of its features [..., F]: every product feeds both its factors."""
+    d = x.shape[-1]
+    _, linear, second = grad.split([1, d, grad.shape[-1] - d - 1], -1)
+    i, j = pairs(d, x)
+    if not weighted:
+        second = torch.where(i == j, 2 * second, second)
+    at = torch.arange(d, device=x.device)
+    low, high = torch.minimum(at[:, None], at), torch.maximum(at[:, None], at)
+    place = low * d - low * (low - 1) // 2 + high - low  # of x_low x_high among the products
+    table = second.index_select(-1, place.flatten()).unflatten(-1, (d, d))
+    return linear + (table @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def polynomial(scores: Tensor) -> Tensor:
+    return 1 + scores + scores.square() / 2
+
+
+# ------------------------------------------------------------------------------------------------------------- chunks
+
+
+def _operands(q, k, v, keep, hard, causal, chunk):
+    """Queries [b, g, c, r * l, d], keys [b, g, c, l, d] and values = keep [v, 1] as [b, g, c, l, e + 1]."""
+    one, _ = torch.ones_like(k).split([1, k.shape[3] - 1], -1)
+    values = torch.cat((v, one), -1)
+    if keep is not None:
+        weight = keep[:, None, :, None]
+        if hard:  # not a product: a key that is not there may hold anything, NaN included
+            k, values = torch.where(weight != 0, k, 0.0), torch.where(weight != 0, values, 0.0)
+        else:
+            values = weight * values
+    queries = _query_chunks(q, k.shape[1], causal, chunk)
+    return queries, _key_chunks(k, causal, chunk), _key_chunks(values, causal, chunk)
+
+
+def _key_chunks(x: Tensor, causal: bool, chunk: int) -> Tensor:
+    """[..., m, w] -> [..., c, l, w]; rows that fill the last chunk are zero, and so count for nothing."""
+    if not causal:
+        return x.unsqueeze(-3)
+    count = max(1, -(-x.shape[-2] // chunk))
+    return pad(x, (0, 0, 0, count * chunk - x.shape[-2])).unflatten(-2, (count, chunk))
+
+
+def _query_chunks(x: Tensor, groups: int, causal: bool, chunk: int) -> Tensor:
+    """[b, h, n, w] -> [b, g, c, r * l, w]: heads that share a key head become rows, so keys are never repeated."""
+    x = x.unflatten(1, (groups, x.shape[1] // max(groups, 1)))
+    return _key_chunks(x, causal, chunk).transpose(2, 3).flatten(3, 4)
+
+
+def _join(x: Tensor, heads: int, length: int) -> Tensor:
+    """[b, g, c, r * l, w] -> [b, h, length, w], the inverse of both splits."""
+    x = x.unflatten(3, (heads // max(x.shape[1], 1), -1)) if x.numel() else x.unsqueeze(3)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2).narrow(2, 0, length)
+
+
+def _past(table: Tensor, repeat: int) -> Tensor:
+    """Zero where a key comes after its query: [..., r * l, l]."""
+    return table.unflatten(-2, (repeat, table.shape[-1])).tril().flatten(-3, -2)
+
+
+def _accumulate(queries, keys, values, sums, repeat, causal, chunk):
+    """sum_j p_ij [v_j, 1] as chunks [b, g, c, r * l, e + 1], the states that the chunks read, and the final sums."""
+    added = features(keys, True).mT @ values  # [b, g, c, F, e + 1]
+    start = torch.zeros_like(added.sum(2)) if sums is None else sums
+    if causal:
+        states = torch.cat((start.unsqueeze(2), added), 2).cumsum(2)
+        states, total = states.split([added.shape[2], 1], 2)
+        acc = _past(polynomial(queries @ keys.mT), repeat) @ values
+        if sums is not None or added.shape[2] > 1:
+            acc = acc + features(queries, False) @ states
+        return acc, states, total.squeeze(2)
+    total = start + added.squeeze(2)
+    if keys.shape[3] <= chunk:
+        acc = polynomial(queries @ keys.mT) @ values
+        return (acc if sums is None else acc + features(queries, False) @ sums.unsqueeze(2)), total.unsqueeze(2), total
+    return features(queries, False) @ total.unsqueeze(2), total.unsqueeze(2), total

@@ -1,0 +1,166 @@
+/* Taylor linear attention: out_i = sum_j p_ij v_j / max(sum_j p_ij, eps), p = 1 + s + s^2/2, s = scale q_i.k_j.
+ *
+ * A forward pass in chunks of CHUNK positions: inside a chunk p is evaluated as a polynomial of s; earlier chunks are read
+ * from the state S = sum_j psi(k_j) [v_j, 1], because p = phi(q).psi(k) for the features 1, x_i, x_i x_j. All products of
+ * matrices are one routine on data in the first-level cache, with positions in vector lanes.
+ *
+ * Shapes, all contiguous: q [b, h, n, d], k [b, g, m, d], v [b, g, m, e], keep [b, m] or NULL, sums [b, g, F, e+1] or NULL,
+ * out [b, h, n, e], den [b, h, n] (before the clamp). h is a multiple of g; each key head serves h / g query heads.
+ * `hard`: keep is 0 or 1, and a key that is not there may hold anything. Functions return 0, or 1 if memory ran out. */
+#include "common.h"
+
+#ifndef REAL
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define HAVE_SHUFFLE
+#endif
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define TILE 12 /* rows of a register tile: 24 sums and 2 factors of 32 registers */
+#else
+#define TILE 6
+#endif
+#define CHUNK 32
+#define BLOCK_FEATURES 192
+typedef int32_t vi32 __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
+typedef int64_t vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
+
+#define REAL float
+#define S(x) PASTE(fnattn_, x, _, f32)
+#define VF vf32
+#define VI vi32
+#define LANES (VECTOR_BYTES / 4)
+#include "taylor.c"
+#undef REAL
+#undef S
+#undef VF
+#undef VI
+#undef LANES
+#define REAL double
+#define S(x) PASTE(fnattn_, x, _, f64)
+#define VF vf64
+#define VI vi64
+#define LANES (VECTOR_BYTES / 8)
+#include "taylor.c"
+#else
+#include "taylor_square.h"
+#include "taylor_parts.h"
+
+/* One thread's workspace. Names ending in T are in lanes, [width][CHUNK]. */
+typedef struct {
+    int64_t d, e1, ldv, stride; /* ldv: row length of [v, 1]; stride: row length of a state */
+    REAL *S, *R;                /* states over keys, and (backward) over queries */
+    REAL *kk, *qq, *v1, *g1;    /* rows of one chunk: keys and queries doubled, values, gradients */
+    REAL *qT, *kT, *v1T, *g1T;  /* lanes */
+    REAL *s, *ds, *phi, *acc, *dx;
+    void *memory;
+} S(work);
+
+static int S(work_new)(S(work) *w, int64_t d, int64_t e, int backward) {
+    w->d = d, w->e1 = e + 1, w->ldv = (e + LANES) / LANES * LANES;
+    int64_t F = 1 + d + d * (d + 1) / 2, c = CHUNK;
+    w->stride = (F + LANES - 1) / LANES * LANES + LANES;
+    int64_t block = max64(BLOCK_FEATURES, d) + 2 * d + 1 + LANES;
+    REAL **parts[] = {&w->S, &w->kk, &w->qq, &w->v1, &w->qT, &w->s, &w->phi, &w->acc, &w->R, &w->g1, &w->kT, &w->v1T, &w->g1T,
+                      &w->ds, &w->dx};
+    int64_t sizes[] = {w->e1 * w->stride, 2 * d * c, 2 * d * c, w->ldv * c, d * c, c * c, block * c, w->e1 * c,
+                       w->e1 * w->stride, w->ldv * c, d * c, w->e1 * c, w->e1 * c, c * c, d * c};
+    int count = backward ? 15 : 8;
+    size_t total = 0;
+    for (int i = 0; i < count; i++) total += ((size_t)sizes[i] * sizeof(REAL) + 127) / 64 * 64;
+    if (!(w->memory = scratch(total))) return 1;
+    char *at = w->memory;
+    for (int i = 0; i < count; i++) *parts[i] = (REAL *)at, at += ((size_t)sizes[i] * sizeof(REAL) + 127) / 64 * 64;
+    return 0;
+}
+
+static inline int64_t S(lanes)(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* p = 1 + s + s^2/2 in place for `rows` rows; `side`: 1 keeps lane >= row, -1 keeps lane <= row, 0 keeps all. */
+static void S(polynomial)(REAL *s, int64_t rows, int64_t L, int side) {
+    VI lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    for (int64_t j = 0; j < rows; j++)
+        for (int64_t l = 0; l < L; l += LANES) {
+            VF *x = (VF *)(s + j * CHUNK + l), p = *x + 1;
+            VI seen = side > 0 ? lane + (int)l >= (int)j : side < 0 ? lane + (int)l <= (int)j : lane >= 0;
+            *x = (VF)((VI)((p * p + 1) * (REAL)0.5) & seen);
+        }
+}
+
+/* Everything that the queries qq (n of them, scaled) take from the chunk's keys and from the state: acc [e+1] lanes. */
+static void S(attend)(S(work) *w, int64_t n, int64_t keys, int causal, int past) {
+    int64_t L = S(lanes)(n);
+    memset(w->acc, 0, (size_t)(w->e1 * CHUNK) * sizeof(REAL));
+    S(transpose)(w->qq, 2 * w->d, w->qT, CHUNK, CHUNK, w->d);
+    if (past) S(read_state)(w->acc, w->qT, w->S, w->stride, w->d, w->e1, L, w->phi);
+    if (!causal) return;
+    memset(w->s, 0, (size_t)(keys * CHUNK) * sizeof(REAL));
+    S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * w->d, 1, keys, w->d, L);
+    S(polynomial)(w->s, keys, L, 1);
+    S(mac)(w->acc, CHUNK, w->s, CHUNK, w->v1, 1, w->ldv, w->e1, keys, L);
+}
+
+/* Divides by the normaliser and writes n rows. */
+static void S(write_out)(S(work) *w, REAL *out, REAL *den, int64_t n, REAL eps) {
+    int64_t e = w->e1 - 1;
+    REAL *sum = w->acc + e * CHUNK, inverse[CHUNK];
+    memcpy(den, sum, (size_t)n * sizeof(REAL));
+    for (int64_t t = 0; t < CHUNK; t++) inverse[t] = 1 / (sum[t] > eps ? sum[t] : eps);
+    for (int64_t c = 0; c < e; c++)
+        for (int64_t t = 0; t < CHUNK; t++) w->acc[c * CHUNK + t] *= inverse[t];
+    S(transpose)(w->acc, CHUNK, out, e, e, n);
+}
+
+static void S(group_forward)(S(work) *w, const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, REAL *out,
+                             REAL *den, REAL *sums, int64_t queries, int64_t n, int64_t m, int64_t e, int hard, int causal,
+                             REAL scale, REAL eps) {
+    int64_t d = w->d;
+    S(to_state)(w->S, w->stride, sums0, d, w->e1, 1);
+    for (int64_t j = 0; j < m; j += CHUNK) {
+        int64_t size = min64(CHUNK, m - j);
+        S(load_rows)(w->kk, k + j * d, size, d, 1, hard ? keep + j : NULL);
+        S(load_values)(w->v1, w->ldv, v + j * e, size, e, keep ? keep + j : NULL, hard);
+        for (int64_t r = 0; r < queries && causal; r++) {
+            S(load_rows)(w->qq, q + (r * n + j) * d, size, d, scale, NULL);
+            S(attend)(w, size, size, 1, j || sums0);
+            S(write_out)(w, out + (r * n + j) * e, den + r * n + j, size, eps);
+        }
+        S(add_state)(w->S, w->stride, w->kk, w->v1, w->ldv, size, d, w->e1, w->phi);
+    }
+    for (int64_t r = 0; r < queries && !causal; r++)
+        for (int64_t i = 0; i < n; i += CHUNK) {
+            int64_t size = min64(CHUNK, n - i);
+            S(load_rows)(w->qq, q + (r * n + i) * d, size, d, scale, NULL);
+            S(attend)(w, size, 0, 0, 1);
+            S(write_out)(w, out + (r * n + i) * e, den + r * n + i, size, eps);
+        }
+    S(from_state)(sums, w->S, w->stride, d, w->e1, 1);
+}
+
+int S(try_taylor_forward)(const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, REAL *out, REAL *den,
+                          REAL *sums, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, int64_t hard,
+                          int64_t causal, double scale, double eps, int64_t threads) {
+    int64_t queries = g ? h / g : 0, entries = (1 + d + d * (d + 1) / 2) * (e + 1);
+    int failed = 0;
+#pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
+    {
+        S(work) w;
+        int bad = S(work_new)(&w, d, e, 0);
+        if (bad) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < b * g; i++)
+            if (!bad)
+                S(group_forward)(&w, q + i * queries * n * d, k + i * m * d, v + i * m * e, keep ? keep + i / g * m : NULL,
+                                 sums0 ? sums0 + i * entries : NULL, out + i * queries * n * e, den + i * queries * n,
+                                 sums + i * entries, queries, n, m, e, (int)hard, (int)causal, (REAL)scale, (REAL)eps);
+        if (!bad) free(w.memory);
+    }
+    return failed;
+}
+
+#include "taylor_backward.h"
+#endif

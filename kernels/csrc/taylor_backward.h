@@ -1,0 +1,175 @@
+/* Gradients of Taylor attention; included once per precision by taylor.c.
+ *
+ * With g' = [g / den, -(g.out) / den] the gradient of p_ij is g'_i.[v_j, 1] =: u_ij, and that of s_ij is (1 + s_ij) u_ij.
+ * Queries read the state S of the keys before them; keys read the state R = sum_i phi(q_i) g'_i of the queries after them,
+ * which starts from the cotangent of the returned sums and ends as the gradient of the initial sums. The 1/2 on squares,
+ * which belongs to psi(k), is kept inside R, so one routine serves both directions. */
+
+/* g1[t] = [g / den, -(g.out) / den]; where the clamp holds, the normaliser has no gradient. */
+static void S(load_gradient)(S(work) *w, const REAL *grad, const REAL *out, const REAL *den, int64_t n, REAL eps) {
+    int64_t e = w->e1 - 1;
+    for (int64_t t = 0; t < CHUNK; t++) {
+        REAL *row = w->g1 + t * w->ldv;
+        if (t >= n) {
+            memset(row, 0, (size_t)w->ldv * sizeof(REAL));
+            continue;
+        }
+        REAL inverse = 1 / (den[t] > eps ? den[t] : eps), dot = 0;
+        for (int64_t c = 0; c < e; c++) {
+            row[c] = grad[t * e + c] * inverse;
+            dot += row[c] * out[t * e + c];
+        }
+        row[e] = den[t] >= eps ? -dot : 0;
+    }
+}
+
+/* ds = (1 + s) u where p > 0 in lanes >= row (side 1) or lanes <= row (side -1), else 0. Turns s into p. */
+static void S(score_gradient)(REAL *s, REAL *ds, int64_t rows, int64_t L, int side) {
+    VI lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    for (int64_t j = 0; j < rows; j++)
+        for (int64_t l = 0; l < L; l += LANES) {
+            VF *x = (VF *)(s + j * CHUNK + l), *u = (VF *)(ds + j * CHUNK + l), p = *x + 1;
+            VI seen = side > 0 ? lane + (int)l >= (int)j : lane + (int)l <= (int)j;
+            *u = (VF)((VI)(*u * p) & seen);
+            *x = (VF)((VI)((p * p + 1) * (REAL)0.5) & seen);
+        }
+}
+
+/* dq of one chunk, from the chunk's own keys (if causal) and from the state of the keys before. */
+static void S(query_gradient)(S(work) *w, REAL *dq, int64_t n, int64_t keys, int past, REAL scale) {
+    int64_t L = S(lanes)(n), d = w->d;
+    memset(w->dx, 0, (size_t)(d * CHUNK) * sizeof(REAL));
+    S(transpose)(w->qq, 2 * d, w->qT, CHUNK, CHUNK, d);
+    S(transpose)(w->g1, w->ldv, w->g1T, CHUNK, CHUNK, w->e1);
+    if (past) S(read_state_back)(w->dx, w->qT, w->g1T, w->S, w->stride, d, w->e1, L, w->phi);
+    if (keys) {
+        memset(w->s, 0, (size_t)(keys * CHUNK) * sizeof(REAL));
+        memset(w->ds, 0, (size_t)(keys * CHUNK) * sizeof(REAL));
+        S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * d, 1, keys, d, L);
+        S(mac)(w->ds, CHUNK, w->g1T, CHUNK, w->v1, w->ldv, 1, keys, w->e1, L);
+        S(score_gradient)(w->s, w->ds, keys, L, 1);
+        S(mac)(w->dx, CHUNK, w->ds, CHUNK, w->kk, 1, 2 * d, d, keys, L);
+    }
+    for (int64_t i = 0; i < d * CHUNK; i++) w->dx[i] *= scale;
+    S(transpose)(w->dx, CHUNK, dq, d, d, n);
+}
+
+/* Adds to dk (in dx) and d[v, 1] (in acc) what the queries qq, g1 of the same chunk give the keys in the lanes. */
+static void S(key_gradient_inside)(S(work) *w, int64_t n) {
+    int64_t L = S(lanes)(n), d = w->d;
+    memset(w->s, 0, (size_t)(n * CHUNK) * sizeof(REAL));
+    memset(w->ds, 0, (size_t)(n * CHUNK) * sizeof(REAL));
+    S(mac)(w->s, CHUNK, w->kT, CHUNK, w->qq, 2 * d, 1, n, d, L);
+    S(mac)(w->ds, CHUNK, w->v1T, CHUNK, w->g1, w->ldv, 1, n, w->e1, L);
+    S(score_gradient)(w->s, w->ds, n, L, -1);
+    S(mac)(w->dx, CHUNK, w->ds, CHUNK, w->qq, 1, 2 * d, d, n, L);
+    S(mac)(w->acc, CHUNK, w->s, CHUNK, w->g1, 1, w->ldv, w->e1, n, L);
+}
+
+/* Writes dk, dv and dkeep of n keys from dx and acc = d(keep [v, 1]). */
+static void S(write_key_gradient)(S(work) *w, const REAL *v, const REAL *keep, REAL *dk, REAL *dv, REAL *dkeep, int64_t n,
+                                  int64_t e) {
+    S(transpose)(w->dx, CHUNK, dk, w->d, w->d, n);
+    if (dkeep)
+        for (int64_t t = 0; t < n; t++) {
+            REAL sum = w->acc[e * CHUNK + t];
+            for (int64_t c = 0; c < e; c++) sum += w->acc[c * CHUNK + t] * v[t * e + c];
+            dkeep[t] = sum;
+        }
+    if (keep)
+        for (int64_t c = 0; c < e; c++)
+            for (int64_t t = 0; t < n; t++) w->acc[c * CHUNK + t] = keep[t] == 0 ? 0 : keep[t] * w->acc[c * CHUNK + t];
+    S(transpose)(w->acc, CHUNK, dv, e, e, n);
+}
+
+typedef struct {
+    const REAL *q, *k, *v, *keep, *sums0, *out, *den, *grad, *grad_sums;
+    REAL *dq, *dk, *dv, *dkeep, *dsums0;
+    int64_t queries, n, m, e;
+    int hard, causal;
+    REAL scale, eps;
+} S(backward);
+
+static void S(load_keys)(S(work) *w, const S(backward) *a, int64_t j, int64_t size) {
+    S(load_rows)(w->kk, a->k + j * w->d, size, w->d, 1, a->hard ? a->keep + j : NULL);
+    S(load_values)(w->v1, w->ldv, a->v + j * a->e, size, a->e, a->keep ? a->keep + j : NULL, a->hard);
+}
+
+static void S(load_queries)(S(work) *w, const S(backward) *a, int64_t r, int64_t i, int64_t size) {
+    int64_t at = r * a->n + i;
+    S(load_rows)(w->qq, a->q + at * w->d, size, w->d, a->scale, NULL);
+    S(load_gradient)(w, a->grad + at * a->e, a->out + at * a->e, a->den + at, size, a->eps);
+}
+
+static void S(group_backward)(S(work) *w, const S(backward) *a) {
+    int64_t d = w->d, n = a->n, m = a->m, e = a->e;
+    S(to_state)(w->S, w->stride, a->sums0, d, w->e1, 1);
+    S(to_state)(w->R, w->stride, a->grad_sums, d, w->e1, (REAL)0.5);
+    for (int64_t j = 0; j < m; j += CHUNK) {
+        int64_t size = min64(CHUNK, m - j);
+        S(load_keys)(w, a, j, size);
+        for (int64_t r = 0; r < a->queries && a->causal; r++) {
+            S(load_queries)(w, a, r, j, size);
+            S(query_gradient)(w, a->dq + (r * n + j) * d, size, size, j || a->sums0, a->scale);
+        }
+        if (!a->causal || j + CHUNK < m) S(add_state)(w->S, w->stride, w->kk, w->v1, w->ldv, size, d, w->e1, w->phi);
+    }
+    for (int64_t r = 0; r < a->queries && !a->causal; r++)
+        for (int64_t i = 0; i < n; i += CHUNK) {
+            int64_t size = min64(CHUNK, n - i);
+            S(load_queries)(w, a, r, i, size);
+            S(query_gradient)(w, a->dq + (r * n + i) * d, size, 0, 1, a->scale);
+            S(add_state)(w->R, w->stride, w->qq, w->g1, w->ldv, size, d, w->e1, w->phi);
+        }
+    for (int64_t j = (m - 1) / CHUNK * CHUNK; j >= 0 && m; j -= CHUNK) {
+        int64_t size = min64(CHUNK, m - j), L = S(lanes)(size);
+        int future = !a->causal || a->grad_sums || j + CHUNK < m;
+        S(load_keys)(w, a, j, size);
+        S(transpose)(w->kk, 2 * d, w->kT, CHUNK, CHUNK, d);
+        S(transpose)(w->v1, w->ldv, w->v1T, CHUNK, CHUNK, w->e1);
+        memset(w->dx, 0, (size_t)(d * CHUNK) * sizeof(REAL));
+        memset(w->acc, 0, (size_t)(w->e1 * CHUNK) * sizeof(REAL));
+        if (future) {
+            S(read_state)(w->acc, w->kT, w->R, w->stride, d, w->e1, L, w->phi);
+            S(read_state_back)(w->dx, w->kT, w->v1T, w->R, w->stride, d, w->e1, L, w->phi);
+        }
+        for (int64_t r = 0; r < a->queries && a->causal; r++) {
+            S(load_queries)(w, a, r, j, size);
+            S(key_gradient_inside)(w, size);
+            if (j || a->dsums0) S(add_state)(w->R, w->stride, w->qq, w->g1, w->ldv, size, d, w->e1, w->phi);
+        }
+        S(write_key_gradient)(w, a->v + j * e, a->keep ? a->keep + j : NULL, a->dk + j * d, a->dv + j * e,
+                              a->dkeep ? a->dkeep + j : NULL, size, e);
+    }
+    if (a->dsums0) S(from_state)(a->dsums0, w->R, w->stride, d, w->e1, 2);
+}
+
+int S(try_taylor_backward)(const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, const REAL *out,
+                           const REAL *den, const REAL *grad, const REAL *grad_sums, REAL *dq, REAL *dk, REAL *dv, REAL *dkeep,
+                           REAL *dsums0, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
+                           int64_t hard, int64_t causal, double scale, double eps, int64_t threads) {
+    int64_t queries = g ? h / g : 0, entries = (1 + d + d * (d + 1) / 2) * (e + 1);
+    int failed = 0;
+#pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
+    {
+        S(work) w;
+        int bad = S(work_new)(&w, d, e, 1);
+        if (bad) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < b * g; i++) {
+            int64_t x = i * queries * n;
+            S(backward) a = {q + x * d, k + i * m * d, v + i * m * e, keep ? keep + i / g * m : NULL,
+                             sums0 ? sums0 + i * entries : NULL, out + x * e, den + x, grad + x * e,
+                             grad_sums ? grad_sums + i * entries : NULL, dq + x * d, dk + i * m * d, dv + i * m * e,
+                             dkeep ? dkeep + i * m : NULL, dsums0 ? dsums0 + i * entries : NULL, queries, n, m, e, (int)hard,
+                             (int)causal, (REAL)scale, (REAL)eps};
+            if (!bad) S(group_backward)(&w, &a);
+        }
+        if (!bad) free(w.memory);
+    }
+    return failed;
+}

@@ -1,0 +1,243 @@
+/* Building blocks of the Taylor kernels; included once per precision by taylor.c.
+ *
+ * A chunk holds CHUNK positions. Two layouts of a chunk occur: rows [t][width], one position per row, and lanes
+ * [width][CHUNK], one position per vector lane. Features are ordered by rotation inside the kernels: block r holds
+ * x_i x_{(i+r) mod d} for all i, so that building them is one product of two shifted rows and needs no index table:
+ *     r = 0 .. d/2 (for even d the last has d/2 entries), then the d linear features, then the constant.
+ * A state is kept transposed, [e+1][stride] with stride = number of features rounded up to whole vectors, plus one. */
+
+/* ------------------------------------------------------------------------------------------- the one matrix product */
+
+/* out[c][lane] += sum_f X[f][lane] * B[c, f] for mc rows and nv vectors, with the sums in registers. */
+static inline __attribute__((always_inline)) void S(tile)(REAL *out, int64_t ldo, const REAL *X, int64_t ldx, const REAL *B,
+                                                          int64_t sc, int64_t sf, int64_t K, const int nv, const int mc) {
+    VF a[TILE][2];
+#pragma GCC unroll 12
+    for (int c = 0; c < mc; c++)
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; v++) a[c][v] = *(const VF *)(out + c * ldo + v * LANES);
+    /* One pointer per three rows: offsets 0, 1 and 2 strides are addressing modes, so few registers hold addresses. */
+    const REAL *p[4] = {B, B + 3 * sc, B + 6 * sc, B + 9 * sc};
+    for (int64_t f = 0; f < K; f++) {
+        VF x[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; v++) x[v] = *(const VF *)(X + v * LANES);
+#pragma GCC unroll 12
+        for (int c = 0; c < mc; c++) {
+            REAL w = p[c / 3][(c % 3) * sc];
+#pragma GCC unroll 2
+            for (int v = 0; v < nv; v++) a[c][v] += w * x[v];
+        }
+        X += ldx;
+#pragma GCC unroll 4
+        for (int i = 0; i < (mc + 2) / 3; i++) p[i] += sf;
+    }
+#pragma GCC unroll 12
+    for (int c = 0; c < mc; c++)
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; v++) *(VF *)(out + c * ldo + v * LANES) = a[c][v];
+}
+
+#define TILE_CASE(MC)                                                                       \
+    case MC:                                                                                \
+        for (l = 0; l + 2 * LANES <= L; l += 2 * LANES) {                                   \
+            if (sc == 1) S(tile)(o + l, ldo, X + l, ldx, b, 1, sf, K, 2, MC);               \
+            else S(tile)(o + l, ldo, X + l, ldx, b, sc, 1, K, 2, MC);                       \
+        }                                                                                   \
+        if (l < L) {                                                                        \
+            if (sc == 1) S(tile)(o + l, ldo, X + l, ldx, b, 1, sf, K, 1, MC);               \
+            else S(tile)(o + l, ldo, X + l, ldx, b, sc, 1, K, 1, MC);                       \
+        }                                                                                   \
+        break;
+
+/* out[c][l] += sum_f X[f][l] B[c * sc + f * sf], c < M, f < K, l < L; L is a multiple of LANES, and sc or sf is 1. */
+static __attribute__((noinline)) void S(mac)(REAL *out, int64_t ldo, const REAL *X, int64_t ldx, const REAL *B, int64_t sc,
+                                             int64_t sf, int64_t M, int64_t K, int64_t L) {
+    int64_t tiles = (M + TILE - 1) / TILE, l;
+    for (int64_t i = 0, c = 0; i < tiles; i++) {
+        int64_t size = (M - c + tiles - i - 1) / (tiles - i); /* even sizes: a last tile of one row would be slow */
+        REAL *o = out + c * ldo;
+        const REAL *b = B + c * sc;
+        switch (size) {
+            TILE_CASE(1) TILE_CASE(2) TILE_CASE(3) TILE_CASE(4) TILE_CASE(5) TILE_CASE(6)
+#if TILE > 6
+            TILE_CASE(7) TILE_CASE(8) TILE_CASE(9) TILE_CASE(10) TILE_CASE(11) TILE_CASE(12)
+#endif
+        }
+        c += size;
+    }
+}
+
+/* --------------------------------------------------------------------------------------------------- moving chunks */
+
+/* out[c][r] = in[r][c], r < rows, c < cols. */
+static void S(transpose)(const REAL *in, int64_t ldi, REAL *out, int64_t ldo, int64_t rows, int64_t cols) {
+    for (int64_t r = 0; r < rows; r += LANES)
+        for (int64_t c = 0; c < cols; c += LANES) {
+            int64_t nr = min64(LANES, rows - r), nc = min64(LANES, cols - c);
+            if (nr == LANES && nc == LANES) {
+                S(square)(in + r * ldi + c, ldi, out + c * ldo + r, ldo);
+                continue;
+            }
+            for (int64_t i = 0; i < nc; i++)
+                for (int64_t j = 0; j < nr; j++) out[(c + i) * ldo + r + j] = in[(r + j) * ldi + c + i];
+        }
+}
+
+/* xx[t] = scale * [x_t, x_t]: doubled rows, so that any rotation of x_t is one slice. Rows from n on are zero, and so are
+ * rows that `hard` says are not there. */
+static void S(load_rows)(REAL *xx, const REAL *x, int64_t n, int64_t d, REAL scale, const REAL *hard) {
+    for (int64_t t = 0; t < n; t++) {
+        REAL *row = xx + t * 2 * d;
+        if (hard && hard[t] == 0) {
+            memset(row, 0, (size_t)(2 * d) * sizeof(REAL));
+            continue;
+        }
+        for (int64_t i = 0; i < d; i++) row[i] = row[d + i] = scale * x[t * d + i];
+    }
+    memset(xx + n * 2 * d, 0, (size_t)((CHUNK - n) * 2 * d) * sizeof(REAL));
+}
+
+/* v1[t] = keep_t [v_t, 1] in rows of ldv; a key that is not there may hold anything, NaN included. */
+static void S(load_values)(REAL *v1, int64_t ldv, const REAL *v, int64_t n, int64_t e, const REAL *keep, int hard) {
+    memset(v1 + n * ldv, 0, (size_t)((CHUNK - n) * ldv) * sizeof(REAL));
+    for (int64_t t = 0; t < n; t++) {
+        REAL w = keep ? keep[t] : 1, *row = v1 + t * ldv;
+        if (hard && w == 0) {
+            memset(row, 0, (size_t)ldv * sizeof(REAL));
+            continue;
+        }
+        for (int64_t c = 0; c < e; c++) row[c] = w * v[t * e + c];
+        row[e] = w;
+    }
+}
+
+/* -------------------------------------------------------------------------------------------------------- features */
+
+static inline int64_t S(rotation_size)(int64_t r, int64_t d) { return 2 * r == d ? d / 2 : d; }
+
+/* Quadratic features of rotations r0 .. r1-1 in lanes: phi[f][CHUNK] from xT [d][CHUNK]. */
+static void S(features_lanes)(REAL *phi, const REAL *xT, int64_t d, int64_t r0, int64_t r1, int64_t L) {
+    for (int64_t r = r0; r < r1; r++)
+        for (int64_t i = 0; i < S(rotation_size)(r, d); i++, phi += CHUNK) {
+            const REAL *x = xT + i * CHUNK, *y = xT + (i + r < d ? i + r : i + r - d) * CHUNK;
+            for (int64_t l = 0; l < L; l += LANES) *(VF *)(phi + l) = *(const VF *)(x + l) * *(const VF *)(y + l);
+        }
+}
+
+/* The same in rows, phi[t][ld] from doubled rows xx, weighted (1/2 on squares); with the linear features and the constant
+ * behind them if `last`. The row's end up to ld is zero. */
+static void S(features_rows)(REAL *phi, int64_t ld, const REAL *xx, int64_t n, int64_t d, int64_t r0, int64_t r1, int last) {
+    for (int64_t t = 0; t < n; t++) {
+        const REAL *x = xx + t * 2 * d;
+        REAL *out = phi + t * ld;
+        for (int64_t r = r0; r < r1; r++) {
+            int64_t size = S(rotation_size)(r, d);
+            const REAL *y = x + r;
+            REAL w = r ? 1 : (REAL)0.5;
+            if (d % LANES == 0 || d > 4 * LANES) {
+                int64_t i = 0;
+                for (; i + LANES <= size; i += LANES) *(VF *)(out + i) = w * *(const VF *)(x + i) * *(const VF *)(y + i);
+                for (; i < size; i++) out[i] = w * x[i] * y[i];
+            } else
+                for (int64_t i = 0; i < size; i++) out[i] = w * x[i] * y[i];
+            out += size;
+        }
+        if (last) {
+            memcpy(out, x, (size_t)d * sizeof(REAL));
+            out[d] = 1;
+            out += d + 1;
+        }
+        for (REAL *end = phi + t * ld + ld; out < end; out++) *out = 0;
+    }
+}
+
+/* out[i][lane] += d(sum_f W[f] phi_f(x)) / dx_i over rotations r0 .. r1-1: every pair feature feeds both its factors. */
+static void S(features_back)(REAL *out, const REAL *W, const REAL *xT, int64_t d, int64_t r0, int64_t r1, int64_t L) {
+    for (int64_t i = 0; i < d; i++)
+        for (int64_t l = 0; l < L; l += LANES) {
+            VF a = *(const VF *)(out + i * CHUNK + l), b = {0};
+            const REAL *w = W + l;
+            for (int64_t r = r0; r < r1; r++) {
+                int64_t up = i + r < d ? i + r : i + r - d, down = i >= r ? i - r : i - r + d, size = S(rotation_size)(r, d);
+                if (i < size) a += *(const VF *)(w + i * CHUNK) * *(const VF *)(xT + up * CHUNK + l);
+                if (down < size) b += *(const VF *)(w + down * CHUNK) * *(const VF *)(xT + down * CHUNK + l);
+                w += size * CHUNK;
+            }
+            *(VF *)(out + i * CHUNK + l) = a + b;
+        }
+}
+
+/* ----------------------------------------------------------------------------------------------------------- states */
+
+/* Place of the product x_i x_j in the public order [1, x, x_i x_j (i <= j, row-major)]. */
+static inline int64_t S(public_place)(int64_t i, int64_t j, int64_t d) {
+    int64_t a = min64(i, j), b = max64(i, j);
+    return 1 + d + a * d - a * (a - 1) / 2 + b - a;
+}
+
+/* Public sums [F][e+1] <-> state [e+1][stride]; `squares` multiplies the entries of x_i^2. A NULL `from` means zero. */
+static void S(to_state)(REAL *state, int64_t stride, const REAL *from, int64_t d, int64_t e1, REAL squares) {
+    memset(state, 0, (size_t)(e1 * stride) * sizeof(REAL));
+    if (!from) return;
+    int64_t f = 0;
+    for (int64_t r = 0; r <= d / 2; r++)
+        for (int64_t i = 0; i < S(rotation_size)(r, d); i++, f++) {
+            const REAL *row = from + S(public_place)(i, (i + r) % d, d) * e1;
+            for (int64_t c = 0; c < e1; c++) state[c * stride + f] = r ? row[c] : squares * row[c];
+        }
+    for (int64_t i = 0; i <= d; i++)
+        for (int64_t c = 0; c < e1; c++) state[c * stride + f + i] = from[(i < d ? 1 + i : 0) * e1 + c];
+}
+
+static void S(from_state)(REAL *to, const REAL *state, int64_t stride, int64_t d, int64_t e1, REAL squares) {
+    int64_t f = 0;
+    for (int64_t r = 0; r <= d / 2; r++)
+        for (int64_t i = 0; i < S(rotation_size)(r, d); i++, f++) {
+            REAL *row = to + S(public_place)(i, (i + r) % d, d) * e1;
+            for (int64_t c = 0; c < e1; c++) row[c] = r ? state[c * stride + f] : squares * state[c * stride + f];
+        }
+    for (int64_t i = 0; i <= d; i++)
+        for (int64_t c = 0; c < e1; c++) to[(i < d ? 1 + i : 0) * e1 + c] = state[c * stride + f + i];
+}
+
+/* How the rotations are cut into blocks whose features fit in the first-level cache. */
+static inline int64_t S(block_rotations)(int64_t d) { return max64(1, BLOCK_FEATURES / d); }
+
+/* out[c][lane] += sum_f phi_f(x) state[c][f]: what the positions in the lanes read from a state. */
+static void S(read_state)(REAL *out, const REAL *xT, const REAL *state, int64_t stride, int64_t d, int64_t e1, int64_t L, REAL *phi) {
+    int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
+    for (int64_t c = 0; c < e1; c++)
+        for (int64_t l = 0; l < L; l += LANES) *(VF *)(out + c * CHUNK + l) += state[c * stride + quadratic + d];
+    S(mac)(out, CHUNK, xT, CHUNK, state + quadratic, stride, 1, e1, d, L);
+    for (int64_t r = 0; r < total; r += step) {
+        int64_t r1 = min64(total, r + step), size = min64(r1 * d, quadratic) - r * d;
+        S(features_lanes)(phi, xT, d, r, r1, L);
+        S(mac)(out, CHUNK, phi, CHUNK, state + r * d, stride, 1, e1, size, L);
+    }
+}
+
+/* state[c][f] += sum_t weighted phi_f(x_t) values[t][c]: n positions enter a state. */
+static void S(add_state)(REAL *state, int64_t stride, const REAL *xx, const REAL *values, int64_t ldv, int64_t n, int64_t d,
+                         int64_t e1, REAL *phi) {
+    int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
+    for (int64_t r = 0; r < total; r += step) {
+        int64_t r1 = min64(total, r + step), last = r1 == total, size = (last ? quadratic + d + 1 : r1 * d) - r * d;
+        int64_t ld = (size + LANES - 1) / LANES * LANES;
+        S(features_rows)(phi, ld, xx, n, d, r, r1, (int)last);
+        S(mac)(state + r * d, stride, phi, ld, values, 1, ldv, e1, n, ld);
+    }
+}
+
+/* out[i][lane] += d(sum_f phi_f(x) sum_c y_c state[c][f]) / dx_i, with y [e1][CHUNK] in lanes. */
+static void S(read_state_back)(REAL *out, const REAL *xT, const REAL *yT, const REAL *state, int64_t stride, int64_t d, int64_t e1,
+                               int64_t L, REAL *W) {
+    int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
+    S(mac)(out, CHUNK, yT, CHUNK, state + quadratic, 1, stride, d, e1, L);
+    for (int64_t r = 0; r < total; r += step) {
+        int64_t r1 = min64(total, r + step), size = min64(r1 * d, quadratic) - r * d;
+        memset(W, 0, (size_t)(size * CHUNK) * sizeof(REAL));
+        S(mac)(W, CHUNK, yT, CHUNK, state + r * d, 1, stride, size, e1, L);
+        S(features_back)(out, W, xT, d, r, r1, L);
+    }
+}

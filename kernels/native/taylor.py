@@ -1,0 +1,81 @@
+"""C kernels of Taylor linear attention, forward and backward; see csrc/taylor.c and csrc/taylor_backward.h.
+
+Arguments of both: q [b, h, n, d], k [b, g, m, d], v [b, g, m, e], keep [b, m] in the same dtype or None, sums
+[b, g, F, e+1] or None; hard: keep is 0 or 1 and keys with 0 may hold anything, NaN included.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..contracts import Operator
+from .call import address, function, threads
+
+
+def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def features(d: int) -> int:
+    """Number of symmetric second-order features of d channels: 1 + d + d (d + 1) / 2."""
+    return 1 + d + d * (d + 1) // 2
+
+
+def _run(name: str, tensors: list[Tensor | None], hard: bool, causal: bool, scale: float, eps: float) -> None:
+    q, k, v = tensors[:3]
+    (b, h, n, d), (_, g, m, e) = q.shape, v.shape
+    work = b * max(h * n, g * m) * features(d) * (e + 1)
+    call = function("taylor", f"try_taylor_{name}", q.dtype, "p" * len(tensors) + "i" * 9 + "ddi")
+    if call(*map(address, tensors), b, h, g, n, m, d, e, int(hard), int(causal), scale, eps, threads(work)):
+        raise MemoryError(f"taylor: no memory for the native kernel's workspace (d={d}, e={e})")
+
+
+def _forward(q, k, v, keep, sums, hard: bool, causal: bool, scale: float, eps: float):
+    q, k, v, keep, sums = _plain(q, k, v, keep, sums)
+    outs = [torch.empty(s, dtype=q.dtype) for s in _forward_shapes(q, k, v)]
+    if q.shape[0] and k.shape[1]:
+        _run("forward", [q, k, v, keep, sums, *outs], hard, causal, scale, eps)
+    return tuple(outs)
+
+
+def _forward_shapes(q, k, v):
+    (b, h, n, d), (_, g, _, e) = q.shape, v.shape
+    return (b, h, n, e), (b, h, n), (b, g, features(d), e + 1)
+
+
+def _backward(q, k, v, keep, sums, out, den, grad, grad_sums, hard: bool, causal: bool, scale: float, eps: float):
+    inputs = _plain(q, k, v, keep, sums, out, den, grad, grad_sums)
+    q, k, v, keep, sums = inputs[:5]
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    (b, h, _, _), (_, g, m, _) = q.shape, k.shape
+    dkeep = None if keep is None or hard else torch.empty((b, g, m), dtype=q.dtype)
+    dsums = None if sums is None else torch.empty_like(sums)
+    if b and g:
+        _run("backward", [*inputs, dq, dk, dv, dkeep, dsums], hard, causal, scale, eps)
+    return (dq, dk, dv, q.new_empty(b, 0) if dkeep is None else dkeep.sum(1),
+            q.new_empty(b, 0, 0, 0) if dsums is None else dsums)
+
+
+def _forward_fake(q, k, v, keep, sums, hard, causal, scale, eps):
+    return tuple(q.new_empty(s) for s in _forward_shapes(q, k, v))
+
+
+def _backward_fake(q, k, v, keep, sums, out, den, grad, grad_sums, hard, causal, scale, eps):
+    b = q.shape[0]
+    return (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape),
+            q.new_empty(b, 0) if keep is None or hard else keep.new_empty(keep.shape),
+            q.new_empty(b, 0, 0, 0) if sums is None else sums.new_empty(sums.shape))
+
+
+_OPTIONS = "bool hard, bool causal, float scale, float eps"
+# out [b, h, n, e], den [b, h, n] (sum of p before the clamp), sums [b, g, F, e+1] with this call's keys in them
+forward = Operator(
+    "taylor_native", 1, f"(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    fake=_forward_fake, cpu=_forward)
+# gradients of q, k, v, keep ([b, 0] if keep is None or hard) and sums ([b, 0, 0, 0] if None) for the cotangents of out and
+# of the returned sums
+backward = Operator(
+    "taylor_backward_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, Tensor out, Tensor den, "
+    f"Tensor grad, Tensor? grad_sums, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake, cpu=_backward)
