@@ -73,7 +73,7 @@ def fold_in(key: Key, data: int | str | Tensor) -> Key:
     """
     _check_key("fold_in", key)
     if isinstance(data, str):
-        data = zlib.crc32(data.encode())
+        data = _crc32(data)
     if isinstance(data, Tensor):
         if data.ndim or data.is_floating_point() or data.dtype == torch.bool:
             raise ValueError(f"random.fold_in: data must be an integer, a string or a 0-d integer tensor; got {data.dtype} "
@@ -227,11 +227,19 @@ def _draw(key: Key, shape: tuple[int, ...], native: Callable, finish: Callable[[
         flat = finish(*_words(key, 0, n))
     else:
         flat = torch.cat([finish(*_words(key, i, min(i + _BLOCK, n))) for i in range(0, n, _BLOCK)])
-    return flat.reshape(*shape, *flat.shape[1:])
+    return flat.reshape((*shape, *flat.shape[1:]))
 
 
 def _native(key: Key) -> bool:
     return key.device.type == "cpu" and build.why_not(random_bits.SOURCE) is None
+
+
+def _crc32(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+# Tracers cannot look into zlib; the answer is a constant (torch.compiler's decorator would import the compiler).
+_crc32._dynamo_marked_constant = True
 
 
 def _words(key: Key, start: int, stop: int) -> tuple[Tensor, Tensor]:

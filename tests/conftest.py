@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 
 # The compile cache on disk knows a custom operator by its name alone: a test must never be served yesterday's gradient.
-os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+# Set before torch is imported; worker processes inherit it.
+if "FNATTN_TEST_COMPILE_CACHE" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="fnattn-tests-")
+    os.environ["FNATTN_TEST_COMPILE_CACHE"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
-import torch
+import torch  # noqa: E402
 
-import fnattn
+import fnattn  # noqa: E402
+import fnattn.random  # noqa: E402
 
 # Two threads on a busy machine make small operators ten times slower, and results must not depend on their number.
 torch.set_num_threads(1)
