@@ -1,7 +1,7 @@
 """Finds the package `fnattn_kernels` in a checkout that nobody has installed.
 
-Installing maps the folder `kernels/` to the import name `fnattn_kernels`. In a bare checkout that name leads nowhere, or,
-worse, to another version installed elsewhere; there the sibling folder is loaded by its path.
+Installing maps the folder `kernels/` to the import name `fnattn_kernels`. In a bare checkout that name leads nowhere,
+or, worse, to another version installed elsewhere; there the sibling folder is loaded by its path.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NAME = "fnattn_kernels"
 
 
 def provide_kernels() -> None:
-    """Makes `import fnattn_kernels` give the kernels that belong to this copy of fnattn. Does nothing once installed."""
+    """Makes `import fnattn_kernels` give the kernels of this copy of fnattn. Does nothing once installed."""
     if NAME in sys.modules:
         return
     folder = Path(__file__).resolve().parent.parent / "kernels"

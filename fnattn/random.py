@@ -5,12 +5,12 @@
 A key is an int64 tensor [2] that holds two 32-bit words. Nothing is ever advanced: `split` and `fold_in` make new keys,
 and a key is used for one draw only. An ensemble draws under vmap over a [members, 2] tensor of keys.
 
-The bits are those of `jax.random` in its partitionable form (the default since jax 0.5): equal for `key`, `split`, `fold_in`,
-`bits` and `randint`, and for `uniform` in float32 and float64; `normal` differs in the last places, because torch's erfinv
-is the more accurate one. As in jax, fold_in(key, i) is split(key, n)[i], so do not use both on one key.
+The bits are those of `jax.random` in its partitionable form (the default since jax 0.5): equal for `key`, `split`,
+`fold_in`, `bits` and `randint`, and for `uniform` in float32 and float64; `normal` differs in the last places, because
+torch's erfinv is the more accurate one. As in jax, fold_in(key, i) is split(key, n)[i], so do not use both on one key.
 
-On the CPU a C kernel makes the words (10 million uniforms in about 0.03 s); elsewhere, and without a compiler, plain torch
-makes the same ones. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+On the CPU a C kernel makes the words (10 million uniforms in about 0.03 s); elsewhere, and without a compiler, plain
+torch makes the same ones. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import torch
 from fnattn_kernels.native import build, random_bits
 from torch import Tensor
 
-__all__ = ["Key", "bernoulli", "bits", "categorical", "dropout", "fold_in", "key", "normal", "randint", "split", "uniform"]
+__all__ = ["Key", "bernoulli", "bits", "categorical", "dropout", "fold_in", "key", "normal", "randint", "split",
+           "uniform"]
 
 Key = Tensor
 _MASK = 0xFFFFFFFF
@@ -38,16 +39,16 @@ def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Key:
     """A key from a number.
 
     Args:
-        seed: an integer in [-2^63, 2^64), or a 0-d integer tensor (map over it for many keys). Numbers from 0 to 2^32 - 1 give
-            the key of jax.random.key; larger and negative ones do so where jax has 64-bit integers enabled.
+        seed: an integer in [-2^63, 2^64), or a 0-d integer tensor (map over it for many keys). Numbers from 0 to
+            2^32 - 1 give the key of jax.random.key; others do so where jax has 64-bit integers enabled.
         device: where the key lives and hence where numbers are drawn; every device draws the same.
     Returns:
         int64 [2].
     """
     if isinstance(seed, Tensor):
         if seed.ndim or seed.is_floating_point() or seed.dtype == torch.bool:
-            raise ValueError(f"random.key: seed must be an integer or a 0-d integer tensor; got {seed.dtype} {list(seed.shape)}.\n"
-                             f"  For many keys map over the seeds: torch.vmap(fnattn.random.key)(seeds).")
+            raise ValueError(f"random.key: seed must be an integer or a 0-d integer tensor; got {seed.dtype} "
+                             f"{list(seed.shape)}.\n  For many keys map over the seeds: torch.vmap(fnattn.random.key)(seeds).")
         wide = seed.to(device=device, dtype=torch.int64)
         return torch.stack([(wide >> 32) & _MASK, wide & _MASK])
     number = _integer("random.key: seed", seed, -(1 << 63), 1 << 64)
@@ -76,8 +77,9 @@ def fold_in(key: Key, data: int | str | Tensor) -> Key:
         data = _crc32(data)
     if isinstance(data, Tensor):
         if data.ndim or data.is_floating_point() or data.dtype == torch.bool:
-            raise ValueError(f"random.fold_in: data must be an integer, a string or a 0-d integer tensor; got {data.dtype} "
-                             f"{list(data.shape)}.\n  Map over a tensor of numbers: torch.vmap(fold_in, (None, 0))(key, numbers).")
+            raise ValueError(f"random.fold_in: data must be an integer, a string or a 0-d integer tensor; got "
+                             f"{data.dtype} {list(data.shape)}.\n"
+                             f"  Map over a tensor of numbers: torch.vmap(fold_in, (None, 0))(key, numbers).")
         counter = data.to(device=key.device, dtype=torch.int64) & _MASK
     else:
         number = _integer("random.fold_in: data", data, 0, 1 << 32)
@@ -128,8 +130,9 @@ def normal(key: Key, shape: int | Sequence[int] = (), dtype: torch.dtype = torch
         sqrt(2) erfinv(u),  u uniform in (-1, 1)
 
     Returns:
-        `shape` in `dtype`; bfloat16 and float16 are the float32 numbers rounded. From the bits of jax.random.normal; equal to
-        it to about 5 units in the last place for |x| < 2, to 1e-5 of x beyond, where jax's erfinv polynomial is that far off.
+        `shape` in `dtype`; bfloat16 and float16 are the float32 numbers rounded. From the bits of jax.random.normal, and
+        equal to it to about 5 units in the last place for |x| < 2, to 1e-5 of x beyond, where jax's erfinv is that far
+        off; in float64 to 1e-13 of x.
     """
     _check_key("normal", key)
     shape, wide = _shape("normal", shape), _wide("normal", dtype)
@@ -150,10 +153,10 @@ def randint(key: Key, shape: int | Sequence[int], minval: int, maxval: int) -> T
 
 
 def bernoulli(key: Key, p: float | Tensor = 0.5, shape: int | Sequence[int] | None = None) -> Tensor:
-    """True with probability p: bool of `shape` (by default p's), equal to jax.random.bernoulli. A tensor p broadcasts."""
+    """True with probability p, a number or a tensor: bool of `shape`, by default p's. Equal to jax.random.bernoulli."""
     _check_key("bernoulli", key)
     if not isinstance(p, Tensor) and not 0 <= p <= 1:
-        raise ValueError(f"random.bernoulli: p must be a probability in [0, 1]; got {p}.\n  Clamp it, or pass a tensor.")
+        raise ValueError(f"random.bernoulli: p must be a probability in [0, 1]; got {p}.\n  Clamp it: min(max(p, 0), 1).")
     dtype = torch.float64 if isinstance(p, Tensor) and p.dtype == torch.float64 else torch.float32
     chance = torch.as_tensor(p, dtype=dtype, device=key.device)
     return uniform(key, chance.shape if shape is None else shape, dtype) < chance
@@ -165,11 +168,11 @@ def categorical(key: Key, logits: Tensor, axis: int = -1, shape: int | Sequence[
     Args:
         logits: floating point, unnormalised; -inf never comes out.
         axis: which axis holds one distribution.
-        shape: of the result; must end in logits' shape without `axis`, which is also the default. More leading axes mean
-            more independent draws.
+        shape: of the result; must end in logits' shape without `axis`, which is also the default. More leading axes
+            mean more independent draws.
     Returns:
-        int64 of `shape`. The choices of jax.random.categorical for float32 and float64 (up to ties in the last place); half
-        precision is widened to float32 first.
+        int64 of `shape`. The choices of jax.random.categorical for float32 and float64 (up to ties in the last place);
+        half precision is widened to float32 first.
     """
     _check_key("categorical", key)
     wide = _wide("categorical", logits.dtype)
@@ -181,8 +184,8 @@ def categorical(key: Key, logits: Tensor, axis: int = -1, shape: int | Sequence[
     shape = tuple(rest) if shape is None else _shape("categorical", shape)
     prefix = shape[:len(shape) - len(rest)]
     if list(shape[len(prefix):]) != rest:
-        raise ValueError(f"random.categorical: shape must end in {rest}, logits' shape without axis {axis}; got {list(shape)}.\n"
-                         f"  Put the number of draws in front: shape=(draws, *rest).")
+        raise ValueError(f"random.categorical: shape must end in {rest}, logits' shape without axis {axis}; got "
+                         f"{list(shape)}.\n  Put the number of draws in front: shape=(draws, *rest).")
     u = _unit(key, (*prefix, *logits.shape), wide).clamp(min=torch.finfo(wide).tiny)
     return (logits.to(wide) - (-u.log()).log()).argmax(axis)
 
@@ -190,8 +193,8 @@ def categorical(key: Key, logits: Tensor, axis: int = -1, shape: int | Sequence[
 def dropout(key: Key, x: Tensor, p: float) -> Tensor:
     """x with each entry zeroed with probability p and the others divided by 1 - p, so that the mean stays.
 
-    Linear in x and differentiable in it any number of times. Under vmap with one key for all, every member drops the same
-    entries; map over split(key, n) for independent ones.
+    Linear in x and differentiable in it any number of times. Under vmap with one key for all, every member drops the
+    same entries; map over split(key, n) for independent ones.
 
     Args:
         x: floating point, any shape.
@@ -199,7 +202,8 @@ def dropout(key: Key, x: Tensor, p: float) -> Tensor:
     """
     _check_key("dropout", key)
     if not 0 <= p <= 1:
-        raise ValueError(f"random.dropout: p must be a probability in [0, 1]; got {p}.\n  p is the chance of zeroing, such as 0.1.")
+        raise ValueError(f"random.dropout: p must be a probability in [0, 1]; got {p}.\n"
+                         f"  p is the chance of zeroing, such as 0.1.")
     if p == 0:
         return x
     if p == 1:
@@ -301,18 +305,21 @@ def _integer(what: str, value: int, low: int, high: int) -> int:
         raise TypeError(f"{what} must be an integer; got {type(value).__name__}.\n  Convert it: int(x).") from None
     if isinstance(number, torch.SymInt) or low <= number < high:
         return number
-    raise ValueError(f"{what} must be in [{low}, {high}); got {number}.\n  Reduce it, for example modulo {high - max(low, 0)}.")
+    raise ValueError(f"{what} must be in [{low}, {high}); got {number}.\n"
+                     f"  Reduce it, for example modulo {high - max(low, 0)}.")
 
 
 def _shape(who: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     sizes = (shape,) if isinstance(shape, (int, torch.SymInt)) else tuple(shape)
     if any(size < 0 for size in sizes):
-        raise ValueError(f"random.{who}: shape must hold sizes of at least 0; got {list(sizes)}.\n  Pass an int or a tuple of ints.")
+        raise ValueError(f"random.{who}: shape must hold sizes of at least 0; got {list(sizes)}.\n"
+                         f"  Pass an int or a tuple of ints.")
     return sizes
 
 
 def _wide(who: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in."""
     if not dtype.is_floating_point:
-        raise TypeError(f"random.{who}: dtype must be floating point; got {dtype}.\n  Use random.bits or random.randint for integers.")
+        raise TypeError(f"random.{who}: dtype must be floating point; got {dtype}.\n"
+                        f"  Use random.bits or random.randint for integers.")
     return torch.float64 if dtype == torch.float64 else torch.float32

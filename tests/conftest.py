@@ -16,10 +16,10 @@ if "FNATTN_TEST_COMPILE_CACHE" not in os.environ:
     os.environ["FNATTN_TEST_COMPILE_CACHE"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
-import torch  # noqa: E402
+import torch
 
-import fnattn  # noqa: E402
-import fnattn.random  # noqa: E402
+import fnattn
+import fnattn.random
 
 # Two threads on a busy machine make small operators ten times slower, and results must not depend on their number.
 torch.set_num_threads(1)

@@ -79,9 +79,11 @@ def _operator(name: str, schema: str, fake, cpu) -> Operator:
     return operator
 
 
-# keys [batch, 2] int64 with values in [0, 2^32)
-bits = _operator("random_bits_native", "(Tensor keys, SymInt n) -> Tensor", _bits_fake, _bits)          # int64 [batch, n]
-pairs = _operator("random_pairs_native", "(Tensor keys, SymInt n) -> Tensor", _pairs_fake, _pairs)      # int64 [batch, n, 2]
-unit32 = _operator("random_unit32_native", "(Tensor keys, SymInt n) -> Tensor", _unit32_fake, _unit32)  # float32 [batch, n]
-unit64 = _operator("random_unit64_native", "(Tensor keys, SymInt n) -> Tensor", _unit64_fake, _unit64)  # float64 [batch, n]
-fold = _operator("random_fold_native", "(Tensor keys, Tensor data) -> Tensor", _fold_fake, _fold)       # data int64 [batch]
+# keys int64 [batch, 2] with values in [0, 2^32); n numbers for each
+_SCHEMA = "(Tensor keys, SymInt n) -> Tensor"
+bits = _operator("random_bits_native", _SCHEMA, _bits_fake, _bits)  # int64 [batch, n]
+pairs = _operator("random_pairs_native", _SCHEMA, _pairs_fake, _pairs)  # int64 [batch, n, 2]
+unit32 = _operator("random_unit32_native", _SCHEMA, _unit32_fake, _unit32)  # float32 [batch, n]
+unit64 = _operator("random_unit64_native", _SCHEMA, _unit64_fake, _unit64)  # float64 [batch, n]
+# data int64 [batch] -> int64 [batch, 2]
+fold = _operator("random_fold_native", "(Tensor keys, Tensor data) -> Tensor", _fold_fake, _fold)
