@@ -48,7 +48,7 @@ def _backward(q, k, v, keep, sums, out, den, grad, grad_sums, hard: bool, causal
     inputs = _plain(q, k, v, keep, sums, out, den, grad, grad_sums)
     q, k, v, keep, sums = inputs[:5]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    (b, h, _, _), (_, g, m, _) = q.shape, k.shape
+    b, g, m, _ = k.shape
     dkeep = None if keep is None or hard else torch.empty((b, g, m), dtype=q.dtype)
     dsums = None if sums is None else torch.empty_like(sums)
     if b and g:
@@ -71,10 +71,11 @@ def _backward_fake(q, k, v, keep, sums, out, den, grad, grad_sums, hard, causal,
 _OPTIONS = "bool hard, bool causal, float scale, float eps"
 # out [b, h, n, e], den [b, h, n] (sum of p before the clamp), sums [b, g, F, e+1] with this call's keys in them
 forward = Operator(
-    "taylor_native", 1, f"(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    "taylor_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=_forward_fake, cpu=_forward)
-# gradients of q, k, v, keep ([b, 0] if keep is None or hard) and sums ([b, 0, 0, 0] if None) for the cotangents of out and
-# of the returned sums
+# gradients of q, k, v, keep ([b, 0] if keep is None or hard) and sums ([b, 0, 0, 0] if None) for the cotangents of out
+# and of the returned sums
 backward = Operator(
     "taylor_backward_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, Tensor out, Tensor den, "
     f"Tensor grad, Tensor? grad_sums, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

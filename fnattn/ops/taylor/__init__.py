@@ -1,11 +1,12 @@
 """Taylor linear attention: softmax's exponential replaced by its second-order Taylor polynomial.
 
-p(s) = 1 + s + s^2/2 with s = scale q.k is an inner product phi(q).psi(k) of finite features, so the sum over past keys is
-a running sum; inside a chunk the polynomial itself is cheaper. p = ((1 + s)^2 + 1) / 2 >= 1/2 is never negative, so the
-normaliser needs no maximum subtracted and the clamp at EPS acts only on queries that see no key.
+p(s) = 1 + s + s^2/2 with s = scale q.k is an inner product phi(q).psi(k) of finite features, so the sum over past keys
+is a running sum; inside a chunk the polynomial itself is cheaper. p = ((1 + s)^2 + 1) / 2 >= 1/2 is never negative, so
+the normaliser needs no maximum subtracted and the clamp at EPS acts only on queries that see no key.
 
-Source: Zhang, Bhatia, Kumbong, Re 2024, arXiv 2402.04347, and Arora et al. 2024, arXiv 2402.18668 (Based), as in the package
-taylor-series-linear-attention 0.2.0; their feature map has d^2 second-order entries, this one the d (d + 1) / 2 distinct.
+Source: Zhang, Bhatia, Kumbong, Re 2024, arXiv 2402.04347, and Arora et al. 2024, arXiv 2402.18668 (Based), as in the
+package taylor-series-linear-attention 0.2.0; their feature map has d^2 second-order entries, this one the d (d + 1) / 2
+distinct ones.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from .reference import CHUNK, EPS, gradients, reference
 # F = 1 + d + d (d + 1) / 2 features
 
 
-def taylor(q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, sums: Tensor | None = None, causal: bool = True,
-           scale: float | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """Attention whose weights are the polynomial 1 + s + s^2/2 of the score s = scale q.k, in time linear in the length.
+def taylor(q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, sums: Tensor | None = None,
+           causal: bool = True, scale: float | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Attention with the polynomial 1 + s + s^2/2 of the score s = scale q.k as weight, in time linear in the length.
 
         out_i = sum_j p_ij v_j / max(sum_j p_ij, 1e-5)        j <= i if causal
 
@@ -70,7 +71,8 @@ def _check(q, k, v, keep, sums, causal) -> None:
     check_heads("taylor", q, k, v)
     (b, _, n, d), (_, g, m, e) = q.shape, v.shape
     if d == 0:
-        raise ValueError("taylor: q and k must have at least one channel; got width 0.\n  Give heads a width of 1 or more.")
+        raise ValueError("taylor: q and k must have at least one channel; got width 0.\n"
+                         "  Give heads a width of 1 or more.")
     if causal and n != m:
         raise ValueError(f"taylor: expected as many keys as queries when causal; got {n} queries, {m} keys.\n"
                          f"  Pass earlier keys as sums=, or causal=False to let every query see every key.")
@@ -87,7 +89,7 @@ def _check(q, k, v, keep, sums, causal) -> None:
             raise TypeError(f"taylor: sums must be a float32 or float64 tensor; got {got}.\n  Cast it: sums.float().")
         if sums.shape != (b, g, native.features(d), e + 1):
             raise ValueError(f"taylor: sums must be [b, g, F, e + 1] = {[b, g, native.features(d), e + 1]}; got "
-                             f"{list(sums.shape)}.\n  Pass what an earlier call with the same heads and widths returned.")
+                             f"{list(sums.shape)}.\n  Pass what an earlier call with the same heads and widths gave.")
 
 
 # ------------------------------------------------------------------------------------------------ the native kernel
@@ -105,8 +107,8 @@ def _vjp(needs, args, outs, cotangents):
 
 
 native.forward.derive(vjp=_vjp, jvp=lambda args, outs, tangents: reference_jvp(reference, args, tangents))
-# The reference of the backward operator computes out and den from q, k, v again: what forward saved is a function of them,
-# and derivatives must not be lost there.
+# The reference of the backward operator computes out and den from q, k, v again: what forward saved is a function of
+# them, and derivatives must not be lost there.
 native.backward.derive(vjp=lambda needs, args, outs, cotangents: reference_vjp(gradients, needs, args, cotangents),
                        jvp=lambda args, outs, tangents: reference_jvp(gradients, args, tangents), save_outputs=False)
 

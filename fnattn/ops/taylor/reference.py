@@ -1,8 +1,8 @@
-"""Taylor attention and its gradients in plain torch: the specification of the kernels, and all derivatives beyond theirs.
+"""Taylor attention and its gradients in plain torch: what the kernels must compute, and all derivatives beyond theirs.
 
-Chunked: inside a chunk of l positions the polynomial is taken of the [l, l] scores; what earlier chunks hold is read from
-the running sum of psi(k) [v, 1]^T. Splits and concatenations, not slices: the gradient of a slice is as long as what it was
-cut from, which would make a backward pass quadratic in the number of chunks.
+Chunked: inside a chunk of l positions the polynomial is taken of the [l, l] scores; what earlier chunks hold is read
+from the running sum of psi(k) [v, 1]^T. Splits and concatenations, not slices: the gradient of a slice is as long as
+what it was cut from, which would make a backward pass quadratic in the number of chunks.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ CHUNK = 64
 EPS = 1e-5
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, sums: Tensor | None = None, hard: bool = False,
-              causal: bool = True, scale: float = 1.0, eps: float = EPS, chunk: int = CHUNK) -> tuple[Tensor, Tensor, Tensor]:
-    """(out [b, h, n, e], den [b, h, n] before the clamp, sums); a chunk as long as the sequence is the quadratic form."""
+def reference(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, sums: Tensor | None = None,
+              hard: bool = False, causal: bool = True, scale: float = 1.0, eps: float = EPS,
+              chunk: int = CHUNK) -> tuple[Tensor, Tensor, Tensor]:
+    """(out [b, h, n, e], den [b, h, n] before the clamp, sums). With one chunk for all it is the quadratic form."""
     n, groups = q.shape[2], k.shape[1]
     chunk = min(chunk, max(n, 1)) if causal else chunk
     queries, keys, values = _operands(scale * q, k, v, keep, hard, causal, chunk)
@@ -28,13 +29,14 @@ def reference(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, sums:
     return num / den.clamp_min(eps), den.squeeze(-1), total
 
 
-def gradients(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, sums: Tensor | None, out: Tensor, den: Tensor, grad: Tensor,
-              grad_sums: Tensor | None, hard: bool = False, causal: bool = True, scale: float = 1.0, eps: float = EPS,
-              chunk: int = CHUNK) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def gradients(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, sums: Tensor | None, out: Tensor, den: Tensor,
+              grad: Tensor, grad_sums: Tensor | None, hard: bool = False, causal: bool = True, scale: float = 1.0,
+              eps: float = EPS, chunk: int = CHUNK) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, keep and sums for cotangents of out and of the returned sums.
 
-    With g' = [g / den, -(g . out) / den] the gradient of p_ij is u_ij = g'_i . [v_j, 1], and that of s_ij is (1 + s_ij) u_ij.
-    out and den are not read but computed again, so that differentiating this function sees through them.
+    With g' = [g / den, -(g . out) / den] the gradient of p_ij is u_ij = g'_i . [v_j, 1], and that of s_ij is
+    (1 + s_ij) u_ij. out and den are not read but computed again, so that differentiating this function sees through
+    them.
     """
     (b, h, n, _), (_, g, m, e) = q.shape, v.shape
     chunk = min(chunk, max(n, 1)) if causal else chunk
