@@ -48,7 +48,8 @@ def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Key:
     if isinstance(seed, Tensor):
         if seed.ndim or seed.is_floating_point() or seed.dtype == torch.bool:
             raise ValueError(f"random.key: seed must be an integer or a 0-d integer tensor; got {seed.dtype} "
-                             f"{list(seed.shape)}.\n  For many keys map over the seeds: torch.vmap(fnattn.random.key)(seeds).")
+                             f"{list(seed.shape)}.\n"
+                             f"  For many keys map over the seeds: torch.vmap(fnattn.random.key)(seeds).")
         wide = seed.to(device=device, dtype=torch.int64)
         return torch.stack([(wide >> 32) & _MASK, wide & _MASK])
     number = _integer("random.key: seed", seed, -(1 << 63), 1 << 64)
@@ -130,9 +131,9 @@ def normal(key: Key, shape: int | Sequence[int] = (), dtype: torch.dtype = torch
         sqrt(2) erfinv(u),  u uniform in (-1, 1)
 
     Returns:
-        `shape` in `dtype`; bfloat16 and float16 are the float32 numbers rounded. From the bits of jax.random.normal, and
-        equal to it to about 5 units in the last place for |x| < 2, to 1e-5 of x beyond, where jax's erfinv is that far
-        off; in float64 to 1e-13 of x.
+        `shape` in `dtype`; bfloat16 and float16 are the float32 numbers rounded. Made from the bits of
+        jax.random.normal and equal to it to about 5 units in the last place for |x| < 2, to 1e-5 of x beyond, where
+        jax's erfinv is that far off; in float64 to 1e-13 of x.
     """
     _check_key("normal", key)
     shape, wide = _shape("normal", shape), _wide("normal", dtype)
@@ -156,7 +157,8 @@ def bernoulli(key: Key, p: float | Tensor = 0.5, shape: int | Sequence[int] | No
     """True with probability p, a number or a tensor: bool of `shape`, by default p's. Equal to jax.random.bernoulli."""
     _check_key("bernoulli", key)
     if not isinstance(p, Tensor) and not 0 <= p <= 1:
-        raise ValueError(f"random.bernoulli: p must be a probability in [0, 1]; got {p}.\n  Clamp it: min(max(p, 0), 1).")
+        raise ValueError(f"random.bernoulli: p must be a probability in [0, 1]; got {p}.\n"
+                         f"  Clamp it: min(max(p, 0), 1).")
     dtype = torch.float64 if isinstance(p, Tensor) and p.dtype == torch.float64 else torch.float32
     chance = torch.as_tensor(p, dtype=dtype, device=key.device)
     return uniform(key, chance.shape if shape is None else shape, dtype) < chance

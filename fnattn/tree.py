@@ -318,15 +318,22 @@ class _Remat(torch.autograd.Function):
         return out, (0,) * len(out)
 
 
+def _taps_in_use() -> bool:
+    from . import taps  # taps stands on this file
+
+    return taps.in_use()
+
+
 def remat(fn: Callable) -> Callable:
     """fn, recomputed in the backward pass instead of keeping its intermediates: memory of its arguments, one more forward.
 
     Works under every torch.func transform, where torch.utils.checkpoint does not. Every tensor that is to receive a
-    gradient must be an argument, not captured by fn. Under torch.compile it is plain fn: the compiler decides there.
+    gradient must be an argument, not captured by fn. Under torch.compile it is plain fn: the compiler decides there. So
+    it is while taps are harvested or planted: the second run would not see what was planted.
     """
 
     def wrapped(*args):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _taps_in_use():
             return fn(*args)
         items, form = flatten(args)
         places = [i for i, x in enumerate(items) if isinstance(x, Tensor)]
