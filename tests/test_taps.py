@@ -250,8 +250,8 @@ def test_a_name_tapped_twice_is_refused_and_a_scope_tells_them_apart():
 @pytest.mark.parametrize("new, got", [
     (X[:3], "torch.float64 [3]"), (X.float(), "torch.float32 [5]"), (3.0, "float"), (lambda old: (old, old), "tuple(")])
 def test_a_replacement_of_another_kind_is_refused(new, got):
-    fails(lambda: plant(f, {"hidden": new})(X), got,
-          "taps.plant: the replacement for 'hidden' must be torch.float64 [5]; got", "\n  Match the value that harvest returns under that name.")
+    fails(lambda: plant(f, {"hidden": new})(X), got, "\n  Match the value that harvest returns under that name.",
+          "taps.plant: the replacement for 'hidden' must be torch.float64 [5]; got")
 
 
 def test_an_error_inside_ends_the_harvest_and_the_scope():
