@@ -1,0 +1,193 @@
+"""Coordinate descent: a soft choice of k among n, y in [0, 1] with sum y about k, along the last axis.
+
+    maximise <s, y> + eps * entropy(y)   subject to   sum y = k,  0 <= y <= 1
+
+Upstream runs a fixed number of iterations, which are part of its models: solver="iterate". Their limit has a closed form,
+a softmax capped at 1: solver="exact". The formulas are in `_coor_math`.
+
+Source: coor_descent of colt5-attention 0.11.2 (their a is our -m, their b is min(m - s, 0)); Wright 2015, arXiv 1502.04759;
+Ainslie et al. 2023 (CoLT5), arXiv 2303.09752; epsilon scaling: Schmitzer 2016, arXiv 1610.06519.
+"""
+
+from __future__ import annotations
+
+import torch
+from fnattn_kernels.contracts import reference_jvp, reference_vjp
+from fnattn_kernels.native import coor_descent as native
+from torch import Tensor
+
+from . import _coor_math as math
+from ._door import Kernel, choose, compute_dtype, native_reason, no_autocast
+
+SOLVERS = ("iterate", "exact")
+# Below it log k would leave the range of numbers; upstream's bound.
+LEAST_K = 1e-20
+
+
+def coor_descent(s: Tensor, k: float | Tensor, *, eps: float = 0.1, eps_init: float | None = None, eps_decay: float = 1.0,
+                 n_iters: int = 20, mask: Tensor | None = None, solver: str = "iterate", impl: str = "auto") -> Tensor:
+    """Chooses about k of n entries, softly: large scores get 1, small ones 0, those between a fraction.
+
+        y_j = min(1, exp((s_j - m) / eps))        with m such that sum y = k
+
+    solver="iterate" takes n_iters steps towards m and stops there, as upstream does: sum y is then below or above k, and the
+    result depends on n_iters, eps_init and eps_decay. eps starts at max(eps_init, eps), is multiplied by eps_decay after each
+    step but stays at least eps, and its last value is used for y. solver="exact" gives the limit, in which only eps counts.
+    Not `k * softmax(s)`, which exceeds 1.
+
+    Time grows with n * n_iters, memory with n. k = 1 gives softmax(s / eps). A row with no more than k entries is all ones,
+    one without entries all zeros.
+
+    Args:
+        s: [..., n] scores, floating point. An entry of -infinity is not there, as if masked.
+        k: number, or tensor that broadcasts to [...]; less than 1e-20 counts as 1e-20.
+        eps: temperature, above 0.
+        eps_init: first temperature of the iteration; None: eps.
+        eps_decay: factor on the temperature after each iteration.
+        n_iters: iterations, at least 1.
+        mask: bool, broadcasts to s; False entries get 0 and pass no gradient.
+        solver: "iterate" or "exact".
+        impl: "reference" is plain torch; "native" insists on the C kernel (CPU); "auto" chooses. See `ops.report()`.
+    Returns:
+        y [..., n] in s's dtype, computed in float32, or in float64 if s or k is.
+    Raises:
+        ValueError: shapes or options that cannot be. TypeError: not tensors of the right kind.
+        KernelUnavailable: the named kernel cannot serve the call.
+
+    Differentiable in s and k any number of times in both modes, except where an entry is exactly at the cap; batches under
+    vmap without a loop; compiles and exports.
+    """
+    s, log_or_k = _prepare(s, k, mask, eps, eps_init, eps_decay, n_iters, solver)
+    kernel = choose("coor_descent", impl, KERNELS, s)
+    with no_autocast(s):
+        if solver == "exact":
+            run = math.exact if kernel is None else _native_exact
+            return run(s.to(log_or_k.dtype), log_or_k, float(eps)).to(s.dtype)
+        run = math.iterate if kernel is None else _native_iterate
+        return run(s.to(log_or_k.dtype), log_or_k, *settings(eps, eps_init, eps_decay, n_iters)).to(s.dtype)
+
+
+def settings(eps: float, eps_init: float | None, eps_decay: float, n_iters: int) -> tuple[float, float, float, int]:
+    """The schedule's numbers as operators take them."""
+    return float(eps), float(eps if eps_init is None else eps_init), float(eps_decay), int(n_iters)
+
+
+def _prepare(s, k, mask, eps, eps_init, eps_decay, n_iters, solver) -> tuple[Tensor, Tensor]:
+    """Checked: s with -infinity where masked, and log k (k for the exact solver) of s's leading shape, wide."""
+    if not isinstance(s, Tensor) or not s.is_floating_point():
+        raise TypeError(f"coor_descent: s must be a floating point tensor; got {_kind(s)}.\n  Convert it: torch.as_tensor(s).float().")
+    if s.ndim == 0:
+        raise ValueError("coor_descent: s must be [..., n]; got [].\n  Give it an axis to choose along: s[None].")
+    check_settings("coor_descent", eps, eps_init, eps_decay, n_iters, solver)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"coor_descent: mask must be a bool tensor, True = may be chosen; got {_kind(mask)}.\n"
+                            f"  Cast it: mask.bool().")
+        if not _broadcasts(mask.shape, s.shape):
+            raise ValueError(f"coor_descent: mask must broadcast to s {list(s.shape)}; got {list(mask.shape)}.\n"
+                             f"  Add the missing axes, for example mask[:, None].")
+        s = s.masked_fill(~mask, -torch.inf)
+    return s, spread_k("coor_descent", k, s.shape[:-1], s, solver)
+
+
+def spread_k(who: str, k: float | Tensor, shape: torch.Size, like: Tensor, solver: str) -> Tensor:
+    """log k (k itself for the exact solver) as a wide tensor of this shape."""
+    if not isinstance(k, Tensor):
+        k = torch.tensor(float(k), device=like.device, dtype=torch.float64)
+        dtype = compute_dtype(like)
+    else:
+        if k.dtype == torch.bool or k.is_complex():
+            raise TypeError(f"{who}: k must be real numbers; got {k.dtype}.\n  Cast it: k.float().")
+        dtype = compute_dtype(like, k)
+    if not _broadcasts(k.shape, shape):
+        raise ValueError(f"{who}: k must broadcast to {list(shape)}, one number per row; got {list(k.shape)}.\n"
+                         f"  Give one number for all rows, or drop the last axis: k[..., 0].")
+    k = k.to(dtype).clamp(min=LEAST_K)
+    return (k if solver == "exact" else k.log()).expand(shape)
+
+
+def check_settings(who: str, eps, eps_init, eps_decay, n_iters, solver) -> None:
+    """The solver's options are numbers that it can work with."""
+    if solver not in SOLVERS:
+        raise ValueError(f"{who}: solver must be one of {', '.join(map(repr, SOLVERS))}; got {solver!r}.\n"
+                         f'  Use solver="iterate" for upstream\'s iterations, solver="exact" for their limit.')
+    for name, value, least in (("eps", eps, 0), ("eps_init", eps if eps_init is None else eps_init, 0), ("eps_decay", eps_decay, 0)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{who}: {name} must be a Python number; got {_kind(value)}.\n  Pass a constant: float({name}).")
+        if not value > least:
+            raise ValueError(f"{who}: {name} must be above {least}; got {value}.\n  Upstream's values: eps=0.1, eps_init=4, eps_decay=0.7.")
+    if not isinstance(n_iters, int) or n_iters < 1:
+        raise ValueError(f"{who}: n_iters must be at least 1; got {n_iters!r}.\n  Use 20, or solver=\"exact\" for the limit.")
+
+
+def _kind(x: object) -> str:
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+
+
+def _broadcasts(shape, to) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to)))
+
+
+# ------------------------------------------------------------------------------------------------ the native kernel
+
+
+def _native_iterate(s: Tensor, log_k: Tensor, *options) -> Tensor:
+    return native.iterate(s.reshape(-1, s.shape[-1]) if s.numel() else s.flatten(0, -2) if s.ndim > 1 else s[None],
+                          log_k.reshape(-1), *options)[0].view(s.shape)
+
+
+def _native_exact(s: Tensor, k: Tensor, eps: float) -> Tensor:
+    return native.exact(s.reshape(-1, s.shape[-1]) if s.numel() else s.flatten(0, -2) if s.ndim > 1 else s[None],
+                        k.reshape(-1), eps)[0].view(s.shape)
+
+
+# The thresholds m are functions of s and log_k that only the backward kernel reads, and its own derivatives are taken from
+# a formula that computes them anew: so m passes no gradient, and its tangent is never read.
+
+
+def _iterate_vjp(needs, args, outs, cotangents):
+    s, log_k, *options = args
+    if cotangents[0] is None:
+        return (None,) * len(args)
+    ds, dlogk = native.iterate_back(s, log_k, outs[1], cotangents[0], *options)
+    return (ds if needs[0] else None, dlogk if needs[1] else None, *(None for _ in options))
+
+
+def _iterate_jvp(args, outs, tangents):
+    return reference_jvp(math.iterate, args, tangents), torch.zeros_like(outs[1])
+
+
+def _without(fn, *places):
+    """fn for argument lists that also hold residuals at these places."""
+    return lambda *args: fn(*(a for i, a in enumerate(args) if i not in places))
+
+
+_iterate_back = _without(math.iterate_back, 2)       # s, log_k, [m], g, ...
+_exact_back = _without(math.exact_back, 3)           # s, k, cut, [m], g, eps
+
+native.iterate.derive(vjp=_iterate_vjp, jvp=_iterate_jvp)
+native.iterate_back.derive(
+    vjp=lambda needs, args, outs, cotangents: reference_vjp(_iterate_back, needs, args, cotangents),
+    jvp=lambda args, outs, tangents: reference_jvp(_iterate_back, args, tangents), save_outputs=False)
+
+
+def _exact_vjp(needs, args, outs, cotangents):
+    s, k, eps = args
+    if cotangents[0] is None:
+        return None, None, None
+    ds, dk = native.exact_back(s, k, outs[1], outs[2], cotangents[0], eps)
+    return ds if needs[0] else None, dk if needs[1] else None, None
+
+
+def _exact_jvp(args, outs, tangents):
+    s, k, eps = args
+    tangent = reference_jvp(math.exact_at, (s, k, outs[1], eps), (*tangents[:2], None, None))
+    return tangent, torch.zeros_like(outs[1]), torch.zeros_like(outs[2])
+
+
+native.exact.derive(vjp=_exact_vjp, jvp=_exact_jvp)
+native.exact_back.derive(
+    vjp=lambda needs, args, outs, cotangents: reference_vjp(_exact_back, needs, args, cotangents),
+    jvp=lambda args, outs, tangents: reference_jvp(_exact_back, args, tangents), save_outputs=False)
+
+KERNELS = (Kernel("native", _native_iterate, lambda s: native_reason(native.SOURCE, s)),)

@@ -1,0 +1,165 @@
+/* Coordinate descent along rows: s [rows, n] -> y [rows, n], LANES rows at a time; the mathematics is in coor_tile.h.
+ *
+ * Arrays are contiguous. Thresholds m are [rows, T] (cut and m of the exact solver: [rows] each). */
+#include "common.h"
+
+#ifndef REAL
+#define REAL float
+#define INT int32_t
+#define WIDE 0
+#define S(x) PASTE(fnattn_, x, _, f32)
+#define VF vf32
+#define VI coor_vi32
+#define LANES (VECTOR_BYTES / 4)
+#ifndef HAVE_SHUFFLE
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define HAVE_SHUFFLE
+#endif
+#endif
+#endif
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
+#define VECTOR_BITS 512
+#else
+#define VECTOR_BITS 256
+#endif
+typedef int32_t coor_vi32 __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
+typedef int64_t coor_vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
+#include "coor_descent.c"
+#undef REAL
+#undef INT
+#undef WIDE
+#undef S
+#undef VF
+#undef VI
+#undef LANES
+#define REAL double
+#define INT int64_t
+#define WIDE 1
+#define S(x) PASTE(fnattn_, x, _, f64)
+#define VF vf64
+#define VI coor_vi64
+#define LANES (VECTOR_BYTES / 8)
+#include "coor_descent.c"
+#else
+#include "taylor_square.h"
+
+#include "coor_tile.h"
+#include "coor_exact.h"
+
+/* tile[j][l] = rows[l][j] for l < count; the other lanes repeat `fill`. */
+static void S(gather)(const REAL *rows, int64_t count, int64_t n, VF *tile, REAL fill) {
+    int64_t j = 0;
+    if (count == LANES)
+        for (; j + LANES <= n; j += LANES) S(square)(rows + j, n, (REAL *)(tile + j), LANES);
+    for (; j < n; j++)
+        for (int64_t l = 0; l < LANES; l++) tile[j][l] = l < count ? rows[l * n + j] : fill;
+}
+
+static void S(scatter)(const VF *tile, int64_t count, int64_t n, REAL *rows) {
+    int64_t j = 0;
+    if (count == LANES)
+        for (; j + LANES <= n; j += LANES) S(square)((const REAL *)(tile + j), LANES, rows + j, n);
+    for (; j < n; j++)
+        for (int64_t l = 0; l < count; l++) rows[l * n + j] = tile[j][l];
+}
+
+/* Tiles of n vectors each, and one more of T vectors for thresholds. */
+static VF *S(tiles)(int64_t count, int64_t n, int64_t T) {
+    VF *memory = scratch((size_t)(count * n + T) * sizeof(VF));
+    if (!memory) abort();
+    return memory;
+}
+
+void S(coor_iterate)(const REAL *s, const REAL *log_k, REAL *y, REAL *m, int64_t rows, int64_t n, const double *eps, int64_t T,
+                     int64_t threads) {
+    int64_t blocks = (rows + LANES - 1) / LANES;
+    if (!rows || !n) return;
+#pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
+    {
+        VF *tile = S(tiles)(2, n, T), *out = tile + n, *marks = out + n;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < blocks; i++) {
+            int64_t first = i * LANES, count = min64(LANES, rows - first);
+            VF lk;
+            S(gather)(log_k + first, count, 1, &lk, 0);
+            S(gather)(s + first * n, count, n, tile, 0);
+            S(iterate)(tile, out, n, lk, eps, T, marks);
+            S(scatter)(out, count, n, y + first * n);
+            S(scatter)(marks, count, T, m + first * T);
+        }
+        free(tile);
+    }
+}
+
+void S(coor_iterate_back)(const REAL *s, const REAL *log_k, const REAL *m, const REAL *g, REAL *ds, REAL *dlogk, int64_t rows,
+                          int64_t n, const double *eps, int64_t T, int64_t threads) {
+    int64_t blocks = (rows + LANES - 1) / LANES;
+    if (!rows || !n) return;
+#pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
+    {
+        VF *tile = S(tiles)(3, n, T), *grad = tile + n, *E = grad + n, *marks = E + n;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < blocks; i++) {
+            int64_t first = i * LANES, count = min64(LANES, rows - first);
+            VF lk;
+            S(gather)(log_k + first, count, 1, &lk, 0);
+            S(gather)(s + first * n, count, n, tile, 0);
+            S(gather)(g + first * n, count, n, grad, 0);
+            S(gather)(m + first * T, count, T, marks, 0);
+            lk = S(iterate_back)(tile, grad, E, NULL, n, lk, eps, T, marks);
+            S(scatter)(grad, count, n, ds + first * n);
+            S(scatter)(&lk, count, 1, dlogk + first);
+        }
+        free(tile);
+    }
+}
+
+void S(coor_exact)(const REAL *s, const REAL *k, REAL *y, REAL *cut, REAL *m, int64_t rows, int64_t n, double eps,
+                   int64_t threads) {
+    int64_t blocks = (rows + LANES - 1) / LANES;
+    if (!rows || !n) return;
+#pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
+    {
+        VF *tile = S(tiles)(2, n, 0), *out = tile + n;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < blocks; i++) {
+            int64_t first = i * LANES, count = min64(LANES, rows - first);
+            VF kk, edge, level;
+            S(gather)(k + first, count, 1, &kk, 1);
+            S(gather)(s + first * n, count, n, tile, 0);
+            S(exact)(tile, out, n, kk, (REAL)eps, &edge, &level);
+            S(scatter)(out, count, n, y + first * n);
+            S(scatter)(&edge, count, 1, cut + first);
+            S(scatter)(&level, count, 1, m + first);
+        }
+        free(tile);
+    }
+}
+
+void S(coor_exact_back)(const REAL *s, const REAL *cut, const REAL *m, const REAL *g, REAL *ds, REAL *dk, int64_t rows, int64_t n,
+                        double eps, int64_t threads) {
+    int64_t blocks = (rows + LANES - 1) / LANES;
+    if (!rows || !n) return;
+#pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
+    {
+        VF *tile = S(tiles)(3, n, 0), *grad = tile + n, *E = grad + n;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < blocks; i++) {
+            int64_t first = i * LANES, count = min64(LANES, rows - first);
+            VF edge, level;
+            S(gather)(cut + first, count, 1, &edge, 0);
+            S(gather)(m + first, count, 1, &level, 0);
+            S(gather)(s + first * n, count, n, tile, 0);
+            S(gather)(g + first * n, count, n, grad, 0);
+            VF gradient_k = S(exact_back)(tile, grad, E, NULL, n, (REAL)eps, edge, level);
+            S(scatter)(grad, count, n, ds + first * n);
+            S(scatter)(&gradient_k, count, 1, dk + first);
+        }
+        free(tile);
+    }
+}
+#endif

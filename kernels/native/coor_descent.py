@@ -1,0 +1,86 @@
+"""C kernels of coordinate descent along rows; see csrc/coor_descent.c."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..contracts import Operator
+from .call import address, function, threads
+
+SOURCE = "coor_descent"
+
+
+def schedule(eps: float, eps_init: float, eps_decay: float, n_iters: int) -> list[float]:
+    """eps of each iteration, and after its last decay that of the result: n_iters + 1 numbers, in Python's floats."""
+    values = [max(eps_init, eps)]
+    for _ in range(n_iters):
+        values.append(max(values[-1] * eps_decay, eps))
+    return values
+
+
+def c_schedule(eps: float, eps_init: float, eps_decay: float, n_iters: int) -> ctypes.Array:
+    """The schedule as an array of C doubles; the caller keeps it alive during the call."""
+    values = schedule(eps, eps_init, eps_decay, n_iters)
+    return (ctypes.c_double * len(values))(*values)
+
+
+def _iterate(s: Tensor, log_k: Tensor, eps: float, eps_init: float, eps_decay: float, n_iters: int) -> tuple[Tensor, Tensor]:
+    s, log_k = s.contiguous(), log_k.contiguous()
+    rows, n = s.shape
+    y, m = torch.empty_like(s), s.new_empty(rows, n_iters)
+    values = c_schedule(eps, eps_init, eps_decay, n_iters)
+    function(SOURCE, "coor_iterate", s.dtype, "pppp" + "ii" + "p" + "ii")(
+        address(s), address(log_k), address(y), address(m), rows, n, ctypes.addressof(values), n_iters,
+        threads(s.numel() * n_iters))
+    return y, m if n else m.zero_()
+
+
+def _iterate_back(s: Tensor, log_k: Tensor, m: Tensor, g: Tensor, eps: float, eps_init: float, eps_decay: float,
+                  n_iters: int) -> tuple[Tensor, Tensor]:
+    s, log_k, m, g = s.contiguous(), log_k.contiguous(), m.contiguous(), g.contiguous()
+    rows, n = s.shape
+    ds, dlogk = torch.empty_like(s), torch.empty_like(log_k)
+    values = c_schedule(eps, eps_init, eps_decay, n_iters)
+    function(SOURCE, "coor_iterate_back", s.dtype, "pppppp" + "ii" + "p" + "ii")(
+        address(s), address(log_k), address(m), address(g), address(ds), address(dlogk), rows, n, ctypes.addressof(values),
+        n_iters, threads(s.numel() * n_iters))
+    return ds, dlogk if n else dlogk.zero_()
+
+
+def _exact(s: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    s, k = s.contiguous(), k.contiguous()
+    rows, n = s.shape
+    y, cut, m = torch.empty_like(s), torch.empty_like(k), torch.empty_like(k)
+    function(SOURCE, "coor_exact", s.dtype, "ppppp" + "iidi")(
+        address(s), address(k), address(y), address(cut), address(m), rows, n, eps, threads(s.numel() * 8))
+    return (y, cut, m) if n else (y, cut.zero_(), m.zero_())
+
+
+def _exact_back(s: Tensor, k: Tensor, cut: Tensor, m: Tensor, g: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    s, cut, m, g = s.contiguous(), cut.contiguous(), m.contiguous(), g.contiguous()
+    rows, n = s.shape
+    ds, dk = torch.empty_like(s), torch.empty_like(m)
+    function(SOURCE, "coor_exact_back", s.dtype, "pppppp" + "iidi")(
+        address(s), address(cut), address(m), address(g), address(ds), address(dk), rows, n, eps, threads(s.numel() * 4))
+    return ds, dk if n else dk.zero_()
+
+
+_SCHEDULE = "float eps, float eps_init, float eps_decay, int n_iters"
+
+# s [rows, n] with -inf for entries that are not there, log_k [rows] -> y [rows, n], thresholds of all iterations [rows, n_iters].
+iterate = Operator("coor_iterate_native", 1, f"(Tensor s, Tensor log_k, {_SCHEDULE}) -> (Tensor, Tensor)", cpu=_iterate,
+                   fake=lambda s, log_k, eps, eps_init, eps_decay, n_iters: (torch.empty_like(s),
+                                                                             s.new_empty(s.shape[0], n_iters)))
+# -> gradients of s and log_k. m is what `iterate` left; it is a function of s and log_k and carries no gradient of its own.
+iterate_back = Operator("coor_iterate_back_native", 1,
+                        f"(Tensor s, Tensor log_k, Tensor m, Tensor g, {_SCHEDULE}) -> (Tensor, Tensor)", cpu=_iterate_back,
+                        fake=lambda s, log_k, m, g, *schedule: (torch.empty_like(s), torch.empty_like(log_k)))
+# s [rows, n], k [rows] -> y, cut [rows] (largest entry that is not capped, or above it), m [rows] (threshold).
+exact = Operator("coor_exact_native", 1, "(Tensor s, Tensor k, float eps) -> (Tensor, Tensor, Tensor)", cpu=_exact,
+                 fake=lambda s, k, eps: (torch.empty_like(s), torch.empty_like(k), torch.empty_like(k)))
+exact_back = Operator("coor_exact_back_native", 1,
+                      "(Tensor s, Tensor k, Tensor cut, Tensor m, Tensor g, float eps) -> (Tensor, Tensor)", cpu=_exact_back,
+                      fake=lambda s, k, cut, m, g, eps: (torch.empty_like(s), torch.empty_like(k)))
