@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import ops
-from ..attentions import full, gate_loop, taylor
+from ..attentions import full, gate_loop, gate_loop_full, simple_gate_loop, taylor, taylor_poly
+from ..models import vit
 
 
 class KeyMap(NamedTuple):
@@ -69,14 +70,67 @@ def _gate_loop(cfg: gate_loop.Config):
     return gate_loop.init, leaves, {}
 
 
+def _gate_loop_full(cfg: gate_loop_full.Config):
+    leaves = {
+        "to_qkv.0.weight": "to_qkv", "to_out.1.weight": "to_out", "to_out.1.bias": "to_out_bias",
+        **_when(cfg.data_dependent_rel_pos, to_a="to_a.0.weight"),
+        **_when(cfg.add_swish_gating, to_gates="to_gates.0.weight"),
+    }
+    return gate_loop_full.init, leaves, {"rotary_emb.freqs": ops.lang_freqs(cfg.dim_head)} if cfg.rotary_emb else {}
+
+
+def _simple_gate_loop(cfg: simple_gate_loop.Config):
+    leaves = {
+        "to_qkva.0.weight": "to_qkva", **_when(cfg.prenorm, norm="norm.gamma"),
+        **_when(cfg.post_ln, post_ln="maybe_post_ln.weight", post_ln_bias="maybe_post_ln.bias"),
+    }
+    return simple_gate_loop.init, leaves, {}
+
+
 def _full(cfg: full.Config):
     return full.init, {"to_qkv.weight": "to_qkv", "to_out.0.weight": "to_out", "to_out.0.bias": "to_out_bias"}, {}
 
 
+def _taylor_poly(cfg: taylor_poly.Config):
+    leaves = {
+        "to_q.weight": "to_q", "to_kvs.0.weight": "to_kv1", "to_kvs.1.weight": "to_kv2",
+        **{f"q_norms.{i}.gamma": f"q_norms.{i}" for i in range(3)},
+        "to_out.weight": "to_out", "to_out.bias": "to_out_bias", **_when(cfg.prenorm, norm="norm.gamma"),
+    }
+    constants = {"rotary_emb.freqs": ops.lang_freqs(cfg.dim_head)} if cfg.use_rotary_embed else {}
+    return taylor_poly.init, leaves, constants
+
+
+def _vit(cfg: vit.Config):
+    leaves = {
+        **_norm("to_patch_embedding.1", "patch_norm"), **_linear("to_patch_embedding.2", "to_tokens"),
+        **_norm("to_patch_embedding.3", "token_norm"), **_norm("mlp_head.1", "head_norm"), **_linear("mlp_head.2", "head"),
+    }
+    attn, block = _taylor(cfg.attention)[1], {}
+    for theirs, ours in (("0", "widen"), ("2.0", "depth"), ("2.1", "mix"), ("5", "narrow")):
+        block |= _linear(f"3.net.{theirs}", f"ff.{ours}")
+    block |= {**_norm("0", "attn_norm"), **under("1.", attn, "attn."), **_norm("2", "ff_norm")}
+    for i in range(cfg.depth):
+        leaves |= under(f"transformer.layers.{i}.", block, f"blocks.{i}.")
+    return vit.init, leaves, {}
+
+
+def _norm(theirs: str, ours: str) -> dict[str, str]:
+    return {f"{theirs}.weight": f"{ours}.weight", f"{theirs}.bias": f"{ours}.bias"}
+
+
+def _linear(theirs: str, ours: str) -> dict[str, str]:
+    return {f"{theirs}.weight": ours, f"{theirs}.bias": f"{ours}_bias"}
+
+
 RULES: dict[type, Callable] = {
     taylor.Config: _taylor,
-    gate_loop.Config: _gate_loop,
     full.Config: _full,
+    gate_loop.Config: _gate_loop,
+    gate_loop_full.Config: _gate_loop_full,
+    simple_gate_loop.Config: _simple_gate_loop,
+    taylor_poly.Config: _taylor_poly,
+    vit.Config: _vit,
 }
 
 __all__ = ["RULES", "KeyMap", "key_map", "under"]

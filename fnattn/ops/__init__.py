@@ -1,3 +1,12 @@
 """Pure tensor functions: the mathematics of every attention, each with a plain-torch reference and its kernels."""
 
 from .causal_dot import causal_dot as causal_dot
+from .heinsen import heinsen_gate_loop as heinsen_gate_loop
+from .rotary import lang_freqs as lang_freqs
+from .rotary import pixel_freqs as pixel_freqs
+from .rotary import rotary as rotary
+from .rotary import rotate as rotate
+from .scan import associative_scan as associative_scan
+from .scan import scan as scan
+from .softmax import softmax_attention as softmax_attention
+from .taylor import taylor as taylor

@@ -1,0 +1,224 @@
+"""GateLoop's attention form: causal attention with data-dependent relative positions, with or without softmax.
+
+    s_ij = sum_p Re(prod_{j < t <= i} alpha_tp) (q_ip . k_jp) / sqrt(d)        out_i = sum_{j <= i} w(s_i)_j v_j
+
+over pairs p of channels, alpha = sigmoid(|a|) exp(i arg a) per position and pair; w is softmax, or nothing. Without
+data_dependent_rel_pos it is plain causal attention, rotary if asked for.
+
+Source: CausalFullAttention of gateloop-transformer 0.2.5; Katsch 2023, arXiv 2311.01927, section 3.3.
+Different here: upstream multiplies alpha up along the channel pairs instead of along time, and divides by the clamped
+product, so there is no relative position in it. That arithmetic is kept behind `compat=True`, for checkpoints; the default
+is the product over time, in logarithms and without a clamp. There is a state.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import ops, taps
+from ..core import EMPTY, Empty, Family, check, check_input, config, peek_int, refuse
+from ..ops.decayed_attention import decay, decayed_attention
+from ._heads import linear_init, merge_heads, scale_gradient, split_heads, uniform_init
+
+# b batch, h heads, n positions, d width of a head, p = d / 2 pairs of channels
+CLAMP = 1e-10  # compat: upstream's lower bound of the real part of the product
+
+
+@config
+class Config:
+    """Options of GateLoop's attention form.
+
+    dim:        width of x.
+    dim_head:   width of one head. heads: number of heads.
+    rotary_emb: rotary positions on queries and keys.
+    add_swish_gating: multiply the heads by SiLU of a projection of x.
+    data_dependent_rel_pos: decay and turn scores by products of alpha.
+    frac_gradient_data_dependent_rel_pos: factor on every derivative through a. At anything but 1 what differentiation
+                returns is not the derivative of the function computed; see `fnattn.gradient_is_exact`.
+    softmax_normalize: softmax over the scores; default: exactly when there is no data_dependent_rel_pos.
+    ablate_complex: drop the imaginary part of a. ablate_state_transition: alpha = 1.
+    compat:     upstream's arithmetic: the product runs along the channel pairs, clamped, its inverse on the keys.
+    """
+
+    dim: int
+    dim_head: int = 64
+    heads: int = 8
+    rotary_emb: bool = False
+    add_swish_gating: bool = False
+    data_dependent_rel_pos: bool = False
+    frac_gradient_data_dependent_rel_pos: float = 0.5
+    softmax_normalize: bool | None = None
+    ablate_complex: bool = False
+    ablate_state_transition: bool = False
+    compat: bool = False
+
+    def __post_init__(self):
+        for name in ("dim", "dim_head", "heads"):
+            check(getattr(self, name) >= 1, "gate_loop_full.Config: {} must be at least 1; got {}.", name, getattr(self, name),
+                  remedy="Give a positive width.")
+        check(self.dim_head % 2 == 0 or not (self.rotary_emb or self.data_dependent_rel_pos),
+              "gate_loop_full.Config: rotary_emb and data_dependent_rel_pos need an even dim_head; got {}.", self.dim_head,
+              remedy="They act on pairs of channels.")
+
+    @property
+    def softmax(self) -> bool:
+        """Whether scores are normalised by softmax."""
+        return not self.data_dependent_rel_pos if self.softmax_normalize is None else self.softmax_normalize
+
+    @property
+    def decays(self) -> bool:
+        """Whether scores decay over time."""
+        return self.data_dependent_rel_pos and not self.ablate_state_transition and not self.compat
+
+
+class Params(NamedTuple):
+    """Weights are [out, in], as in torch.nn.Linear."""
+
+    cfg: Config
+    to_qkv: Tensor                      # [3 h d, dim], rows (q | k | v, head, channel)
+    to_out: Tensor                      # [dim, h d]
+    to_out_bias: Tensor                 # [dim]
+    to_a: Tensor | Empty = EMPTY        # [h d, dim], rows (head, pair, re | im); Empty unless data_dependent_rel_pos
+    to_gates: Tensor | Empty = EMPTY    # [h d, dim]; Empty unless add_swish_gating
+
+
+class State(NamedTuple):
+    """Keys and values seen so far, in buffers of fixed capacity."""
+
+    k: Tensor                    # [b, h, capacity, d], rotated or scaled as they enter the scores
+    v: Tensor                    # [b, h, capacity, d]
+    log_sum: Tensor | Empty      # [b, h, capacity, p] float64: running sum of log|alpha|; Empty unless cfg.decays
+    phase_sum: Tensor | Empty    # [b, h, capacity, p] float64: running sum of arg alpha
+    total: Tensor | Empty        # [2, b, h, 1, p] float64: both sums at the last position
+    pos: Tensor                  # [] int64: positions seen
+
+
+def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
+    """Parameters of cfg, drawn by name from params_key: uniform in +-1/sqrt(fan in)."""
+    inner, kind = cfg.heads * cfg.dim_head, {"dtype": dtype, "device": device}
+    return Params(
+        cfg,
+        to_qkv=linear_init(params_key, "to_qkv", 3 * inner, cfg.dim, **kind),
+        to_out=linear_init(params_key, "to_out", cfg.dim, inner, **kind),
+        to_out_bias=uniform_init(params_key, "to_out_bias", (cfg.dim,), inner ** -0.5, **kind),
+        to_a=linear_init(params_key, "to_a", inner, cfg.dim, **kind) if cfg.data_dependent_rel_pos else EMPTY,
+        to_gates=linear_init(params_key, "to_gates", inner, cfg.dim, **kind) if cfg.add_swish_gating else EMPTY)
+
+
+def init_state(params: Params, batch: int, *, capacity: int) -> State:
+    """Empty buffers for `batch` sequences of up to `capacity` positions."""
+    cfg, like = params.cfg, params.to_qkv
+    check(capacity >= 1, "gate_loop_full.init_state: capacity must be at least 1; got {}.", capacity,
+          remedy="Give the number of positions that the longest sequence will have.")
+    shape = (batch, cfg.heads, capacity, cfg.dim_head)
+    sums = like.new_zeros(*shape[:3], cfg.dim_head // 2, dtype=torch.float64) if cfg.decays else EMPTY
+    total = like.new_zeros(2, batch, cfg.heads, 1, cfg.dim_head // 2, dtype=torch.float64) if cfg.decays else EMPTY
+    return State(like.new_zeros(shape), like.new_zeros(shape), sums, sums, total,
+                 torch.zeros((), dtype=torch.int64, device=like.device))
+
+
+def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
+          context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
+    """Causal attention with decaying, turning scores. Time grows with the square of the length.
+
+    Args:
+        params: from `init`.
+        x: [b, n, dim].
+        state: from `init_state` or a former call: x continues that sequence, in a chunk of any length.
+        mask, context: refused; the decay between two positions is that of all positions between them.
+        dropout_key: accepted; this attention drops nothing.
+        impl: passed to `ops.softmax_attention`; the decaying scores are plain torch and take "auto" or "reference".
+    Returns:
+        out [b, n, dim] in x's dtype; the state after x, or EMPTY.
+    """
+    cfg = params.cfg
+    check_input("gate_loop_full.apply", x, cfg.dim)
+    refuse("gate_loop_full.apply", "The decay between two positions is that of all positions between them.",
+           "Leave padding at the end of the sequence and ignore its outputs, or choose a family that masks: full, taylor.",
+           mask=mask, context=context)
+    streaming, n = not isinstance(state, Empty), x.shape[1]
+    pos = state.pos if streaming else torch.zeros((), dtype=torch.int64, device=x.device)
+    if streaming:
+        used, capacity = peek_int(pos), state.k.shape[2]
+        check(used is None or used + n <= capacity, "gate_loop_full.apply: the state holds {} of {} positions and {} more were given.",
+              used, capacity, n, remedy="Make it larger: init_state(params, batch, capacity=...).")
+
+    q, k, v = (split_heads(t, cfg.heads) for t in F.linear(x, params.to_qkv).chunk(3, -1))
+    if cfg.rotary_emb:
+        positions, freqs = pos + torch.arange(n, device=x.device), ops.lang_freqs(cfg.dim_head, device=x.device)
+        q, k = ops.rotary(q, positions, freqs), ops.rotary(k, positions, freqs)
+    q = q * cfg.dim_head ** -0.5
+    log_sum = phase_sum = total = EMPTY
+    if cfg.data_dependent_rel_pos and not cfg.ablate_state_transition:
+        a = _raw_gate(params, x)
+        if cfg.compat:
+            q, k = _upstream_scaling(q, k, a)
+        else:
+            log_sum, phase_sum = (t.double().cumsum(2) for t in decay(a))
+            if streaming:
+                log_sum, phase_sum = log_sum + state.total[0], phase_sum + state.total[1]
+            total = torch.stack((log_sum, phase_sum))[..., -1:, :] if n else (state.total if streaming else EMPTY)
+    q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
+
+    keys, values, log_keys, phase_keys, after = k, v, log_sum, phase_sum, EMPTY
+    if streaming:
+        at = pos + torch.arange(n, device=x.device)
+        new = (k, v, log_sum, phase_sum)
+        keys, values, log_keys, phase_keys = (
+            EMPTY if isinstance(old, Empty) else old.index_copy(2, at, t.to(old.dtype)) for old, t in zip(state[:4], new))
+        after = State(keys, values, log_keys, phase_keys, total, pos + n)
+    if cfg.decays:
+        _only_reference(impl)
+        out = decayed_attention(q, keys, values, log_sum, phase_sum, log_keys, phase_keys, offset=pos, softmax=cfg.softmax)
+    elif cfg.softmax:
+        out = ops.softmax_attention(q, keys, values, causal=True, scale=1.0, offset=pos, impl=impl)
+    else:
+        out = _unnormalised(q, keys, values, pos)
+    out = taps.tap("heads", out).to(x.dtype)
+    if cfg.add_swish_gating:
+        out = out * F.silu(split_heads(F.linear(x, params.to_gates), cfg.heads))
+    return F.linear(merge_heads(out), params.to_out, params.to_out_bias), after
+
+
+def _only_reference(impl: str) -> None:
+    check(impl in ("auto", "reference"), 'gate_loop_full.apply: decaying scores are plain torch; got impl={!r}.', impl,
+          remedy='Use impl="auto" or impl="reference".')
+
+
+def _raw_gate(params: Params, x: Tensor) -> Tensor:
+    """a [b, h, n, p, 2]."""
+    cfg = params.cfg
+    a = split_heads(F.linear(x, params.to_a), cfg.heads).unflatten(-1, (cfg.dim_head // 2, 2))
+    a = scale_gradient(a, cfg.frac_gradient_data_dependent_rel_pos)
+    return torch.stack((a[..., 0], torch.zeros_like(a[..., 1])), -1) if cfg.ablate_complex else a
+
+
+def _upstream_scaling(q: Tensor, k: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """q r and k / r per channel pair, with r the clamped real part of alpha multiplied up along the pairs."""
+    log_size, phase = decay(a)
+    r = (log_size.cumsum(-1).exp() * phase.cumsum(-1).cos()).clamp(min=CLAMP).unsqueeze(-1)
+    return ((q.unflatten(-1, (-1, 2)) * r).flatten(-2), (k.unflatten(-1, (-1, 2)) * (1.0 / r)).flatten(-2))
+
+
+def _unnormalised(q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+    """Scores as weights: sum over j <= i of (q_i . k_j) v_j, with queries from position pos on."""
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    at = pos + torch.arange(q.shape[2], device=q.device)
+    scores = torch.einsum("bhid,bhjd->bhij", q.to(wide), k.to(wide))
+    seen = torch.arange(k.shape[2], device=q.device) <= at[:, None]
+    return torch.einsum("bhij,bhje->bhie", torch.where(seen, scores, 0.0), v.to(wide)).to(v.dtype)
+
+
+FAMILY = Family(
+    name="gate_loop_full", config=Config, init=init, init_state=init_state, apply=apply, streams=True, masks=False,
+    contexts=False, source="gateloop-transformer 0.2.5, CausalFullAttention; arXiv 2311.01927",
+    examples=(
+        Config(dim=7, dim_head=6, heads=3, rotary_emb=True, add_swish_gating=True),
+        Config(dim=7, dim_head=4, heads=3, data_dependent_rel_pos=True, frac_gradient_data_dependent_rel_pos=1.0),
+        Config(dim=5, dim_head=4, heads=2, data_dependent_rel_pos=True, frac_gradient_data_dependent_rel_pos=1.0,
+               softmax_normalize=True, ablate_complex=True),
+    ))
