@@ -1,0 +1,262 @@
+"""Softmax attention over all positions, with a key-value cache: out_i = sum_j softmax_j(q_i . k_j / sqrt(d)) v_j.
+
+Source: Attention of dalle-pytorch 1.6.6; Vaswani et al. 2017, arXiv 1706.03762.
+Different here: a query that sees no key gives 0 instead of an average over all keys, later ones included; new positions are
+causal among themselves in a chunk of any length, because what is visible follows from absolute positions; the cache has a
+fixed capacity and remembers the mask. `stable` changes nothing: softmax runs in float32 or wider with its maximum subtracted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import ops, taps
+from ..core import EMPTY, Empty, Family, check, check_input, config, peek_int, refuse
+from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
+
+# b batch, h query heads, g key heads, n positions, m keys, d width of a head
+
+
+@config
+class Config:
+    """Options of softmax attention.
+
+    dim:         width of x.
+    seq_len:     side of static_mask; without one, lengths are free.
+    causal:      position i attends to j <= i; needed for a state.
+    heads, dim_head: number of query heads, width of one head.
+    dropout:     chance of zeroing an entry of the result, when a dropout_key is passed.
+    stable:      upstream's rescaled softmax for float16; the same function, and always safe here.
+    static_mask: which keys (columns) each position (row) may attend to, in addition to all else: a bool tensor or nested
+                 sequence [seq_len, seq_len]. Kept as a tuple of strings of "0" and "1", one per row, so that a config can be
+                 hashed and written to JSON.
+    rotary_emb:  rotary positions on queries and keys, over the whole head.
+    kv_heads:    number of key and value heads, a divisor of heads; None: heads.
+    """
+
+    dim: int
+    seq_len: int
+    causal: bool = True
+    heads: int = 8
+    dim_head: int = 64
+    dropout: float = 0.0
+    stable: bool = False
+    static_mask: Any = None
+    rotary_emb: bool = False
+    kv_heads: int | None = None
+
+    def __post_init__(self):
+        for name in ("dim", "seq_len", "heads", "dim_head"):
+            check(getattr(self, name) >= 1, "full.Config: {} must be at least 1; got {}.", name, getattr(self, name),
+                  remedy="Give a positive size.")
+        check(0.0 <= self.dropout <= 1.0, "full.Config: dropout must lie in [0, 1]; got {}.", self.dropout,
+              remedy="It is the chance of zeroing an entry.")
+        check(not self.rotary_emb or self.dim_head % 2 == 0, "full.Config: rotary_emb needs an even dim_head; got {}.",
+              self.dim_head, remedy="Rotary positions turn pairs of channels.")
+        check(self.kv_heads is None or self.kv_heads >= 1 and self.heads % self.kv_heads == 0,
+              "full.Config: kv_heads must divide heads={}; got {}.", self.heads, self.kv_heads,
+              remedy="Each key head serves heads / kv_heads query heads; None gives every query head its own.")
+        if self.static_mask is not None:
+            object.__setattr__(self, "static_mask", _rows(self.static_mask, self.seq_len))
+
+    @property
+    def key_heads(self) -> int:
+        """The number of key and value heads."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+
+def _rows(mask: Any, seq_len: int) -> tuple[str, ...]:
+    """The static mask as strings of "0" and "1", from such strings, a bool tensor, or nested sequences of bools."""
+    if isinstance(mask, Tensor):
+        mask = mask.tolist()
+    try:
+        rows = tuple(row if isinstance(row, str) else "".join("01"[bool(entry)] for entry in row) for row in mask)
+    except TypeError:
+        rows = ()
+    check(len(rows) == seq_len and all(len(row) == seq_len and set(row) <= {"0", "1"} for row in rows),
+          "full.Config: static_mask must be bools [{}, {}] (cfg.seq_len); got {} rows of {}.", seq_len, seq_len, len(rows),
+          sorted({len(row) for row in rows}), remedy="Row i tells which keys position i may attend to.")
+    return rows
+
+
+class Params(NamedTuple):
+    """Weights are [out, in], as in torch.nn.Linear."""
+
+    cfg: Config
+    to_qkv: Tensor       # [(h + 2 g) d, dim], rows (q | k | v, head, channel)
+    to_out: Tensor       # [dim, h d]
+    to_out_bias: Tensor  # [dim]
+
+
+class State(NamedTuple):
+    """Keys and values seen so far, in buffers of fixed capacity."""
+
+    k: Tensor        # [b, g, capacity, d], rotated
+    v: Tensor        # [b, g, capacity, d]
+    visible: Tensor  # [b, capacity] bool: what mask said when the position came in
+    pos: Tensor      # [] int64: positions seen
+
+
+def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
+    """Parameters of cfg, drawn by name from params_key: uniform in +-1/sqrt(fan in)."""
+    inner, kind = cfg.heads * cfg.dim_head, {"dtype": dtype, "device": device}
+    return Params(
+        cfg,
+        to_qkv=linear_init(params_key, "to_qkv", inner + 2 * cfg.key_heads * cfg.dim_head, cfg.dim, **kind),
+        to_out=linear_init(params_key, "to_out", cfg.dim, inner, **kind),
+        to_out_bias=uniform_init(params_key, "to_out_bias", (cfg.dim,), inner ** -0.5, **kind))
+
+
+def init_state(params: Params, batch: int, *, capacity: int) -> State:
+    """Empty buffers for `batch` sequences of up to `capacity` positions."""
+    cfg, like = params.cfg, params.to_qkv
+    check(cfg.causal, "full.init_state: cannot stream. A non-causal query sees later keys, so no prefix has a final answer.",
+          remedy="Use Config(causal=True, ...), or call apply(params, x) on the whole sequence.")
+    check(capacity >= 1, "full.init_state: capacity must be at least 1; got {}.", capacity,
+          remedy="Give the number of positions that the longest sequence will have.")
+    check(cfg.static_mask is None or capacity <= cfg.seq_len, "full.init_state: capacity must be at most {}, the side of "
+          "cfg.static_mask; got {}.", cfg.seq_len, capacity, remedy="Build the Config with a larger seq_len and static_mask.")
+    shape = (batch, cfg.key_heads, capacity, cfg.dim_head)
+    return State(like.new_zeros(shape), like.new_zeros(shape), like.new_zeros(batch, capacity, dtype=torch.bool),
+                 torch.zeros((), dtype=torch.int64, device=like.device))
+
+
+def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
+          context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
+    """Attends to all visible positions. Time grows with the square of the length; memory with the length if fused.
+
+    Args:
+        params: from `init`.
+        x: [b, n, dim].
+        state: from `init_state` or a former call (causal only): x continues that sequence, in a chunk of any length.
+        mask: bool [b, keys]; False keys are not there. Describes context if given, else x; a state remembers it.
+        context: [b, keys, dim] to attend to instead of x; only without causal, rotary_emb and static_mask.
+        dropout_key: drops entries of the result if cfg.dropout > 0.
+        impl: passed to `ops.softmax_attention` and, where it knows the name, to `ops.rotary`.
+    Returns:
+        out [b, n, dim] in x's dtype, 0 where no key is visible; the state after x, or EMPTY.
+    Raises:
+        ValueError: shapes, more positions than the state or static_mask has room for, a keyword that cannot be honoured.
+    """
+    return attend(params, x, state, mask=mask, context=context, dropout_key=dropout_key, impl=impl)
+
+
+def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: Tensor | None = None, mask: Tensor | None = None,
+           context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
+    """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
+    cfg, streaming = params.cfg, not isinstance(state, Empty)
+    used = _check(cfg, x, state, mask, context, angles)
+    n, device = x.shape[1], x.device
+    pos = state.pos if streaming else torch.zeros((), dtype=torch.int64, device=device)
+    positions = pos + torch.arange(n, device=device)
+
+    q, k, v = _project(params, x, context)
+    if cfg.rotary_emb:
+        freqs = ops.lang_freqs(cfg.dim_head, device=device)
+        q, k = ops.rotary(q, positions, freqs), ops.rotary(k, positions, freqs)
+    if angles is not None:
+        here = angles.index_select(0, positions)
+        q, k, v = ops.rotate(q, here), ops.rotate(k, here), ops.rotate(v, here)
+    q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
+
+    visible = mask
+    if streaming:
+        new = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+        state = State(state.k.index_copy(2, positions, k.to(state.k.dtype)), state.v.index_copy(2, positions, v.to(state.v.dtype)),
+                      state.visible.index_copy(1, positions, new), pos + n)
+        k, v, visible = state.k, state.v, state.visible
+        if used is not None:  # only what has been written; under a transform the length is data, and all is read
+            k, v, visible = k[:, :, :used + n], v[:, :, :used + n], visible[:, :used + n]
+    allowed, seen = _allowed(cfg, visible, positions, k.shape[2])
+    offset = pos if streaming else None
+    out = ops.softmax_attention(q, k, v, mask=allowed, causal=cfg.causal, offset=offset, impl=impl)
+    out = F.linear(merge_heads(taps.tap("heads", out)), params.to_out, params.to_out_bias)
+    if seen is not None:
+        out = torch.where(seen[..., None], out, torch.zeros_like(out))
+    return dropout(dropout_key, "out", out, cfg.dropout), state
+
+
+def _project(params: Params, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q [b, h, n, d]; k, v [b, g, m, d]."""
+    cfg = params.cfg
+    widths = [cfg.heads * cfg.dim_head, cfg.key_heads * cfg.dim_head, cfg.key_heads * cfg.dim_head]
+    if context is None:
+        q, k, v = F.linear(x, params.to_qkv).split(widths, -1)
+    else:
+        to_q, to_kv = params.to_qkv.split([widths[0], 2 * widths[1]])
+        q, (k, v) = F.linear(x, to_q), F.linear(context, to_kv).chunk(2, -1)
+    return split_heads(q, cfg.heads), split_heads(k, cfg.key_heads), split_heads(v, cfg.key_heads)
+
+
+def _allowed(cfg: Config, visible: Tensor | None, positions: Tensor, m: int) -> tuple[Tensor | None, Tensor | None]:
+    """What the masks allow [b or 1, 1, n or 1, m], and which rows see a key at all [b or 1, n or 1]; None: everything, all."""
+    if cfg.static_mask is None:
+        if visible is None:
+            return None, None
+        if not cfg.causal:
+            return visible[:, None, None, :], visible.any(-1, keepdim=True)
+        seen = (visible.cumsum(-1) > 0).index_select(-1, positions)
+        return visible[:, None, None, :], seen
+    keys = torch.arange(m, device=positions.device)
+    allowed = _static(cfg.static_mask).to(keys.device).index_select(0, positions).index_select(1, keys)[None]
+    if visible is not None:
+        allowed = allowed & visible[:, None, :]
+    past = allowed & (keys <= positions[:, None]) if cfg.causal else allowed
+    return allowed[:, None], past.any(-1)
+
+
+@torch.compiler.assume_constant_result
+def _static(rows: tuple[str, ...]) -> Tensor:
+    """The static mask as a bool tensor [seq_len, seq_len]."""
+    return torch.tensor([[c == "1" for c in row] for row in rows])
+
+
+def _check(cfg: Config, x: Tensor, state: State | Empty, mask: Tensor | None, context: Tensor | None,
+           angles: Tensor | None) -> int | None:
+    """Raises for what cannot be honoured. Returns how many positions the state holds, where Python may know."""
+    check_input("full.apply", x, cfg.dim, mask=mask, context=context)
+    if cfg.causal:
+        refuse("full.apply", "With causal=True a query attends to its own past, and a context has none.",
+               "Use Config(causal=False, ...) for cross attention.", context=context)
+    else:
+        refuse("full.apply", "A non-causal query sees later keys, so no prefix has a final answer.",
+               "Use Config(causal=True, ...), or call apply(params, x) on the whole sequence.", state=state)
+    if cfg.rotary_emb or angles is not None:
+        refuse("full.apply", "Rotary positions of x say nothing about positions of a context.",
+               "Use Config(rotary_emb=False, ...) for cross attention.", context=context)
+    if cfg.static_mask is not None:
+        refuse("full.apply", "The rows and columns of static_mask are positions of x.",
+               "Use Config(static_mask=None, ...) for cross attention.", context=context)
+    n, used = x.shape[1], 0
+    if not isinstance(state, Empty):
+        if not isinstance(state, State):
+            raise TypeError(f"full.apply: state must come from full.init_state; got {type(state).__name__}.\n"
+                            f"  Start a sequence with init_state(params, batch, capacity=...).")
+        batch, heads, capacity, width = state.k.shape
+        check((batch, heads, width) == (x.shape[0], cfg.key_heads, cfg.dim_head),
+              "full.apply: the state must have [batch, key heads, capacity, width] = [{}, {}, capacity, {}]; got {}.", x.shape[0],
+              cfg.key_heads, cfg.dim_head, list(state.k.shape), remedy="Make it with init_state(params, batch, capacity=...).")
+        used = peek_int(state.pos)
+        check(used is None or used + n <= capacity, "full.apply: the state holds {} of {} positions and {} more {} given.",
+              used, capacity, n, "was" if n == 1 else "were",
+              remedy=f"Make it larger: init_state(params, batch, capacity={(used or 0) + n} or more).")
+    limit = cfg.seq_len if cfg.static_mask is not None else None
+    check(limit is None or used is None or used + n <= limit, "full.apply: x has {} positions, but cfg.static_mask has {}.", n, limit,
+          remedy="Shorten x, or build the Config with a larger seq_len and static_mask.")
+    return used
+
+
+FAMILY = Family(
+    name="full", config=Config, init=init, init_state=init_state, apply=apply, streams=True, masks=True, contexts=True,
+    source="dalle-pytorch 1.6.6, Attention; arXiv 1706.03762",
+    examples=(
+        Config(dim=7, seq_len=13, heads=3, dim_head=5),
+        Config(dim=7, seq_len=13, heads=6, dim_head=4, kv_heads=2, rotary_emb=True, dropout=0.25),
+        Config(dim=5, seq_len=13, heads=2, dim_head=3, dropout=0.25,
+               static_mask=tuple("".join("01"[(i - j) % 3 != 1] for j in range(13)) for i in range(13))),
+        Config(dim=11, seq_len=13, causal=False, heads=3, dim_head=5),
+    ))
