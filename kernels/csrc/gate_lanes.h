@@ -190,10 +190,3 @@ INLINE S(gate) S(make_gate)(S(pair) a) {
     return g;
 }
 
-/* Gradient of a from the gradient of alpha: along a through the size, across it through the direction. */
-INLINE S(pair) S(gate_gradient)(VF ux, VF uy, VF size, VF inverse, VF gre, VF gim) {
-    VF along = size * ((REAL)1 - size) * (ux * gre + uy * gim);
-    VF across = size * inverse * (ux * gim - uy * gre);
-    along = S(select)(inverse == (REAL)0, S(all)(0), along);
-    return (S(pair)){ux * along - uy * across, uy * along + ux * across};
-}

@@ -1,0 +1,172 @@
+"""gate_loop: causal linear attention with a complex gate per head, read through the real part of its state.
+
+Source: Katsch 2023, "GateLoop", arXiv 2311.01927 (our alpha is their a, our H their h; q, k, v as there).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from fnattn_kernels.contracts import reference_jvp, reference_vjp
+from fnattn_kernels.native import gate_loop as native
+from torch import Tensor
+
+from .._door import Kernel, check_heads, choose, compute_dtype, native_reason, no_autocast
+from ..scan import complex_times
+from . import backward, reference
+
+# b batch, h heads, g key heads, n positions, d width of q and k, e width of v
+
+
+class GateLoopState(NamedTuple):
+    """What a sequence leaves behind for its continuation.
+
+    H: [b, h, d, e, 2] the state, as (re, im).
+    A: [b, h, 2] product of all gates so far: two stretches join as (A2 A1, A2 H1 + H2).
+    """
+
+    H: Tensor
+    A: Tensor
+
+
+def gate_loop(q: Tensor, k: Tensor, v: Tensor, a: Tensor, *, state: tuple[Tensor, Tensor] | None = None,
+              impl: str = "auto") -> tuple[Tensor, GateLoopState]:
+    """Causal linear attention whose memory decays and turns by a gate that depends on the data.
+
+        alpha_t = sigmoid(|a_t|) e^{i arg a_t}       H_t = alpha_t H_{t-1} + k_t v_t^T       out_t = q_t^T Re(H_t)
+
+    Time grows with n d e, in real arithmetic and without trigonometry; no [n, n] table and no state per position is made,
+    except for width-1 heads, where the state is one number. |alpha| is at least 1/2. At a = 0 alpha is 1/2 and the gradient
+    of a is 0 (so for |a| < 2^-100: the phase's derivative is not representable).
+
+    Args:
+        q: [b, h, n, d], floating point.
+        k: [b, g, n, d], h a multiple of g.
+        v: [b, g, n, e].
+        a: [b, h, n, 2] raw gates as (re, im).
+        state: (H [b, h, d, e, 2], A [b, h, 2]) that a previous call returned; None at the start of a sequence.
+        impl: "reference" is plain torch; "native" insists on the C kernels (CPU); "auto" chooses. See `ops.report()`.
+    Returns:
+        out [b, h, n, e] in v's dtype, and the state in float32, or in float64 if any input is; sums run in the latter.
+    Raises:
+        ValueError: shapes or devices disagree. TypeError: not floating tensors.
+        KernelUnavailable: the named kernel cannot serve the call.
+
+    Differentiable any number of times in both modes, through the state too; batches under vmap without a loop; compiles
+    and exports.
+    """
+    check_heads("gate_loop", q, k, v)
+    _check(q, k, v, a, state)
+    h0, a0 = (None, None) if state is None else state
+    kernel = choose("gate_loop", impl, KERNELS, q, k, v, a, h0, a0)
+    dtype = compute_dtype(q, k, v, a, h0, a0)
+    with no_autocast(v):
+        repeat = q.shape[1] // max(k.shape[1], 1)
+        if repeat != 1:
+            k, v = (t.unsqueeze(2).expand(-1, -1, repeat, -1, -1).flatten(1, 2) for t in (k, v))
+        args = [t.to(dtype) for t in (q, k, v, a)]
+        run = plain if kernel is None else kernel.run
+        out, last, product = run(*args, None if h0 is None else h0.to(dtype))
+        if a0 is not None:
+            product = complex_times(product, a0.to(dtype))
+    return out.to(v.dtype), GateLoopState(last, product)
+
+
+def combine(earlier: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor]) -> GateLoopState:
+    """The state of two stretches in a row from the state of each alone; associative. Shapes as in `gate_loop`."""
+    (h1, a1), (h2, a2) = earlier, later
+    return GateLoopState(complex_times(a2[..., None, None, :], h1) + h2, complex_times(a2, a1))
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference: out, last state, product of the gates of this call; arguments in one wide dtype."""
+    return _narrowly(reference.narrow, q, k, v, a, h0) if _is_narrow(q, v) else reference.wide(q, k, v, a, h0)
+
+
+def _is_narrow(q: Tensor, v: Tensor) -> bool:
+    return q.shape[-1] == 1 and v.shape[-1] == 1
+
+
+def _narrowly(run, q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads of width 1 as channels: [b, h, n, 1] is read as [b, n, h], a view where the heads come from one projection."""
+    q, k, v = (t.squeeze(-1).transpose(1, 2) for t in (q, k, v))
+    out, last, product = run(q, k, v, a.transpose(1, 2), None if h0 is None else h0[:, :, 0, 0])[:3]
+    return out.transpose(1, 2).unsqueeze(-1), last[:, :, None, None], product
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state) -> None:
+    b, h, n, d = q.shape
+    if k.shape[2] != n:
+        raise ValueError(f"gate_loop: q and k must have one length; got {n} and {k.shape[2]}.\n  Cut or pad the longer one.")
+    expected = [("a", a, (b, h, n, 2))]
+    if state is not None:
+        if len(state) != 2:
+            raise ValueError(f"gate_loop: state must be (H, A); got {len(state)} parts.\n  Pass on what the last call returned.")
+        expected += [("state H", state[0], (b, h, d, v.shape[3], 2)), ("state A", state[1], (b, h, 2))]
+    for name, t, shape in expected:
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            raise TypeError(f"gate_loop: {name} must be a real floating tensor; got "
+                            f"{t.dtype if isinstance(t, Tensor) else type(t).__name__}.\n"
+                            f"  Complex numbers come as pairs: torch.view_as_real(a).")
+        if tuple(t.shape) != shape:
+            raise ValueError(f"gate_loop: {name} must be {list(shape)}; got {list(t.shape)}.\n"
+                             f"  One complex number (re, im) per head and position; states as the last call returned them.")
+        if t.device != q.device:
+            raise ValueError(f"gate_loop: {name} must be on q's device {q.device}; got {t.device}.\n  Move it: .to(q.device).")
+
+
+# ------------------------------------------------------------------------------------------------ the native kernels
+
+
+def run_native(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The C kernels, differentiable in every way; arguments as in `plain`."""
+    if q.shape[2] == 0 or q.shape[0] * q.shape[1] == 0:
+        return plain(q, k, v, a, h0)
+    return _narrowly(native.narrow, q, k, v, a, h0) if _is_narrow(q, v) else native.wide(q, k, v, a, h0)
+
+
+def _narrow_reference(q, k, v, a, h0):
+    out, last, product = reference.narrow(q, k, v, a, h0)
+    return out, last, product, torch.zeros_like(native._narrow_fake(q, k, v, a, h0)[3])
+
+
+def _narrow_vjp(needs, args, outs, cotangents):
+    q, k, v, a, h0 = args
+    _, _, product, marks = outs
+    grads = native.narrow_backward(q, k, v, a, h0, marks, product, *cotangents[:3])
+    return tuple(g if need else None for g, need in zip(grads, needs))
+
+
+def _narrow_backward_reference(q, k, v, a, h0, marks, product, g, g_last, g_product):
+    # marks and product are functions of the other arguments and are computed anew: their own gradient is 0 here.
+    state = a[:, 0]
+    return backward.narrow(q, k, v, a, _zeros(h0, state), _zeros(g, q), _zeros(g_last, state), _zeros(g_product, state))
+
+
+def _wide_vjp(needs, args, outs, cotangents):
+    grads = native.wide_backward(*args, *cotangents)
+    return tuple(g if need else None for g, need in zip(grads, needs))
+
+
+def _wide_backward_reference(q, k, v, a, h0, g, g_last, g_product):
+    outer = q[:, :, 0, :, None, None] * v[:, :, 0, None, :, None]
+    state = torch.cat((outer, outer), -1)
+    return backward.wide(q, k, v, a, _zeros(h0, state), _zeros(g, v), _zeros(g_last, state), _zeros(g_product, a[:, :, 0]))
+
+
+def _zeros(t: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if t is None else t
+
+
+def _derive(operator, fn, vjp=None):
+    operator.derive(vjp=vjp or (lambda needs, args, outs, cotangents: reference_vjp(fn, needs, args, cotangents)),
+                    jvp=lambda args, outs, tangents: reference_jvp(fn, args, tangents), save_outputs=vjp is not None)
+
+
+_derive(native.narrow, _narrow_reference, _narrow_vjp)
+_derive(native.narrow_backward, _narrow_backward_reference)
+_derive(native.wide, reference.wide, _wide_vjp)
+_derive(native.wide_backward, _wide_backward_reference)
+
+KERNELS = (Kernel("native", run_native, lambda *args: native_reason("gate_loop", *args)),)

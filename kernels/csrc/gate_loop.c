@@ -1,0 +1,51 @@
+/* The gated loops: real gates per channel (simple), complex gates per channel (narrow), complex gates per head (wide). */
+#include "common.h"
+
+#ifndef REAL
+#define REAL float
+#define S(x) PASTE(fnattn_, x, _, f32)
+#define VF vf32
+#define LANES LANES_f32
+#define WIDE 0
+#include "gate_loop.c"
+#undef REAL
+#undef S
+#undef VF
+#undef VI
+#undef INT
+#undef LANES
+#undef WIDE
+#define REAL double
+#define S(x) PASTE(fnattn_, x, _, f64)
+#define VF vf64
+#define LANES LANES_f64
+#define WIDE 1
+#include "gate_loop.c"
+#else
+#include "gate_lanes.h"
+
+#ifndef GATE_LOOP_ONCE
+#define GATE_LOOP_ONCE
+#define CHANNELS 512 /* channels of one task: rows stream through the first cache, 32 of them fit the second */
+#define EVERY 32     /* steps between the saved states from which the backward pass starts again */
+#define AHEAD 6      /* rows to prefetch */
+#define VECTORS (CHANNELS / LANES)
+
+/* One operand with its strides, in numbers: batch and row. The channels of a row lie side by side. */
+#define ROW(x, i, t) ((x) + (i) * x##_batch + (t) * x##_row)
+#define STEP(full, width, call)                               \
+    do {                                                      \
+        for (int64_t j = 0; j < (full); j += LANES) call(LANES); \
+        if ((full) < (width)) {                               \
+            int64_t j = (full);                               \
+            call(((width) - j));                              \
+        }                                                     \
+    } while (0)
+#endif
+
+#include "gate_loop_simple.h"
+#include "gate_loop_narrow.h"
+#include "gate_loop_tiles.h"
+#include "gate_loop_wide.h"
+#include "gate_loop_wide_backward.h"
+#endif
