@@ -1,6 +1,8 @@
 """Pure tensor functions: the mathematics of every attention, each with a plain-torch reference and its kernels."""
 
 from .causal_dot import causal_dot as causal_dot
+from .gate_loop import gate_loop as gate_loop
+from .gate_loop import simple_gate_loop as simple_gate_loop
 from .heinsen import heinsen_gate_loop as heinsen_gate_loop
 from .rotary import lang_freqs as lang_freqs
 from .rotary import pixel_freqs as pixel_freqs
