@@ -136,7 +136,7 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         mask: bool [b, keys]; False keys are not there. Describes context if given, else x; a state remembers it.
         context: [b, keys, dim] to attend to instead of x; only without causal, rotary_emb and static_mask.
         dropout_key: drops entries of the result if cfg.dropout > 0.
-        impl: passed to `ops.softmax_attention` and, where it knows the name, to `ops.rotary`.
+        impl: passed to `ops.softmax_attention`; "reference" makes all of it plain torch.
     Returns:
         out [b, n, dim] in x's dtype, 0 where no key is visible; the state after x, or EMPTY.
     Raises:
@@ -154,13 +154,14 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
     pos = state.pos if streaming else torch.zeros((), dtype=torch.int64, device=device)
     positions = pos + torch.arange(n, device=device)
 
+    turn = impl if impl == "reference" else "auto"
     q, k, v = _project(params, x, context)
     if cfg.rotary_emb:
         freqs = ops.lang_freqs(cfg.dim_head, device=device)
-        q, k = ops.rotary(q, positions, freqs), ops.rotary(k, positions, freqs)
+        q, k = ops.rotary(q, positions, freqs, impl=turn), ops.rotary(k, positions, freqs, impl=turn)
     if angles is not None:
         here = angles.index_select(0, positions)
-        q, k, v = ops.rotate(q, here), ops.rotate(k, here), ops.rotate(v, here)
+        q, k, v = (ops.rotate(t, here, impl=turn) for t in (q, k, v))
     q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
 
     visible = mask
@@ -212,7 +213,7 @@ def _allowed(cfg: Config, visible: Tensor | None, positions: Tensor, m: int) -> 
 @torch.compiler.assume_constant_result
 def _static(rows: tuple[str, ...]) -> Tensor:
     """The static mask as a bool tensor [seq_len, seq_len]."""
-    return torch.tensor([[c == "1" for c in row] for row in rows])
+    return torch.frombuffer(bytearray("".join(rows), "ascii"), dtype=torch.uint8).view(len(rows), -1) == ord("1")
 
 
 def _check(cfg: Config, x: Tensor, state: State | Empty, mask: Tensor | None, context: Tensor | None,
