@@ -61,10 +61,15 @@ def taylor(q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, sums:
         if kernel is not None:
             out, _, total = kernel.run(q_w, k_w, v_w, keep, sums, hard, bool(causal), scale, EPS)
         else:
-            length = max(q.shape[2], k.shape[2])
-            chunk = length if impl == "auto" and length <= max(2 * CHUNK, 2 * q.shape[3]) else CHUNK
+            chunk = _quadratic_up_to(q, k) if impl == "auto" else CHUNK
             out, _, total = reference(q_w, k_w, v_w, keep, sums, hard, bool(causal), scale, EPS, chunk)
     return out.to(v.dtype), total
+
+
+def _quadratic_up_to(q: Tensor, k: Tensor) -> int:
+    """The chunk for plain torch: all of a sequence so short that its [n, n] table costs less than reading the sums."""
+    length, limit = max(q.shape[2], k.shape[2]), 4 * CHUNK
+    return CHUNK if torch.compiler.is_exporting() or length > limit else max(length, 1)
 
 
 def _check(q, k, v, keep, sums, causal) -> None:

@@ -22,9 +22,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, sums:
               chunk: int = CHUNK) -> tuple[Tensor, Tensor, Tensor]:
     """(out [b, h, n, e], den [b, h, n] before the clamp, sums). With one chunk for all it is the quadratic form."""
     n, groups = q.shape[2], k.shape[1]
-    chunk = min(chunk, max(n, 1)) if causal else chunk
+    chunk = _chunk_for(n, chunk) if causal else chunk
     queries, keys, values = _operands(scale * q, k, v, keep, hard, causal, chunk)
-    acc, _, total = _accumulate(queries, keys, values, sums, q.shape[1] // max(groups, 1), causal, chunk)
+    acc, _, total = _accumulate(queries, keys, values, sums, q.shape[1] // groups if groups else 1, causal, chunk)
     num, den = _join(acc, q.shape[1], n).split([v.shape[3], 1], -1)
     return num / den.clamp_min(eps), den.squeeze(-1), total
 
@@ -39,8 +39,8 @@ def gradients(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, sums: Tensor
     them.
     """
     (b, h, n, _), (_, g, m, e) = q.shape, v.shape
-    chunk = min(chunk, max(n, 1)) if causal else chunk
-    repeat = h // max(g, 1)
+    chunk = _chunk_for(n, chunk) if causal else chunk
+    repeat = h // g if g else 1
     queries, keys, values = _operands(scale * q, k, v, keep, hard, causal, chunk)
     acc, states, _ = _accumulate(queries, keys, values, sums, repeat, causal, chunk)
     num, den = _join(acc, h, n).split([e, 1], -1)
@@ -135,29 +135,38 @@ def _operands(q, k, v, keep, hard, causal, chunk):
     return queries, _key_chunks(k, causal, chunk), _key_chunks(values, causal, chunk)
 
 
+def _chunk_for(length: int, chunk: int) -> int:
+    """No longer than the sequence. torch.export takes it whole: it cannot prove that padding fits every free length."""
+    return length if torch.compiler.is_exporting() else min(chunk, max(length, 1))
+
+
 def _key_chunks(x: Tensor, causal: bool, chunk: int) -> Tensor:
     """[..., m, w] -> [..., c, l, w]; rows that fill the last chunk are zero, and so count for nothing."""
     if not causal:
         return x.unsqueeze(-3)
-    count = max(1, -(-x.shape[-2] // chunk))
+    if torch.compiler.is_exporting():
+        return x.unsqueeze(-3)
+    count = (x.shape[-2] + chunk - 1) // chunk
     return pad(x, (0, 0, 0, count * chunk - x.shape[-2])).unflatten(-2, (count, chunk))
 
 
 def _query_chunks(x: Tensor, groups: int, causal: bool, chunk: int) -> Tensor:
     """[b, h, n, w] -> [b, g, c, r * l, w]: heads that share a key head become rows, so keys are never repeated."""
-    x = x.unflatten(1, (groups, x.shape[1] // max(groups, 1)))
+    x = x.unflatten(1, (groups, x.shape[1] // groups if groups else 1))
     return _key_chunks(x, causal, chunk).transpose(2, 3).flatten(3, 4)
 
 
 def _join(x: Tensor, heads: int, length: int) -> Tensor:
     """[b, g, c, r * l, w] -> [b, h, length, w], the inverse of both splits."""
-    x = x.unflatten(3, (heads // max(x.shape[1], 1), -1)) if x.numel() else x.unsqueeze(3)
+    repeat = heads // x.shape[1] if x.shape[1] else 1
+    x = x.unflatten(3, (repeat, x.shape[3] // repeat))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2).narrow(2, 0, length)
 
 
 def _past(table: Tensor, repeat: int) -> Tensor:
     """Zero where a key comes after its query: [..., r * l, l]."""
-    return table.unflatten(-2, (repeat, table.shape[-1])).tril().flatten(-3, -2)
+    at = torch.arange(table.shape[-1], device=table.device)
+    return torch.where(at.repeat(repeat)[:, None] >= at, table, 0.0)
 
 
 def _accumulate(queries, keys, values, sums, repeat, causal, chunk):
