@@ -99,7 +99,7 @@ def check_operator(fn: Callable | str, args: Sequence[Tensor], *, reference: Cal
     rows = {name: _eager_row(name, tested, oracle, rtol) for name in names if name not in APART}
     apart = [name for name in names if name in APART and (dynamic is not None or name != EXPORT_FREE)]
     if compile:
-        rows.update(_apart_rows(apart, tested._replace(fn=specs[0]), oracle._replace(fn=specs[1]), rtol))
+        rows.update(apart_rows(apart, tested._replace(fn=specs[0]), oracle._replace(fn=specs[1]), rtol))
     return Report(tuple(rows[name] for name in names if name in rows))
 
 
@@ -137,7 +137,7 @@ def _short(error: BaseException) -> str:
 # ------------------------------------------------------------------------------------------------ in another process
 
 
-def _apart_rows(names: Sequence[str], tested: Subject, oracle: Subject, rtol: float) -> dict[str, Row]:
+def apart_rows(names: Sequence[str], tested: Subject, oracle: Subject, rtol: float) -> dict[str, Row]:
     worker = f"{__name__}:_apart_worker"
     rows = {name: Row(name, "ok") if answer is None else Row(name, "fail", answer)
             for name, answer in run_apart(worker, (tested, oracle, rtol), names)}

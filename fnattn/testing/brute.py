@@ -1,0 +1,96 @@
+"""What each operator means, written as directly as possible: sums over all pairs, loops over time. Slow, and obviously right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# b batch, h query heads, g key heads, n queries, m keys, d width of q and k, e width of v, f features
+
+
+def _heads(q: Tensor, k: Tensor) -> Tensor:
+    """k with each key head repeated for the query heads that it serves."""
+    return k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+
+def causal_dot(q: Tensor, k: Tensor, v: Tensor, *, reverse: bool = False) -> Tensor:
+    scores = torch.einsum("bhid,bhjd->bhij", q, _heads(q, k))
+    return torch.einsum("bhij,bhje->bhie", scores.triu() if reverse else scores.tril(), _heads(q, v))
+
+
+def scan(a: Tensor, x: Tensor, h0: Tensor | None = None, *, reverse: bool = False, pairs: bool = False) -> Tensor:
+    h = torch.zeros_like(x[:, 0]) if h0 is None else h0
+    hs: list = [None] * x.shape[1]
+    for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
+        h = (_times(a[:, t], h) if pairs else a[:, t] * h) + x[:, t]
+        hs[t] = h
+    return torch.stack(hs, 1)
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """Complex product of (re, im) pairs."""
+    return torch.stack((x[..., 0] * y[..., 0] - x[..., 1] * y[..., 1], x[..., 0] * y[..., 1] + x[..., 1] * y[..., 0]), -1)
+
+
+def features(k: Tensor) -> Tensor:
+    """psi(k) = [1, k_i, w_ij k_i k_j for i <= j], w = 1/2 on the diagonal."""
+    d = k.shape[-1]
+    rows, columns = torch.triu_indices(d, d, device=k.device)
+    weight = torch.where(rows == columns, 0.5, 1.0).to(k.dtype)
+    return torch.cat((torch.ones_like(k[..., :1]), k, weight * k[..., rows] * k[..., columns]), -1)
+
+
+def taylor(q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, sums: Tensor | None = None, causal: bool = True,
+           scale: float | None = None) -> tuple[Tensor, Tensor]:
+    q_s = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    s = torch.einsum("bhid,bhjd->bhij", q_s, _heads(q, k))
+    p = 1 + s + s * s / 2
+    weight = torch.ones_like(k[:, 0, :, 0]) if keep is None else keep.to(k.dtype)  # [b, m]
+    p = p * weight[:, None, None, :]
+    if causal:
+        p = p.tril()
+    above, below = torch.einsum("bhij,bhje->bhie", p, _heads(q, v)), p.sum(-1, keepdim=True)
+    ones = torch.ones_like(v[..., :1])
+    total = torch.einsum("bgjf,bgje->bgfe", features(k) * weight[:, None, :, None], torch.cat((v, ones), -1))
+    if sums is not None:
+        rows, columns = torch.triu_indices(q.shape[-1], q.shape[-1], device=q.device)
+        phi = torch.cat((torch.ones_like(q_s[..., :1]), q_s, q_s[..., rows] * q_s[..., columns]), -1)
+        past = torch.einsum("bhif,bhfe->bhie", phi, _heads(q, sums))
+        above, below, total = above + past[..., :-1], below + past[..., -1:], total + sums
+    return above / below.clamp(min=1e-5), total
+
+
+def gate_loop(q: Tensor, k: Tensor, v: Tensor, a: Tensor, *, state: tuple[Tensor, Tensor] | None = None):
+    size = a.square().sum(-1, keepdim=True).sqrt()
+    alpha = size.sigmoid() * a / size  # [b, h, n, 2]
+    b, h, n, d = q.shape
+    memory = q.new_zeros(b, h, d, v.shape[-1], 2) if state is None else state[0]
+    product = torch.stack((torch.ones_like(a[:, :, 0, 0]), torch.zeros_like(a[:, :, 0, 0])), -1) if state is None else state[1]
+    outs = []
+    for t in range(n):
+        kv = torch.einsum("bhd,bhe->bhde", k[:, :, t], v[:, :, t])
+        memory = _times(alpha[:, :, t, None, None], memory) + torch.stack((kv, torch.zeros_like(kv)), -1)
+        product = _times(alpha[:, :, t], product)
+        outs.append(torch.einsum("bhd,bhde->bhe", q[:, :, t], memory[..., 0]))
+    return torch.stack(outs, 2), (memory, product)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False,
+                      scale: float | None = None, offset: int | Tensor | None = None) -> Tensor:
+    n, m = q.shape[2], k.shape[2]
+    scores = torch.einsum("bhid,bhjd->bhij", q, _heads(q, k)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    allowed = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
+    if causal:
+        first = m - n if offset is None else offset
+        allowed = allowed & (torch.arange(m, device=q.device) <= first + torch.arange(n, device=q.device)[:, None])
+    p = torch.where(allowed, scores.exp(), torch.zeros_like(scores))
+    total = p.sum(-1, keepdim=True)
+    return torch.einsum("bhij,bhje->bhie", p / torch.where(total == 0, torch.ones_like(total), total), _heads(q, v))
+
+
+def rotary(x: Tensor, positions: Tensor, freqs: Tensor) -> Tensor:
+    angles = positions.to(freqs.dtype)[..., None] * freqs  # [n, pairs]
+    width = 2 * freqs.shape[-1]
+    re, im = x[..., 0:width:2], x[..., 1:width:2]
+    turned = torch.stack((re * angles.cos() - im * angles.sin(), re * angles.sin() + im * angles.cos()), -1).flatten(-2)
+    return torch.cat((turned, x[..., width:]), -1)
