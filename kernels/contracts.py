@@ -10,6 +10,7 @@ Private torch names are confined to this file.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch._C._functorch import get_single_level_autograd_function_allowed, set_
 NAMESPACE = "fnattn"
 _LIB = torch.library.Library(NAMESPACE, "FRAGMENT")
 _C = torch._C
+_FLOPS: dict[Any, Callable] = {}
 
 
 class KernelUnavailable(RuntimeError):
@@ -96,10 +98,10 @@ class Operator:
         torch.library.register_vmap(self.qualified, batch or fold(self), lib=_LIB)
 
     def flops(self, formula: Callable) -> None:
-        """Registers a FLOP formula, which takes shapes where the operator takes tensors, for torch's FlopCounterMode."""
-        from torch.utils.flop_counter import register_flop_formula
-
-        register_flop_formula(self.packet)(formula)
+        """Gives the operator a FLOP formula, which takes shapes where the operator takes tensors; see `register_flops`."""
+        _FLOPS[self.packet] = formula
+        if "torch.utils.flop_counter" in sys.modules:
+            register_flops()
 
     def _autograd(self, keyset, *args):
         """Runs once per transform level and once at the bottom, like the kernel of a built-in operator."""
@@ -118,6 +120,19 @@ class Operator:
                 set_single_level_autograd_function_allowed(before)
         with _C._AutoDispatchBelowAutograd():
             return self.op.redispatch(keyset & _C._after_autograd_keyset, *args)
+
+
+def register_flops() -> None:
+    """Lets torch's FlopCounterMode count every Operator. Call it before making the mode.
+
+    It has happened already where torch.utils.flop_counter was imported before fnattn. That module imports Triton, so it is
+    not imported for the few who count.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for packet, formula in _FLOPS.items():
+        if packet not in flop_registry:
+            register_flop_formula(packet)(formula)
 
 
 def _node(operator: Operator) -> type:

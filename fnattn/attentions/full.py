@@ -210,10 +210,13 @@ def _allowed(cfg: Config, visible: Tensor | None, positions: Tensor, m: int) -> 
     return allowed[:, None], past.any(-1)
 
 
-@torch.compiler.assume_constant_result
 def _static(rows: tuple[str, ...]) -> Tensor:
     """The static mask as a bool tensor [seq_len, seq_len]."""
     return torch.frombuffer(bytearray("".join(rows), "ascii"), dtype=torch.uint8).view(len(rows), -1) == ord("1")
+
+
+# A constant to tracers (the decorator of torch.compiler that says so would import the compiler).
+_static._dynamo_marked_constant = True
 
 
 def _check(cfg: Config, x: Tensor, state: State | Empty, mask: Tensor | None, context: Tensor | None,
