@@ -1,0 +1,229 @@
+"""Coordinate-descent attention: each query chooses about k keys, softly and differentiably, instead of averaging over all.
+
+    y = coor_descent(q_i . k_j / sqrt(d), k_i)        0 <= y_ij <= 1, sum_j y_ij about k_i        out_i = sum_j y_ij v_j
+
+The weights of a query sum to about k, not to 1; early positions, which see fewer keys, take all of them, so the scale of the
+result varies with the position. That is part of upstream's models; `normalize` divides by the sum.
+
+Source: Attention of coordinate-descent-attention 0.0.11; Wright 2015, arXiv 1502.04759.
+Different here: the learned k has one value per (sequence, head, query) for any batch and number of heads, a row without a
+visible key gives 0, and there are a key mask, a state and the exact solver.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import ops, random, taps
+from ..core import EMPTY, Empty, Family, check, check_input, config, peek_int, refuse
+from ..ops.coor_attention import coor_descent_attention
+from ._heads import layer_norm, linear_init, merge_heads, ones_init, split_heads
+
+# b batch, h heads, n positions, d width of a head, z null keys
+
+
+@config
+class Config:
+    """Options of coordinate-descent attention. It is always causal, and norms its input itself.
+
+    dim:        width of x.
+    dim_head, heads: width of one head, number of heads.
+    use_coor_descent: choose by coordinate descent; else softmax attention with the same parameters, and the options that
+                follow do nothing.
+    coor_descent_iters, coor_descent_eps, coor_descent_eps_init, coor_descent_eps_decay: the iteration, see
+                `ops.coor_descent`. The iteration is not converged at its end: its number is part of the model.
+    coor_descent_sparsity_k: how many keys a query chooses, at least 1; with learned_sparsity_k the most.
+    attn_null_kv: number of learned keys and values without a position, visible to all queries.
+    learned_sparsity_k: each query and head chooses its own k = 1 + (coor_descent_sparsity_k - 1) sigmoid(linear(x)).
+    solver:     "iterate" is upstream's; "exact" takes the limit of the iteration, in which only eps counts.
+    normalize:  divide the result by the sum of the weights, so that they average.
+    """
+
+    dim: int
+    dim_head: int = 64
+    heads: int = 8
+    use_coor_descent: bool = False
+    coor_descent_iters: int = 20
+    coor_descent_sparsity_k: float = 1
+    coor_descent_eps: float = 0.1
+    coor_descent_eps_init: float | None = 4.0
+    coor_descent_eps_decay: float = 0.7
+    attn_null_kv: int = 0
+    learned_sparsity_k: bool = False
+    solver: str = "iterate"
+    normalize: bool = False
+
+    def __post_init__(self):
+        for name in ("dim", "dim_head", "heads", "coor_descent_iters"):
+            check(getattr(self, name) >= 1, "coor_descent.Config: {} must be at least 1; got {}.", name, getattr(self, name),
+                  remedy="Give a positive number.")
+        check(self.attn_null_kv >= 0, "coor_descent.Config: attn_null_kv must be at least 0; got {}.", self.attn_null_kv,
+              remedy="0 means no null keys.")
+        for name in ("coor_descent_sparsity_k", "coor_descent_eps", "coor_descent_eps_decay"):
+            check(getattr(self, name) > 0, "coor_descent.Config: {} must be above 0; got {}.", name, getattr(self, name),
+                  remedy="Upstream's values: sparsity_k=1, eps=0.1, eps_decay=0.7.")
+        check(self.coor_descent_eps_init is None or self.coor_descent_eps_init > 0,
+              "coor_descent.Config: coor_descent_eps_init must be above 0; got {}.", self.coor_descent_eps_init,
+              remedy="None starts at coor_descent_eps.")
+        check(self.solver in ("iterate", "exact"), "coor_descent.Config: solver must be 'iterate' or 'exact'; got {!r}.", self.solver,
+              remedy="'iterate' is upstream's.")
+
+
+class Params(NamedTuple):
+    """Weights are [out, in], as in torch.nn.Linear."""
+
+    cfg: Config
+    norm: Tensor                                # [dim]
+    norm_bias: Tensor                           # [dim]
+    null_kv: Tensor                             # [2, h, z, d]: keys, values; z may be 0
+    to_qkv: Tensor                              # [3 h d, dim], rows (q | k | v, head, channel)
+    to_out: Tensor                              # [dim, h d]
+    to_learned_k: Tensor | Empty = EMPTY        # [h, dim]; Empty unless learned_sparsity_k
+    to_learned_k_bias: Tensor | Empty = EMPTY   # [h]
+
+
+class State(NamedTuple):
+    """Keys and values seen so far, in buffers of fixed capacity. Null keys are parameters and not in here."""
+
+    k: Tensor        # [b, h, capacity, d]
+    v: Tensor        # [b, h, capacity, d]
+    visible: Tensor  # [b, capacity] bool: what mask said when the position came in
+    pos: Tensor      # [] int64: positions seen
+
+
+def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
+    """Parameters of cfg, drawn by name: uniform in +-1/sqrt(fan in), null keys normal, norm 1 and 0, k's bias -10 (k near 1)."""
+    inner, kind = cfg.heads * cfg.dim_head, {"dtype": dtype, "device": device}
+    shape = (2, cfg.heads, cfg.attn_null_kv, cfg.dim_head)
+    if device is not None and torch.device(device).type == "meta":
+        null_kv = torch.empty(shape, **kind)
+    else:
+        null_kv = random.normal(random.fold_in(params_key, "null_kv"), shape).to(**kind)
+    return Params(
+        cfg,
+        norm=ones_init((cfg.dim,), **kind),
+        norm_bias=torch.zeros(cfg.dim, **kind),
+        null_kv=null_kv,
+        to_qkv=linear_init(params_key, "to_qkv", 3 * inner, cfg.dim, **kind),
+        to_out=linear_init(params_key, "to_out", cfg.dim, inner, **kind),
+        to_learned_k=linear_init(params_key, "to_learned_k", cfg.heads, cfg.dim, **kind) if cfg.learned_sparsity_k else EMPTY,
+        to_learned_k_bias=torch.full((cfg.heads,), -10.0, **kind) if cfg.learned_sparsity_k else EMPTY)
+
+
+def init_state(params: Params, batch: int, *, capacity: int) -> State:
+    """Empty buffers for `batch` sequences of up to `capacity` positions."""
+    cfg, like = params.cfg, params.to_qkv
+    check(capacity >= 1, "coor_descent.init_state: capacity must be at least 1; got {}.", capacity,
+          remedy="Give the number of positions that the longest sequence will have.")
+    shape = (batch, cfg.heads, capacity, cfg.dim_head)
+    return State(like.new_zeros(shape), like.new_zeros(shape), like.new_zeros(batch, capacity, dtype=torch.bool),
+                 torch.zeros((), dtype=torch.int64, device=like.device))
+
+
+def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
+          context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
+    """Attends to about k keys. Time grows with the square of the length, memory with the length.
+
+    Args:
+        params: from `init`.
+        x: [b, n, dim].
+        state: from `init_state` or a former call: x continues that sequence, in a chunk of any length.
+        mask: bool [b, n], describing x; False positions are not there as keys. A state remembers it. Null keys stay.
+        context: refused; this attention is causal.
+        dropout_key: accepted; this attention drops nothing.
+        impl: passed to `ops.coor_descent_attention`, or to `ops.softmax_attention` without use_coor_descent.
+    Returns:
+        out [b, n, dim] in x's dtype, 0 where no key is visible; the state after x, or EMPTY.
+    Raises:
+        ValueError: shapes, more positions than the state has room for, a keyword that cannot be honoured.
+    """
+    cfg, streaming = params.cfg, not isinstance(state, Empty)
+    check_input("coor_descent.apply", x, cfg.dim, mask=mask)
+    refuse("coor_descent.apply", "A query attends to its own past, and a context has none.",
+           "Choose a family with cross attention: full, linformer, taylor.", context=context)
+    n = x.shape[1]
+    used = _check_state(cfg, x, state) if streaming else 0
+
+    x = layer_norm(x, params.norm, params.norm_bias)
+    q, k, v = (split_heads(t, cfg.heads) for t in F.linear(x, params.to_qkv).chunk(3, -1))
+    q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
+    sparsity_k: float | Tensor = cfg.coor_descent_sparsity_k
+    if cfg.learned_sparsity_k and cfg.use_coor_descent:
+        gate = F.linear(x, params.to_learned_k, params.to_learned_k_bias).sigmoid().transpose(1, 2)
+        sparsity_k = taps.tap("sparsity_k", gate * (cfg.coor_descent_sparsity_k - 1) + 1)
+
+    offset, visible = None, mask
+    if streaming:
+        offset, positions = state.pos, state.pos + torch.arange(n, device=x.device)
+        new = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+        state = State(state.k.index_copy(2, positions, k.to(state.k.dtype)), state.v.index_copy(2, positions, v.to(state.v.dtype)),
+                      state.visible.index_copy(1, positions, new), state.pos + n)
+        k, v, visible = state.k, state.v, state.visible
+        if used is not None:  # only what has been written; under a transform the length is data, and all is read
+            k, v, visible = k[:, :, :used + n], v[:, :, :used + n], visible[:, :used + n]
+    k, v, visible = _with_nulls(params, k, v, visible)
+    attend = _choose if cfg.use_coor_descent else _soften
+    out = taps.tap("heads", attend(cfg, q, k, v, sparsity_k, visible, offset, impl))
+    return F.linear(merge_heads(out).to(x.dtype), params.to_out), state
+
+
+def _with_nulls(params: Params, k: Tensor, v: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Null keys and values before all others, visible."""
+    nulls = params.cfg.attn_null_kv
+    if not nulls:
+        return k, v, visible
+    null_k, null_v = params.null_kv.to(k.dtype).unsqueeze(1).expand(2, k.shape[0], *params.null_kv.shape[1:])
+    if visible is not None:
+        visible = torch.cat((torch.ones_like(visible[:, :1]).expand(-1, nulls), visible), 1)
+    return torch.cat((null_k, k), 2), torch.cat((null_v, v), 2), visible
+
+
+def _choose(cfg, q, k, v, sparsity_k, visible, offset, impl):
+    if cfg.normalize:
+        v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
+    out = coor_descent_attention(
+        q, k, v, sparsity_k, eps=cfg.coor_descent_eps, eps_init=cfg.coor_descent_eps_init, eps_decay=cfg.coor_descent_eps_decay,
+        n_iters=cfg.coor_descent_iters, keep=visible, nulls=cfg.attn_null_kv, offset=offset, solver=cfg.solver, impl=impl)
+    if not cfg.normalize:
+        return out
+    total = out[..., -1:]
+    return out[..., :-1] / torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _soften(cfg, q, k, v, sparsity_k, visible, offset, impl):
+    """Softmax; null keys are seen by all if position 0 is that of the first null key."""
+    offset = cfg.attn_null_kv + offset if offset is not None else None
+    keys = None if visible is None else visible[:, None, None, :]
+    return ops.softmax_attention(q, k, v, mask=keys, causal=True, offset=offset, impl=impl)
+
+
+def _check_state(cfg: Config, x: Tensor, state: State) -> int | None:
+    """Raises for what cannot be honoured. Returns how many positions the state holds, where Python may know."""
+    if not isinstance(state, State):
+        raise TypeError(f"coor_descent.apply: state must come from coor_descent.init_state; got {type(state).__name__}.\n"
+                        f"  Start a sequence with init_state(params, batch, capacity=...).")
+    batch, heads, capacity, width = state.k.shape
+    check((batch, heads, width) == (x.shape[0], cfg.heads, cfg.dim_head),
+          "coor_descent.apply: the state must have [batch, heads, capacity, width] = [{}, {}, capacity, {}]; got {}.", x.shape[0],
+          cfg.heads, cfg.dim_head, list(state.k.shape), remedy="Make it with init_state(params, batch, capacity=...).")
+    used, n = peek_int(state.pos), x.shape[1]
+    check(used is None or used + n <= capacity, "coor_descent.apply: the state holds {} of {} positions and {} more {} given.",
+          used, capacity, n, "was" if n == 1 else "were",
+          remedy=f"Make it larger: init_state(params, batch, capacity={(used or 0) + n} or more).")
+    return used
+
+
+FAMILY = Family(
+    name="coor_descent", config=Config, init=init, init_state=init_state, apply=apply, streams=True, masks=True, contexts=False,
+    source="coordinate-descent-attention 0.0.11, Attention; arXiv 1502.04759",
+    examples=(
+        Config(dim=7, dim_head=3, heads=5, use_coor_descent=True, coor_descent_sparsity_k=2),
+        Config(dim=7, dim_head=5, heads=3, use_coor_descent=True, coor_descent_sparsity_k=3, coor_descent_iters=11, attn_null_kv=2,
+               learned_sparsity_k=True),
+        Config(dim=5, dim_head=3, heads=2, use_coor_descent=True, coor_descent_sparsity_k=2.5, solver="exact", normalize=True),
+        Config(dim=11, dim_head=5, heads=2, attn_null_kv=1),
+    ))

@@ -1,0 +1,136 @@
+"""Attention whose weights are a soft choice of k keys (coordinate descent) instead of a softmax.
+
+    s_ij = scale q_i . k_j        y_i = coor_descent(s_i, k_i)        out_i = sum_j y_ij v_j
+
+A row of weights sums to about k_i, not to 1, and to less where fewer keys are visible.
+
+Source: Attention of coordinate-descent-attention 0.0.11; the solver is described in `coor_descent`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _coor_math as math
+from ._door import check_heads, choose, compute_dtype, no_autocast
+from .coor_descent import check_settings, settings, spread_k
+
+# b batch, h query heads, g key heads, n queries, m keys, d width of q and k, e width of v
+TABLE = 1 << 22  # scores that the reference holds at once; beyond, it works through the queries in blocks
+
+
+def coor_descent_attention(q: Tensor, k: Tensor, v: Tensor, sparsity_k: float | Tensor, *, eps: float = 0.1,
+                           eps_init: float | None = None, eps_decay: float = 1.0, n_iters: int = 20, keep: Tensor | None = None,
+                           causal: bool = True, nulls: int = 0, offset: int | Tensor | None = None, scale: float | None = None,
+                           solver: str = "iterate", impl: str = "auto") -> Tensor:
+    """Sums the values of about sparsity_k keys for each query, chosen softly by coordinate descent.
+
+        out_i = sum_j y_ij v_j        y_i = coor_descent(scale q_i . k_j over the visible j, sparsity_k_i)
+
+    Time grows with n m (d + e + n_iters). "native" makes no [n, m] table.
+
+    Args:
+        q: [b, h, n, d], floating point.
+        k: [b, g, m, d], h a multiple of g; each key head serves h / g query heads and is not repeated.
+        v: [b, g, m, e].
+        sparsity_k: number, or tensor that broadcasts to [b, h, n].
+        eps, eps_init, eps_decay, n_iters, solver: of `coor_descent`.
+        keep: bool [b, m]; False keys are not there.
+        causal: query i sees key j only if j < nulls or j - nulls <= offset + i.
+        nulls: so many first keys have no position and are seen by every query.
+        offset: position of the first query, an int, or an int64 tensor [] or [b]; default m - nulls - n, which aligns the
+            queries to the end of the keys.
+        scale: factor on the scores; default d^-1/2.
+        impl: "reference" is plain torch; "native" insists on the C kernel (CPU); "auto" chooses. See `ops.report()`.
+    Returns:
+        [b, h, n, e] in v's dtype, computed in float32, or in float64 if any input is. A query that sees no key gives 0.
+    Raises:
+        ValueError: shapes or options that cannot be. TypeError: not tensors of the right kind.
+        KernelUnavailable: the named kernel cannot serve the call.
+
+    Differentiable in q, k, v and sparsity_k any number of times in both modes; batches under vmap without a loop; compiles
+    and exports.
+    """
+    who = "coor_descent_attention"
+    check_heads(who, q, k, v)
+    check_settings(who, eps, eps_init, eps_decay, n_iters, solver)
+    _check_mask(keep, k)
+    (b, h, n, d), m = q.shape, k.shape[2]
+    if not 0 <= nulls <= m:
+        raise ValueError(f"{who}: nulls must lie in [0, {m}], the number of keys; got {nulls}.\n"
+                         f"  Put the keys without a position first: torch.cat((null_k, k), 2).")
+    like = q.new_empty(0, dtype=compute_dtype(q, k, v))
+    log_or_k = spread_k(who, sparsity_k, q.shape[:3], like, solver)
+    wide = log_or_k.dtype
+    start = _start(who, offset, m - nulls - n if causal else m, b, q.device)
+    options = (nulls, float(d ** -0.5 if scale is None else scale), solver == "exact", *settings(eps, eps_init, eps_decay, n_iters))
+    kernel = choose(who, impl, KERNELS, q, k, v)
+    run = reference if kernel is None else kernel.run
+    with no_autocast(v):
+        return run(q.to(wide), k.to(wide), v.to(wide), log_or_k, keep, start, *options).to(v.dtype)
+
+
+def _check_mask(keep: Tensor | None, k: Tensor) -> None:
+    if keep is None:
+        return
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+        raise TypeError(f"coor_descent_attention: keep must be a bool tensor, True = is there; "
+                        f"got {keep.dtype if isinstance(keep, Tensor) else type(keep).__name__}.\n  Cast it: keep.bool().")
+    if tuple(keep.shape) != (k.shape[0], k.shape[2]):
+        raise ValueError(f"coor_descent_attention: keep must be [batch, keys] = [{k.shape[0]}, {k.shape[2]}]; "
+                         f"got {list(keep.shape)}.\n  Give one bool for each key, null keys included.")
+
+
+def _start(who: str, offset: int | Tensor | None, default: int, b: int, device: torch.device) -> Tensor:
+    """The position of the first query, for each sequence: int64 [b]."""
+    if offset is None:
+        offset = default
+    if isinstance(offset, Tensor):
+        if offset.is_floating_point() or offset.dtype == torch.bool or offset.is_complex():
+            raise TypeError(f"{who}: offset must be an int or an integer tensor; got {offset.dtype}.\n  Cast it: offset.long().")
+        if offset.ndim > 1 or offset.ndim == 1 and offset.shape[0] not in (1, b):
+            raise ValueError(f"{who}: offset must be [] or [{b}]; got {list(offset.shape)}.\n  Give one position per sequence.")
+        return offset.to(torch.int64).expand(b)
+    return torch.full((b,), offset, dtype=torch.int64, device=device)
+
+
+# ------------------------------------------------------------------------------------------------ plain torch
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, log_or_k: Tensor, keep: Tensor | None, start: Tensor, nulls: int, scale: float,
+              exact: bool, *schedule) -> Tensor:
+    """The same in plain torch; when the table of scores would be large, a block of queries at a time."""
+    b, h, n, _ = q.shape
+    m = k.shape[2]
+    # A compiler plans memory itself, and a size compared here would become a condition of the compiled program.
+    if torch.compiler.is_compiling() or b * h * n * m <= TABLE:
+        return _attend(q, k, v, log_or_k, keep, start, nulls, scale, exact, *schedule)
+    rows = max(1, TABLE // (b * h * m))
+    return torch.cat([_attend(q[:, :, i:i + rows], k, v, log_or_k[:, :, i:i + rows], keep, start + i, nulls, scale, exact, *schedule)
+                      for i in range(0, n, rows)], 2)
+
+
+def _attend(q, k, v, log_or_k, keep, start, nulls, scale, exact, *schedule):
+    s, grouped = _scores(q, k, keep, start, nulls, scale)
+    y = math.exact(s, grouped(log_or_k), schedule[0]) if exact else math.iterate(s, grouped(log_or_k), *schedule)
+    return torch.einsum("bgrij,bgje->bgrie", y, v).flatten(1, 2)
+
+
+def _scores(q, k, keep, start, nulls, scale):
+    """Scores [b, g, h/g, n, m], -infinity for keys that a query does not see; and what groups a [b, h, ...] tensor so."""
+    g, m = k.shape[1:3]
+
+    def grouped(t):
+        return t.unflatten(1, (g, t.shape[1] // g if g else 0))
+
+    position = torch.arange(m, device=k.device) - nulls
+    last = start[:, None] + torch.arange(q.shape[2], device=q.device)
+    visible = (position < 0) | (position <= last[:, :, None])
+    if keep is not None:
+        visible = visible & keep[:, None, :]
+    s = torch.einsum("bgrid,bgjd->bgrij", grouped(q) * scale, k)
+    return s.masked_fill(~visible[:, None, None], -torch.inf), grouped
+
+
+KERNELS: tuple = ()
