@@ -69,6 +69,7 @@ class Settings:
     eval_windows: int = _setting(256, "sequences in such a measurement")
     save_every: int = _setting(100, "steps between checkpoints")
     impl: str = _setting("auto", "implementation of the operators: see `fnattn report`")
+    threads: int = _setting(0, "CPU threads; 0 for one with a small model, else torch's choice")
 
 
 TABLES = {  # the tables of a TOML file
@@ -76,10 +77,12 @@ TABLES = {  # the tables of a TOML file
               "remat"),
     "attention": (),  # the options of the family
     "optimizer": ("optimizer", "learning_rate", "betas", "momentum", "weight_decay", "clip", "schedule", "warmup"),
-    "train": ("steps", "batch", "length", "seed", "ensemble", "data", "eval_every", "eval_windows", "save_every", "impl"),
+    "train": ("steps", "batch", "length", "seed", "ensemble", "data", "eval_every", "eval_windows", "save_every", "impl",
+              "threads"),
 }
+SMALL = 1 << 20  # entries of one layer's activations up to which one thread is enough
 # What may differ when a training continues; everything else must be as it was.
-FREE = ("steps", "eval_every", "eval_windows", "save_every", "impl")
+FREE = ("steps", "eval_every", "eval_windows", "save_every", "impl", "threads")
 
 
 def from_toml(path: Path) -> dict:
@@ -132,7 +135,7 @@ def make(*layers: dict) -> Settings:
             _check_type("settings", name, kinds[name].type, merged[name])
     made = Settings(**merged)
     for name, least in (("steps", 1), ("batch", 1), ("length", 1), ("ensemble", 0), ("eval_every", 1), ("eval_windows", 1),
-                        ("save_every", 1), ("warmup", 0), ("clip", 0), ("seed", 0)):
+                        ("save_every", 1), ("warmup", 0), ("clip", 0), ("seed", 0), ("threads", 0)):
         check(getattr(made, name) >= least, "settings: {} must be at least {}; got {}.", name, least, getattr(made, name),
               remedy="`fnattn train --help` explains it.")
     for name, allowed in (("optimizer", ("adam", "adamw", "sgd")), ("schedule", ("constant", "cosine"))):
@@ -199,6 +202,16 @@ def optimizer(settings: Settings, learning_rate: Any) -> optim.Optimizer:
     else:
         last = optim.adamw(rate, betas=tuple(settings.betas), weight_decay=settings.weight_decay)
     return optim.chain(optim.clip_by_global_norm(settings.clip), last) if settings.clip else last
+
+
+def threads(settings: Settings) -> int:
+    """How many CPU threads to use, 0 for torch's choice. It decides the last bits of sums, so it must not depend on the load.
+
+    Small operators are faster on one thread, and on a busy machine ten times so: threads wait for each other.
+    """
+    if settings.threads:
+        return settings.threads
+    return 1 if max(1, settings.ensemble) * settings.batch * settings.length * settings.dim <= SMALL else 0
 
 
 def to_dict(settings: Settings) -> dict:

@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="TOML file with settings")
     parser.add_argument("--resume", action="store_true", help="continue the training in --out, bit for bit")
     parser.add_argument("--overwrite", action="store_true", help="start again although --out holds a checkpoint")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the last line")
     add_settings(parser)
 
@@ -82,12 +81,11 @@ def run(args: argparse.Namespace) -> int:
     layers = ([settings_module.from_toml(args.config)] if args.config else []) + [given(args)]
     wanted = settings_module.make(*layers)
     folder = args.out or Path("runs") / wanted.family
-    return train(folder, wanted, settings_module.merge(*layers), resume=args.resume, overwrite=args.overwrite,
-                 threads=args.threads, quiet=args.quiet)
+    return train(folder, wanted, settings_module.merge(*layers), resume=args.resume, overwrite=args.overwrite, quiet=args.quiet)
 
 
 def train(folder: Path, wanted: Settings, changes: dict, *, resume: bool = False, overwrite: bool = False,
-          threads: int | None = None, quiet: bool = False) -> int:
+          quiet: bool = False) -> int:
     """Trains in a folder until the last step or Ctrl-C. `changes` are the settings that were given, for --resume."""
     path = folder / loop.CHECKPOINT
     if resume and not path.is_file():
@@ -95,9 +93,6 @@ def train(folder: Path, wanted: Settings, changes: dict, *, resume: bool = False
                                 f"  Start without --resume, or name the folder with --out.")
     check(resume or overwrite or not path.exists(), "train: {} holds a checkpoint already.", folder,
           remedy="Continue it with --resume, start again with --overwrite, or choose another folder with --out.")
-    if threads is not None:
-        check(threads >= 1, "train: --threads must be at least 1; got {}.", threads, remedy="Leave it out for torch's choice.")
-        torch.set_num_threads(threads)
     if resume:
         source = changes.get("data", loop.checkpoint.load(path).extra.get("settings", {}).get("data", ""))
         text = data.load(source or None)
@@ -107,6 +102,8 @@ def train(folder: Path, wanted: Settings, changes: dict, *, resume: bool = False
         text = data.load(wanted.data or None)
         state = loop.start(wanted)
     folder.mkdir(parents=True, exist_ok=True)
+    if settings_module.threads(state.settings):
+        torch.set_num_threads(settings_module.threads(state.settings))
     show = _Silent() if quiet else _display(state.settings)
     with loop.interruptible() as asked, loop.open_metrics(folder, state.step) as metrics, show:
         show.say(f"{describe(state)}; text: {text.source}, {len(text.train) / 1e6:.1f} MB and {len(text.valid) / 1e6:.1f} MB "

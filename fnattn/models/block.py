@@ -76,8 +76,10 @@ def ff_init(params_key: Tensor, dim: int, mult: float, *, dtype: torch.dtype, de
     """A feed-forward from dim over int(dim * mult) back to dim, drawn by name."""
     hidden, kind = int(dim * mult), {"dtype": dtype, "device": device}
     return FeedForward(
-        linear_init(params_key, "w_in", hidden, dim, **kind), uniform_init(params_key, "b_in", (hidden,), dim ** -0.5, **kind),
-        linear_init(params_key, "w_out", dim, hidden, **kind), uniform_init(params_key, "b_out", (dim,), hidden ** -0.5, **kind))
+        w_in=linear_init(params_key, "w_in", hidden, dim, **kind),
+        b_in=uniform_init(params_key, "b_in", (hidden,), dim ** -0.5, **kind),
+        w_out=linear_init(params_key, "w_out", dim, hidden, **kind),
+        b_out=uniform_init(params_key, "b_out", (dim,), hidden ** -0.5, **kind))
 
 
 def feed_forward(params: FeedForward, x: Tensor, activation: Any) -> Tensor:
@@ -119,14 +121,16 @@ def block_init(params_key: Tensor, attention: Any, *, ff_mult: float, attn_norm:
 def block(params: Block, x: Tensor, state: Any, *, ff: Any, post_norm: bool, dropout: float, mask: Tensor | None,
           dropout_key: Tensor | None, impl: str) -> tuple[Tensor, Any]:
     """x through one block; the state of its attention goes in and comes out. [b, n, dim] -> [b, n, dim]"""
-    keys = {name: None if dropout_key is None else random.fold_in(dropout_key, name) for name in ("attn", "attn_out", "ff_out")}
+    keys = {name: None if dropout_key is None else random.fold_in(dropout_key, name)
+            for name in ("attn", "attn_out", "ff_out")}
 
     def attn(x):
-        out, new = attentions.apply(params.attn, x, state, mask=mask, dropout_key=keys["attn"], impl=impl)
-        return drop(keys["attn_out"], taps.tap("attn", out), dropout), new
+        with taps.scope("attn"):
+            out, new = attentions.apply(params.attn, x, state, mask=mask, dropout_key=keys["attn"], impl=impl)
+        return drop(keys["attn_out"], taps.tap("attn_out", out), dropout), new
 
     def fed(x):
-        return drop(keys["ff_out"], taps.tap("ff", feed_forward(params.ff, x, ff)), dropout)
+        return drop(keys["ff_out"], taps.tap("ff_out", feed_forward(params.ff, x, ff)), dropout)
 
     if post_norm:
         out, state = attn(x)

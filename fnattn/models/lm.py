@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import attentions, random, tree
+from .. import attentions, random, taps, tree
 from ..attentions._heads import linear_init, uniform_init
 from ..core import EMPTY, Empty, check, config, peek_int
 from .block import Block, Gelu, LayerNorm, RmsNorm, block, block_init, check_norm, drop, norm, norm_init
@@ -181,7 +181,8 @@ def hidden(params: Params, ids: Tensor, state: State | Empty = EMPTY, *, mask: T
     states = []
     for i, block_params in enumerate(params.blocks):
         key = None if dropout_key is None else random.fold_in(random.fold_in(dropout_key, "blocks"), i)
-        x, new = run(block_params, x, state.blocks[i] if streaming else EMPTY, mask, key)
+        with taps.scope(f"blocks.{i}"):
+            x, new = run(block_params, x, state.blocks[i] if streaming else EMPTY, mask, key)
         states.append(new)
     return x, State(state.pos + ids.shape[1], tuple(states)) if streaming else EMPTY
 

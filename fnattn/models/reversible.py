@@ -21,7 +21,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
-from .. import tree
+from .. import taps, tree
 from ..core import check
 
 MERGES = ("sum", "mean")
@@ -51,12 +51,12 @@ def reversible(blocks: Sequence[tuple[Callable, Callable]], params: Sequence[tup
 
     Every transform works, in any nesting: grad, vjp, jvp, vmap, hessian, double backward; also for params that are batched.
     A second derivative keeps the activations of the first backward pass. Under torch.compile it is `plain`: the compiler
-    decides there.
+    decides there. So it is while taps are harvested or planted.
     """
     halves, tensors = _flatten(blocks, params, shared)
     check(merge in MERGES, "models.reversible: merge must be 'sum' or 'mean'; got {!r}.", merge,
           remedy="Linformer adds the streams, DALLE takes their mean.")
-    if not halves or torch.compiler.is_compiling():
+    if not halves or torch.compiler.is_compiling() or taps.in_use():
         return plain(blocks, params, x, *shared, merge=merge)
     return _merged(*_Reversible.apply(_Stack(tuple(halves), x.dtype), _wide(x), *tensors), merge, x.dtype)
 
@@ -134,17 +134,22 @@ def _call(fn: Callable, form: Any, others: list, at: list[int], x: Tensor, *tens
     return out
 
 
-def _check_closure(fn: Callable) -> None:
+def _check_closure(fn: Callable, seen: frozenset = frozenset()) -> None:
     """A tensor that fn captures would silently get no gradient: refuse the ones that want one."""
+    if id(fn) in seen:
+        return
     captured = []
-    while isinstance(fn, functools.partial):
-        captured += [fn.args, fn.keywords]
-        fn = fn.func
-    captured += [cell.cell_contents for cell in getattr(fn, "__closure__", None) or () if _filled(cell)]
+    inner = fn
+    while isinstance(inner, functools.partial):
+        captured += [inner.args, inner.keywords]
+        inner = inner.func
+    captured += [cell.cell_contents for cell in getattr(inner, "__closure__", None) or () if _filled(cell)]
     for t in tree.leaves(captured):
+        if callable(t):
+            _check_closure(t, seen | {id(fn)})
         hidden = tree.is_differentiable(t) and (t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t))
         check(not hidden, "models.reversible: {} captures a tensor of shape {} that takes part in differentiation, and would get no "
-              "gradient for it.", getattr(fn, "__name__", "a block"), list(t.shape) if hidden else "",
+              "gradient for it.", getattr(inner, "__name__", "a block"), list(t.shape) if hidden else "",
               remedy="Pass it in params or shared.")
 
 

@@ -1,0 +1,180 @@
+"""Times every operator: each implementation, forward and with gradients, against its plain-torch reference.
+
+  fnattn bench
+  fnattn bench --op taylor --n 1024 4096 --out bench.json
+
+Before a number is printed, the implementation must agree with the reference in its values and gradients; one that does not is
+reported, and the command fails. Times are the median of several runs after a warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checkpoint, random, tree
+from ..core import KernelUnavailable, check
+from ..ops import report as cases
+from ..ops._door import REFERENCE
+
+HELP = "time every operator and implementation against its reference"
+# Largest error as a part of the largest entry. float64 catches wrong mathematics, also in packages that compute inside in
+# float32; float32 catches a wrong precision.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which operators, at which sizes."""
+    parser.add_argument("--op", nargs="+", metavar="NAME", help=f"operators (default: all): {', '.join(cases.CASES)}")
+    parser.add_argument("--b", type=int, default=2, help="batch")
+    parser.add_argument("--h", type=int, default=8, help="heads")
+    parser.add_argument("--n", type=int, nargs="+", default=[256, 1024], help="lengths")
+    parser.add_argument("--d", type=int, default=16, help="width of a head")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command. Returns the exit code."""
+    names = args.op or list(cases.CASES)
+    for name in names:
+        check(name in cases.CASES, "bench: expected an operator; got {!r}.", name, remedy="Choose from: " + ", ".join(cases.CASES) + ".")
+    for name, least in (("b", 1), ("h", 1), ("d", 2), ("repeats", 1)):
+        check(getattr(args, name) >= least, "bench: --{} must be at least {}; got {}.", name, least, getattr(args, name),
+              remedy="Give a larger number.")
+    check(all(n >= 1 for n in args.n), "bench: --n must be at least 1; got {}.", args.n, remedy="Give positive lengths.")
+    check(args.d % 2 == 0, "bench: --d must be even, for rotary; got {}.", args.d, remedy="Give an even width.")
+    check(args.device in cases.devices(), "bench: this machine has {}; got --device {}.", ", ".join(cases.devices()), args.device,
+          remedy="Choose one of those.")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    machine = {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine(), "device": args.device,
+               "threads": torch.get_num_threads(), "dtype": "float32", "repeats": args.repeats}
+    print(", ".join(f"{k} {v}" for k, v in machine.items()))
+    print(f"{'operator':<18}{'n':>6}  {'impl':<24}{'forward ms':>11}{'x ref':>7}{'with gradient ms':>18}{'x ref':>7}")
+    results, failed = [], False
+    for name in names:
+        for n in args.n:
+            sizes = {"b": args.b, "h": args.h, "n": n, "d": args.d}
+            for row in measure(name, sizes, args.device, args.repeats):
+                results.append(row)
+                failed |= "wrong" in row
+                print(_line(row), flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.replace(args.out, json.dumps({"machine": machine, "results": results}, indent=2).encode())
+        print(f"wrote {args.out}")
+    return 1 if failed else 0
+
+
+def _line(row: dict) -> str:
+    head = f"{row['operator']:<18}{row['n']:>6}  {row['impl']:<24}"
+    if "forward_ms" not in row:
+        return head + (f"WRONG: {row['wrong']}" if "wrong" in row else row["unavailable"])
+    return (f"{head}{row['forward_ms']:>11.3f}{row['forward_speedup']:>7.2f}{row['gradient_ms']:>18.3f}"
+            f"{row['gradient_speedup']:>7.2f}")
+
+
+def measure(name: str, sizes: dict, device: str, repeats: int) -> list[dict]:
+    """One row per implementation of an operator at one size; the reference first."""
+    case = cases.CASES[name]
+    module = importlib.import_module(f"fnattn.ops.{case.module}")
+    args = inputs(case, sizes, device, torch.float32)
+    rows, base = [], {}
+    for impl in (REFERENCE, *(k.name for k in module.KERNELS)):
+        row: dict[str, Any] = {"operator": name, **sizes, "impl": impl}
+        rows.append(row)
+        kernel = next((k for k in module.KERNELS if k.name == impl), None)
+        reason = kernel.why_not(*case.asked(*args)) if kernel else None
+        if reason is not None:
+            row["unavailable"] = reason
+            continue
+        wrong = disagreement(name, sizes, device, impl) if kernel else None
+        if wrong:
+            row["wrong"] = wrong
+            continue
+        fn = function(name, impl)
+        row["forward_ms"] = _median(lambda fn=fn: fn(*args), repeats, device)
+        row["gradient_ms"] = _median(lambda fn=fn: gradients(fn, args), repeats, device)
+        base = base or row
+        for kind in ("forward", "gradient"):
+            row[f"{kind}_speedup"] = base[f"{kind}_ms"] / row[f"{kind}_ms"]
+    return rows
+
+
+def function(name: str, impl: str) -> Callable:
+    """The operator with one implementation, giving its first result."""
+    op = getattr(importlib.import_module("fnattn.ops"), name)
+    options = cases.CASES[name].options
+
+    def fn(*args):
+        out = op(*args, **options, impl=impl)
+        return out[0] if isinstance(out, tuple) else out
+
+    return fn
+
+
+def inputs(case: cases.Case, sizes: dict, device: str, dtype: torch.dtype) -> tuple:
+    """Normal numbers for a call, the same ones in every run."""
+    count = iter(range(1000))
+    return case.call(lambda *shape: random.normal(random.fold_in(random.key(0, device=device), next(count)), shape, dtype), sizes)
+
+
+def gradients(fn: Callable, args: tuple) -> tuple[Tensor, Any]:
+    """A weighted sum of the result, and its gradient with respect to every floating argument."""
+    def total(given):
+        out = fn(*given)
+        # Uneven weights: a plain sum of squares cannot see a rotation.
+        return (out * torch.arange(out.numel(), device=out.device, dtype=out.dtype).reshape(out.shape).cos()).sum()
+
+    return tree.value_and_grad(total)(args)
+
+
+def disagreement(name: str, sizes: dict, device: str, impl: str) -> str | None:
+    """How an implementation differs from the reference, with at most 128 positions; None if it does not.
+
+    The reference computes in double precision where the device has it, from the same numbers.
+    """
+    small = {**sizes, "n": min(sizes["n"], 128)}
+    wide = torch.float32 if device == "mps" else torch.float64
+    given = inputs(cases.CASES[name], small, device, torch.float32)
+    truth = tree.leaves(gradients(function(name, REFERENCE), tree.map(lambda x: x.to(wide) if _floating(x) else x, given)))
+    for dtype, tolerance in TOLERANCE.items():
+        args = tree.map(lambda x: x.to(dtype) if _floating(x) else x, given)  # noqa: B023 - used at once
+        try:
+            found = tree.leaves(gradients(function(name, impl), args))
+        except KernelUnavailable:  # not in this precision: nothing to compare
+            continue
+        for a, b in zip(found, truth):
+            if a is not None and float((a - b).abs().max()) > tolerance * float(b.abs().max()):
+                return f"{dtype}: differs from the reference by {float((a - b).abs().max()):.1e} of {float(b.abs().max()):.1e}"
+    return None
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _median(fn: Callable, repeats: int, device: str) -> float:
+    """Milliseconds of one call."""
+    def once() -> float:
+        began = time.perf_counter()
+        fn()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) * 1e3
+
+    once()
+    return statistics.median(once() for _ in range(repeats))

@@ -1,0 +1,103 @@
+"""Which kernel would serve each operator on this machine, and why the others would not.
+
+Nothing is guessed: for a typical call on each device, every kernel of the operator is asked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+
+from ._door import REFERENCE
+
+# b batch, h heads, n positions, d width of a head, c channels
+
+
+class Case(NamedTuple):
+    """A typical call of one operator.
+
+    module:  where its reference and KERNELS are.
+    call:    arguments of the public function, from a function that draws float tensors of a shape.
+    options: keyword arguments.
+    asked:   from the call's arguments, those that its kernels are asked about.
+    """
+
+    module: str
+    call: Callable[[Callable[..., Tensor], dict], tuple]
+    options: dict
+    asked: Callable[..., tuple] = lambda *args: args
+
+
+SIZES = {"b": 2, "h": 8, "n": 256, "d": 16}
+
+
+def _qkv(draw: Callable, s: dict) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(draw(s["b"], s["h"], s["n"], s["d"]) for _ in range(3))
+
+
+def _rotary(draw: Callable, s: dict) -> tuple:
+    x = draw(s["b"], s["h"], s["n"], s["d"])
+    freqs = 10000.0 ** (-torch.arange(0, s["d"], 2, device=x.device) / s["d"])
+    return x, torch.arange(s["n"], device=x.device), freqs.float()
+
+
+CASES = {
+    "causal_dot": Case("causal_dot", _qkv, {}),
+    "scan": Case("scan", lambda draw, s: (draw(s["b"], s["n"], s["h"] * s["d"]).sigmoid(), draw(s["b"], s["n"], s["h"] * s["d"])),
+                 {}, lambda a, x: (a, x, None)),
+    "taylor": Case("taylor", _qkv, {}),
+    "gate_loop": Case("gate_loop", lambda draw, s: (*_qkv(draw, s), draw(s["b"], s["h"], s["n"], 2)), {}),
+    "softmax_attention": Case("softmax", _qkv, {"causal": True}),
+    "rotary": Case("rotary", _rotary, {}, lambda x, positions, freqs: (x, freqs)),
+}
+
+
+class Answer(NamedTuple):
+    """One implementation of one operator on one device: reason is why it would not run, None if it could."""
+
+    operator: str
+    device: str
+    dtype: str
+    impl: str
+    reason: str | None
+    chosen: bool
+
+
+def devices() -> list[str]:
+    """The kinds of devices that this machine has."""
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found.append("cuda")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def rows(dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Iterator[Answer]:
+    """What every implementation of every operator answers, for a typical call on every device of this machine."""
+    for name, case in CASES.items():
+        kernels = importlib.import_module(f"{__package__}.{case.module}").KERNELS
+        for device in devices():
+            for dtype in dtypes:
+                asked = case.asked(*case.call(lambda *shape: torch.zeros(shape, dtype=dtype, device=device), SIZES))
+                answers = [(k.name, k.why_not(*asked), k.worth(*asked)) for k in kernels]
+                chosen = next((impl for impl, reason, worth in answers if reason is None and worth), REFERENCE)
+                short = str(dtype).removeprefix("torch.")
+                yield from (Answer(name, device, short, impl, reason, impl == chosen) for impl, reason, _ in answers)
+                yield Answer(name, device, short, REFERENCE, None, chosen == REFERENCE)
+
+
+def report(file: TextIO | None = None) -> None:
+    """Prints, per operator and device, which implementation impl="auto" runs, and why not the others."""
+    out: Any = sys.stdout if file is None else file
+    out.write(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, devices: {', '.join(devices())}\n"
+              f'impl="auto" takes the one marked *; any other is taken when asked for by name, or says why not.\n\n')
+    for answer in rows():
+        mark = "*" if answer.chosen else " "
+        fact = answer.reason or ("" if answer.chosen else "could run")
+        out.write(f"{answer.operator:<18} {answer.device:<5} {mark} {answer.impl:<24} {fact}".rstrip() + "\n")
