@@ -22,6 +22,7 @@
 #endif
 #define CHUNK 32
 #define BLOCK_FEATURES 192
+#define STEPS 8 /* up to so many positions are taken one by one */
 typedef int32_t vi32 __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
 typedef int64_t vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
 
@@ -45,6 +46,7 @@ typedef int64_t vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
 #else
 #include "taylor_square.h"
 #include "taylor_parts.h"
+#include "taylor_step.h"
 
 /* One thread's workspace. Names ending in T are in lanes, [width][CHUNK]. */
 typedef struct {
@@ -146,18 +148,24 @@ int S(try_taylor_forward)(const REAL *q, const REAL *k, const REAL *v, const REA
 #pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
     {
         S(work) w;
-        int bad = S(work_new)(&w, d, e, 0);
+        int steps = causal && n > 0 && n <= STEPS;
+        REAL *space = steps ? scratch((size_t)S(step_space)(queries, d, (e + LANES) / LANES * LANES) * sizeof(REAL)) : NULL;
+        int bad = steps ? !space : S(work_new)(&w, d, e, 0);
         if (bad) {
 #pragma omp atomic write
             failed = 1;
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < b * g; i++)
-            if (!bad)
+            if (steps && !bad)
+                S(group_steps)(space, q + i * queries * n * d, k + i * m * d, v + i * m * e, keep ? keep + i / g * m : NULL,
+                               sums0 ? sums0 + i * entries : NULL, out + i * queries * n * e, den + i * queries * n,
+                               sums + i * entries, queries, n, d, e, (int)hard, (REAL)scale, (REAL)eps);
+            else if (!bad)
                 S(group_forward)(&w, q + i * queries * n * d, k + i * m * d, v + i * m * e, keep ? keep + i / g * m : NULL,
                                  sums0 ? sums0 + i * entries : NULL, out + i * queries * n * e, den + i * queries * n,
                                  sums + i * entries, queries, n, m, e, (int)hard, (int)causal, (REAL)scale, (REAL)eps);
-        if (!bad) free(w.memory);
+        if (!bad) free(steps ? (void *)space : w.memory);
     }
     return failed;
 }

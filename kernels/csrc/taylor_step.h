@@ -1,0 +1,63 @@
+/* Few positions at a time, as in generation; included once per precision by taylor.c.
+ *
+ * Works on the sums in their public order, row by row: each row takes in the new key and is read by the queries while it is
+ * in a register. Turning a state round first would cost more than the step itself. */
+
+/* row[c] = from[c] + psi v1[c], and acc[r][c] += phi_r row[c] for every query head; `from` NULL means zero. */
+static inline void S(step_row)(REAL *row, const REAL *from, const REAL *v1, REAL psi, REAL *acc, const REAL *phi,
+                               int64_t queries, int64_t e1, int64_t ldv) {
+    int64_t c = 0;
+    for (; c + LANES <= e1; c += LANES) {
+        VF x = psi * *(const VF *)(v1 + c);
+        if (from) x += *(const VF *)(from + c);
+        *(VF *)(row + c) = x;
+        for (int64_t r = 0; r < queries; r++) *(VF *)(acc + r * ldv + c) += phi[r] * x;
+    }
+    for (; c < e1; c++) {
+        REAL x = (from ? from[c] : 0) + psi * v1[c];
+        row[c] = x;
+        for (int64_t r = 0; r < queries; r++) acc[r * ldv + c] += phi[r] * x;
+    }
+}
+
+/* One position: k [d], qs [queries][d] scaled, v1 = keep [v, 1]. */
+static void S(step)(REAL *sums, const REAL *from, const REAL *k, const REAL *qs, const REAL *v1, REAL *acc, REAL *phi,
+                    int64_t queries, int64_t d, int64_t e1, int64_t ldv) {
+    memset(acc, 0, (size_t)(queries * ldv) * sizeof(REAL));
+    for (int64_t r = 0; r < queries; r++) phi[r] = 1;
+    S(step_row)(sums, from, v1, 1, acc, phi, queries, e1, ldv);
+    for (int64_t i = 0; i < d; i++) {
+        int64_t at = (1 + i) * e1;
+        for (int64_t r = 0; r < queries; r++) phi[r] = qs[r * d + i];
+        S(step_row)(sums + at, from ? from + at : NULL, v1, k[i], acc, phi, queries, e1, ldv);
+    }
+    int64_t at = (1 + d) * e1;
+    for (int64_t i = 0; i < d; i++)
+        for (int64_t j = i; j < d; j++, at += e1) {
+            for (int64_t r = 0; r < queries; r++) phi[r] = qs[r * d + i] * qs[r * d + j];
+            S(step_row)(sums + at, from ? from + at : NULL, v1, k[i] * k[j] * (i == j ? (REAL)0.5 : 1), acc, phi, queries, e1, ldv);
+        }
+}
+
+/* n positions one after the other. `space` holds what step_space says. */
+static inline int64_t S(step_space)(int64_t queries, int64_t d, int64_t ldv) { return queries * (ldv + d + 1) + 2 * d + ldv * CHUNK; }
+
+static void S(group_steps)(REAL *space, const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, REAL *out,
+                           REAL *den, REAL *sums, int64_t queries, int64_t n, int64_t d, int64_t e, int hard, REAL scale,
+                           REAL eps) {
+    int64_t ldv = (e + LANES) / LANES * LANES;
+    REAL *acc = space, *qs = acc + queries * ldv, *phi = qs + queries * d, *kk = phi + queries, *v1 = kk + 2 * d;
+    S(load_values)(v1, ldv, v, n, e, keep, hard);
+    for (int64_t t = 0; t < n; t++) {
+        int gone = hard && keep[t] == 0;
+        for (int64_t i = 0; i < d; i++) kk[i] = gone ? 0 : k[t * d + i];
+        for (int64_t r = 0; r < queries; r++)
+            for (int64_t i = 0; i < d; i++) qs[r * d + i] = scale * q[(r * n + t) * d + i];
+        S(step)(sums, t ? sums : sums0, kk, qs, v1 + t * ldv, acc, phi, queries, d, e + 1, ldv);
+        for (int64_t r = 0; r < queries; r++) {
+            REAL sum = acc[r * ldv + e], inverse = 1 / (sum > eps ? sum : eps);
+            den[r * n + t] = sum;
+            for (int64_t c = 0; c < e; c++) out[(r * n + t) * e + c] = acc[r * ldv + c] * inverse;
+        }
+    }
+}
