@@ -2,12 +2,12 @@
 
     K' = E^T (C W_k),   V' = F^T (C W_v),   out = softmax(q K'^T / sqrt(d)) V'          C the context, or x itself
 
-E and F [seq_len, k] are learned; a shorter context uses their first rows. Every one of the k rows mixes all positions: there
-is no causal form, and hence no state.
+E and F [seq_len, k] are learned; a shorter context uses their first rows. Every one of the k rows mixes all positions:
+there is no causal form, and hence no state.
 
-Source: LinformerSelfAttention of linformer 0.2.3; Wang et al. 2020, arXiv 2006.04768 (their E, F are our proj_k, proj_v).
-Different here: a key padding mask, which upstream swallows; the sums are associated as (E^T C) W where that takes fewer
-operations.
+Source: LinformerSelfAttention of linformer 0.2.3; Wang et al. 2020, arXiv 2006.04768 (their E, F are our proj_k,
+proj_v). Different here: a key padding mask, which upstream swallows; the sums are associated as (E^T C) W where that
+takes fewer operations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..core import EMPTY, Empty, Family, check, check_input, config
 from ..ops.softmax import weights
 from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
 
-# b batch, h query heads, g key heads (h, or 1 if one_kv_head), n queries, m keys, d width of a head, k rows after mixing
+# b batch, h query heads, g key heads (h, or 1 if one_kv_head), n queries, m keys, d width of a head, k mixed rows
 
 NOT_CAUSAL = "Its projection mixes all positions, so no prefix has a final answer."
 STREAMS = "Call apply(params, x) on the whole sequence, or choose a streaming family: full, gate_loop, taylor."
@@ -55,11 +55,12 @@ class Config:
 
     def __post_init__(self):
         for name in ("dim", "seq_len", "k", "heads"):
-            check(getattr(self, name) >= 1, "linformer.Config: {} must be at least 1; got {}.", name, getattr(self, name),
+            value = getattr(self, name)
+            check(value >= 1, "linformer.Config: {} must be at least 1; got {}.", name, value,
                   remedy="Give a positive number.")
         check(self.dim % self.heads == 0 if self.dim_head is None else self.dim_head >= 1,
-              "linformer.Config: heads must divide dim={}, or dim_head be given and positive; got heads={}, dim_head={}.", self.dim,
-              self.heads, self.dim_head, remedy="Choose a divisor, or give dim_head.")
+              "linformer.Config: heads must divide dim={}, or dim_head be positive; got heads={}, dim_head={}.",
+              self.dim, self.heads, self.dim_head, remedy="Choose a divisor, or give dim_head.")
         check(0.0 <= self.dropout <= 1.0, "linformer.Config: dropout must lie in [0, 1]; got {}.", self.dropout,
               remedy="It is the chance of zeroing an entry.")
 
@@ -88,7 +89,7 @@ class Params(NamedTuple):
 
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
-    """Parameters of cfg, drawn by name: uniform in +-1/sqrt(fan in), the projections along the sequence in +-1/sqrt(k)."""
+    """Parameters of cfg, drawn by name: uniform in +-1/sqrt(fan in), proj_k and proj_v in +-1/sqrt(k)."""
     inner, kv = cfg.heads * cfg.head_width, cfg.kv_heads * cfg.head_width
     kind = {"dtype": dtype, "device": device}
 
@@ -119,8 +120,8 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
         params: from `init`.
         x: [b, n, dim]; of any length if a context is given, else n <= cfg.seq_len.
         state: refused.
-        mask: bool [b, keys]; rows of the context (of x, if none is given) that are False enter the mixtures as zeros. Masking
-            the end of a sequence equals cutting it off. A query whose keys are all masked attends to zeros.
+        mask: bool [b, keys]; rows of the context (of x, if none is given) that are False enter the mixtures as zeros.
+            Masking the end of a sequence equals cutting it off. A query whose keys are all masked attends to zeros.
         context: [b, keys, dim], keys <= cfg.seq_len, to attend to instead of x.
         dropout_key: drops entries of the attention matrix if cfg.dropout > 0.
         impl: passed to `ops.softmax_attention`.
@@ -133,7 +134,8 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
         raise ValueError(f"linformer.apply: cannot stream. {NOT_CAUSAL}\n  {STREAMS}")
     given = x if context is None else context
     check(given.shape[1] <= cfg.seq_len, "linformer.apply: {} must have at most cfg.seq_len={} positions; got {}.",
-          "x" if context is None else "context", cfg.seq_len, given.shape[1], remedy="Shorten it, or train with a larger seq_len.")
+          "x" if context is None else "context", cfg.seq_len, given.shape[1],
+          remedy="Shorten it, or train with a larger seq_len.")
     if mask is not None:
         given = torch.where(mask[..., None], given, torch.zeros_like(given))
 
@@ -158,7 +160,7 @@ def _mix(context: Tensor, proj: Tensor, weight: Tensor) -> Tensor:
 
 
 def mixes_first(m: int, dim: int, kv: int, k: int) -> bool:
-    """Whether (E^T C) W takes fewer multiplications than E^T (C W), for m positions of width dim mixed to k rows of width kv."""
+    """Whether (E^T C) W takes fewer products than E^T (C W): m positions of width dim become k rows of width kv."""
     return m * k * dim + k * dim * kv < m * dim * kv + m * k * kv
 
 
@@ -176,8 +178,8 @@ def _dropped_attention(q: Tensor, k: Tensor, v: Tensor, dropout_key: Tensor, p: 
 def state_dict_keys(cfg: Config) -> dict[str, str]:
     """Key in the state_dict of LinformerSelfAttention -> name of our leaf."""
     shared = {} if cfg.share_kv else {"to_v.weight": "to_v", "proj_v": "proj_v"}
-    return {"to_q.weight": "to_q", "to_k.weight": "to_k", "proj_k": "proj_k", "to_out.weight": "to_out", "to_out.bias": "to_out_bias",
-            **shared}
+    return {"to_q.weight": "to_q", "to_k.weight": "to_k", "proj_k": "proj_k", **shared,
+            "to_out.weight": "to_out", "to_out.bias": "to_out_bias"}
 
 
 def dump_state_dict(params: Params) -> dict[str, Tensor]:
@@ -193,8 +195,8 @@ def load_state_dict(cfg: Config, state_dict: Mapping[str, Tensor]) -> Params:
 
 
 FAMILY = Family(
-    name="linformer", config=Config, init=init, init_state=init_state, apply=apply, streams=False, masks=True, contexts=True,
-    source="linformer 0.2.3, LinformerSelfAttention; arXiv 2006.04768",
+    name="linformer", config=Config, init=init, init_state=init_state, apply=apply, streams=False, masks=True,
+    contexts=True, source="linformer 0.2.3, LinformerSelfAttention; arXiv 2006.04768",
     examples=(
         Config(dim=6, seq_len=64, k=5, heads=3, dropout=0.25),
         Config(dim=7, seq_len=64, k=3, heads=2, dim_head=5, one_kv_head=True),

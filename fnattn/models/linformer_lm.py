@@ -1,13 +1,14 @@
-"""Linformer: a stack of attention and feed-forward over a sequence of fixed largest length, and a model of tokens on top.
+"""Linformer: a stack of attention and feed-forward over sequences of bounded length, and a model of tokens on top.
 
     sequential   x = x + attn(norm(x));    x = x + ff(norm(x))
     reversible   y1 = x1 + attn(norm(x2)); y2 = x2 + ff(norm(y1));    the result is y1 + y2
 
-`encode` is the stack on vectors, `apply` embeds tokens and positions before it and gives logits after it. Not causal, as
-upstream is not: every position sees all others, so training it on the next token would let it copy the answer.
+`encode` is the stack on vectors, `apply` embeds tokens and positions before it and gives logits after it. Not causal,
+as upstream is not: every position sees all others, so training it on the next token would let it copy the answer.
 
 Source: Linformer and LinformerLM of linformer 0.2.3. Sequential and reversible stacks of the same params are different
-functions. Different here: masks, GLU feed-forwards, gradients of the reversible stack in every mode (`models.reversible`).
+functions. Different here: masks, GLU feed-forwards, gradients of the reversible stack in every mode
+(`models.reversible`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Config:
     dim, seq_len, k, heads, dim_head, one_kv_head, share_kv: as in `attentions.linformer.Config`.
     depth:      number of layers.
     reversible: two streams whose activations are recomputed in the backward pass; memory then does not grow with depth.
-    dropout:    chance of zeroing an entry of the attention matrix and of the hidden layer, when a dropout_key is passed.
+    dropout:    chance of zeroing an entry of the attention matrix and of the hidden layer, when a dropout_key is
+                passed.
     ff_mult:    hidden width of the feed-forward, in multiples of dim.
     ff_glu:     the activation of one half of the hidden layer gates the other half.
     ff_activation: "gelu" (exact), "relu", "silu" or "tanh".
@@ -61,8 +63,8 @@ class Config:
     ff_activation: str = "gelu"
 
     def __post_init__(self):
-        check(self.num_tokens >= 0 and self.depth >= 1 and self.ff_mult >= 1, "linformer_lm.Config: num_tokens must be at least 0, "
-              "depth and ff_mult at least 1; got {}, {} and {}.", self.num_tokens, self.depth, self.ff_mult,
+        check(self.num_tokens >= 0 and self.depth >= 1 and self.ff_mult >= 1, "linformer_lm.Config: num_tokens must be "
+              "at least 0, depth and ff_mult at least 1; got {}, {} and {}.", self.num_tokens, self.depth, self.ff_mult,
               remedy="Use num_tokens=0 for a stack without embeddings.")
         check(self.ff_activation in ACTIVATIONS, "linformer_lm.Config: ff_activation must be one of {}; got {!r}.",
               ", ".join(map(repr, ACTIVATIONS)), self.ff_activation, remedy="Upstream uses 'gelu'.")
@@ -114,18 +116,21 @@ def _init_layer(key: Tensor, cfg: Config, **kind: Any) -> Layer:
     return Layer(
         norm_init("layer", cfg.dim, **kind), linformer.init(random.fold_in(key, "attn"), cfg.attention, **kind),
         norm_init("layer", cfg.dim, **kind),
-        FeedForward(linear_init(ff_key, "w_in", wide, cfg.dim, **kind), uniform_init(ff_key, "b_in", (wide,), cfg.dim ** -0.5, **kind),
-                    linear_init(ff_key, "w_out", cfg.dim, hidden, **kind), uniform_init(ff_key, "b_out", (cfg.dim,), hidden ** -0.5, **kind)))
+        FeedForward(linear_init(ff_key, "w_in", wide, cfg.dim, **kind),
+                    uniform_init(ff_key, "b_in", (wide,), cfg.dim ** -0.5, **kind),
+                    linear_init(ff_key, "w_out", cfg.dim, hidden, **kind),
+                    uniform_init(ff_key, "b_out", (cfg.dim,), hidden ** -0.5, **kind)))
 
 
 def _normal(key: Tensor, name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: object) -> Tensor:
     if device is not None and torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device="meta")
-    return random.normal(random.fold_in(key, name), shape, torch.promote_types(dtype, torch.float32)).to(dtype=dtype, device=device)
+    wide = torch.promote_types(dtype, torch.float32)
+    return random.normal(random.fold_in(key, name), shape, wide).to(dtype=dtype, device=device)
 
 
-def apply(params: Params, ids: Tensor, state: Empty = EMPTY, *, mask: Tensor | None = None, dropout_key: Tensor | None = None,
-          impl: str = "auto") -> tuple[Tensor, Empty]:
+def apply(params: Params, ids: Tensor, state: Empty = EMPTY, *, mask: Tensor | None = None,
+          dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Empty]:
     """Logits for each position, each computed from the whole sequence.
 
     Args:
@@ -139,17 +144,19 @@ def apply(params: Params, ids: Tensor, state: Empty = EMPTY, *, mask: Tensor | N
         logits [b, n, num_tokens] in the params' dtype; EMPTY.
     """
     cfg = params.cfg
-    check(cfg.num_tokens > 0, "linformer_lm.apply: the config has no vocabulary; got num_tokens=0.", remedy="Call encode on vectors.")
-    check(ids.ndim == 2 and not ids.is_floating_point(), "linformer_lm.apply: ids must be integers [batch, seq]; got {} {}.", ids.dtype,
-          list(ids.shape), remedy="Call encode on vectors.")
+    check(cfg.num_tokens > 0, "linformer_lm.apply: the config has no vocabulary; got num_tokens=0.",
+          remedy="Call encode on vectors.")
+    check(ids.ndim == 2 and not ids.is_floating_point(),
+          "linformer_lm.apply: ids must be integers [batch, seq]; got {} {}.", ids.dtype, list(ids.shape),
+          remedy="Call encode on vectors.")
     _check_stack("linformer_lm.apply", cfg, ids.shape[1], state)
     x = F.embedding(ids, params.token_emb) + params.pos_emb[:ids.shape[1]]
     x = encode(params, x, mask=mask, dropout_key=dropout_key, impl=impl)
     return F.linear(x, params.to_logits, params.to_logits_bias), EMPTY
 
 
-def encode(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | None = None, dropout_key: Tensor | None = None,
-           impl: str = "auto") -> Tensor:
+def encode(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | None = None,
+           dropout_key: Tensor | None = None, impl: str = "auto") -> Tensor:
     """The stack of layers on vectors: [b, n, dim] -> [b, n, dim]. Arguments as in `apply`."""
     cfg = params.cfg
     check_input("linformer_lm.encode", x, cfg.dim, mask=mask)
@@ -162,8 +169,8 @@ def encode(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | No
 
     def ff(layer_params, x, mask):
         norm_params, ff_params, key = layer_params
-        return feed_forward(ff_params, norm(norm_params, x), glu=cfg.ff_glu, activation=cfg.ff_activation, p=cfg.dropout,
-                            dropout_key=key)
+        return feed_forward(ff_params, norm(norm_params, x), glu=cfg.ff_glu, activation=cfg.ff_activation,
+                            p=cfg.dropout, dropout_key=key)
 
     keys = [_layer_keys(dropout_key, i) for i in range(cfg.depth)]
     halves = [((layer.attn_norm, layer.attn, attn_key), (layer.ff_norm, layer.ff, ff_key))
@@ -195,14 +202,15 @@ def _layer_keys(dropout_key: Tensor | None, i: int) -> tuple[Tensor | None, Tens
 
 def _check_stack(who: str, cfg: Config, n: int, state: Any) -> None:
     if not isinstance(state, Empty):
-        raise ValueError(f"{who}: cannot stream. {linformer.NOT_CAUSAL}\n  Call {who.split('.')[1]} on the whole sequence, or use models.lm.")
+        raise ValueError(f"{who}: cannot stream. {linformer.NOT_CAUSAL}\n"
+                         f"  Call {who.split('.')[1]} on the whole sequence, or use models.lm.")
     check(n <= cfg.seq_len, "{}: expected at most cfg.seq_len={} positions; got {}.", who, cfg.seq_len, n,
           remedy="Shorten the sequence, or train with a larger seq_len.")
 
 
 def feed_forward(params: FeedForward, x: Tensor, *, glu: bool = False, activation: str = "gelu", p: float = 0.0,
                  dropout_key: Tensor | None = None) -> Tensor:
-    """w_out act(w_in x), or w_out (act(a) * v) with [a, v] = w_in x if glu; dropout before w_out. [b, n, dim] -> same."""
+    """w_out act(w_in x), or with glu w_out (act(a) * v), [a, v] = w_in x; dropout before w_out. [b, n, dim] -> same."""
     hidden = F.linear(x, params.w_in, params.b_in)
     act = ACTIVATIONS[activation]
     if glu:
@@ -222,13 +230,16 @@ def state_dict_keys(cfg: Config) -> dict[str, str]:
     for i in range(cfg.depth):
         a, f = (f"net.blocks.{i}.{h}.net" for h in "fg") if cfg.reversible else (f"net.layers.{i}.{h}" for h in "01")
         keys |= {f"{a}.norm.{w}": f"layers.{i}.attn_norm.{w}" for w in ("weight", "bias")}
-        keys |= {f"{a}.fn.{theirs}": f"layers.{i}.attn.{ours}" for theirs, ours in linformer.state_dict_keys(cfg.attention).items()}
+        keys |= {f"{a}.fn.{theirs}": f"layers.{i}.attn.{ours}"
+                 for theirs, ours in linformer.state_dict_keys(cfg.attention).items()}
         keys |= {f"{f}.norm.{w}": f"layers.{i}.ff_norm.{w}" for w in ("weight", "bias")}
         for theirs, ours in (("w1", "in"), ("w2", "out")):
-            keys |= {f"{f}.fn.{theirs}.weight": f"layers.{i}.ff.w_{ours}", f"{f}.fn.{theirs}.bias": f"layers.{i}.ff.b_{ours}"}
+            keys |= {f"{f}.fn.{theirs}.weight": f"layers.{i}.ff.w_{ours}",
+                     f"{f}.fn.{theirs}.bias": f"layers.{i}.ff.b_{ours}"}
     if not cfg.num_tokens:
         return keys
-    return {"token_emb.weight": "token_emb", "pos_emb.weight": "pos_emb", **{f"linformer.{k}": ours for k, ours in keys.items()},
+    return {"token_emb.weight": "token_emb", "pos_emb.weight": "pos_emb",
+            **{f"linformer.{theirs}": ours for theirs, ours in keys.items()},
             "to_logits.weight": "to_logits", "to_logits.bias": "to_logits_bias"}
 
 

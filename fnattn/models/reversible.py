@@ -4,11 +4,12 @@
     x2 = y2 - g(y1),   x1 = y1 - f(x2)            on the way back
 
 Only the last two streams are kept for the gradient, so the memory of activations does not grow with the number of
-blocks; the price is one more forward pass. Upstream's Function receives its parameters behind autograd's back and replays
-a global random state, so that it fails in eval mode, under every transform, and silently if two forward passes come before
-one backward pass. Here parameters and dropout keys are arguments, and every transform works.
+blocks; the price is one more forward pass. Upstream's Function receives its parameters behind autograd's back and
+replays a global random state, so that it fails in eval mode, under every transform, and silently if two forward passes
+come before one backward pass. Here parameters and dropout keys are arguments, and every transform works.
 
-Source: Gomez et al. 2017, arXiv 1707.04585; ReversibleSequence of linformer 0.2.3 (sum) and of dalle-pytorch 1.6.6 (mean).
+Source: Gomez et al. 2017, arXiv 1707.04585; ReversibleSequence of linformer 0.2.3 (sum) and of dalle-pytorch 1.6.6
+(mean).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def reversible(blocks: Sequence[tuple[Callable, Callable]], params: Sequence[tup
     Time: two forward passes and one backward pass for a gradient. Memory: that of one block, whatever their number.
 
     Args:
-        blocks: pairs (f, g) of pure functions f(f_params, x, *shared) -> a tensor of x's shape. They are called again in
-            the backward pass, so they must give the same bits twice: randomness comes from keys among their params.
+        blocks: pairs (f, g) of pure functions f(f_params, x, *shared) -> a tensor of x's shape. They are called again
+            in the backward pass, so they must give the same bits twice: randomness comes from keys among their params.
         params: one pair (f_params, g_params) of trees for each block: weights, dropout keys, whatever differs by block.
             A tensor may occur in many places; its gradients add up.
         x: any shape, floating point; both streams start from it.
@@ -49,9 +50,9 @@ def reversible(blocks: Sequence[tuple[Callable, Callable]], params: Sequence[tup
     Raises:
         ValueError: as many params as blocks are needed, a known merge, and no gradient may hide in a closure of f or g.
 
-    Every transform works, in any nesting: grad, vjp, jvp, vmap, hessian, double backward; also for params that are batched.
-    A second derivative keeps the activations of the first backward pass. Under torch.compile it is `plain`: the compiler
-    decides there. So it is while taps are harvested or planted.
+    Every transform works, in any nesting: grad, vjp, jvp, vmap, hessian, double backward; also for params that are
+    batched. A second derivative keeps the activations of the first backward pass. Under torch.compile it is `plain`:
+    the compiler decides there. So it is while taps are harvested or planted.
     """
     halves, tensors = _flatten(blocks, params, shared)
     check(merge in MERGES, "models.reversible: merge must be 'sum' or 'mean'; got {!r}.", merge,
@@ -99,14 +100,16 @@ class _Stack(NamedTuple):
 def _flatten(blocks: Sequence, params: Sequence, shared: tuple) -> tuple[list[_Half], list[Tensor]]:
     """The halves, and every tensor that they need, each once."""
     blocks, params = list(blocks), list(params)
-    check(len(blocks) == len(params), "models.reversible: expected one pair of params for each block; got {} for {} blocks.",
-          len(params), len(blocks), remedy="Pass params=[(f_params, g_params), ...], EMPTY where a half needs none.")
+    check(len(blocks) == len(params), "models.reversible: expected one pair of params for each block; got {} for {} "
+          "blocks.", len(params), len(blocks),
+          remedy="Pass params=[(f_params, g_params), ...], EMPTY where a half needs none.")
     tensors: list[Tensor] = []
     place_of: dict[int, int] = {}
     halves = []
     for pair, pair_params in zip(blocks, params):
-        check(len(pair) == 2 and len(pair_params) == 2, "models.reversible: each block is a pair (f, g), with a pair of params;"
-              " got {} and {}.", len(pair), len(pair_params), remedy="Pass blocks=[(f, g), ...], params=[(f_params, g_params), ...].")
+        check(len(pair) == 2 and len(pair_params) == 2, "models.reversible: each block is a pair (f, g), with a pair "
+              "of params; got {} and {}.", len(pair), len(pair_params),
+              remedy="Pass blocks=[(f, g), ...], params=[(f_params, g_params), ...].")
         for fn, fn_params in zip(pair, pair_params):
             _check_closure(fn)
             items, form = tree.flatten((fn_params, *shared))
@@ -128,7 +131,8 @@ def _call(fn: Callable, form: Any, others: list, at: list[int], x: Tensor, *tens
         items[i] = t
     fn_params, *shared = tree.unflatten(items, form)
     out = fn(fn_params, x, *shared)
-    check(isinstance(out, Tensor) and out.shape == x.shape, "models.reversible: f and g must return a tensor of x's shape {}; got {}.",
+    check(isinstance(out, Tensor) and out.shape == x.shape,
+          "models.reversible: f and g must return a tensor of x's shape {}; got {}.",
           list(x.shape), list(out.shape) if isinstance(out, Tensor) else type(out).__name__,
           remedy="Return the residual only, without states.")
     return out
@@ -148,8 +152,8 @@ def _check_closure(fn: Callable, seen: frozenset = frozenset()) -> None:
         if callable(t):
             _check_closure(t, seen | {id(fn)})
         hidden = tree.is_differentiable(t) and (t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t))
-        check(not hidden, "models.reversible: {} captures a tensor of shape {} that takes part in differentiation, and would get no "
-              "gradient for it.", getattr(inner, "__name__", "a block"), list(t.shape) if hidden else "",
+        check(not hidden, "models.reversible: {} captures a tensor of shape {} that takes part in differentiation, and "
+              "would get no gradient for it.", getattr(inner, "__name__", "a block"), list(t.shape) if hidden else "",
               remedy="Pass it in params or shared.")
 
 
@@ -218,7 +222,8 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d1, d2):
-        # torch.func.vjp pulls back after its level has ended, and leaves saved outputs in wrappers that outer levels trip over.
+        # torch.func.vjp pulls back after its level has ended, and leaves saved outputs in wrappers that outer levels
+        # trip over.
         y1, y2, *tensors = [torch._C._functorch.unwrap_if_dead(t) for t in ctx.saved_tensors]
         # Outside the forward pass's autocast the recomputed values would be others.
         with torch.autocast(**ctx.autocast):
@@ -227,7 +232,8 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, _, *tangents):
-        # Forward mode is off around this call; nested forward-mode levels need it (level=0: see fnattn_kernels.contracts).
+        # Forward mode is off around this call; nested forward-mode levels need it (level=0: see
+        # fnattn_kernels.contracts).
         with fwad._set_fwd_grad_enabled(True):
             primals = [torch._VF._unpack_dual(t, level=0)[0] for t in ctx.saved_tensors]
             x, *tensors = [p if t is None else torch._VF._make_dual(p, t, level=0) for p, t in zip(primals, tangents)]
@@ -238,6 +244,10 @@ class _Reversible(torch.autograd.Function):
     def vmap(info, in_dims, stack, x, *tensors):
         _, x_dim, *dims = in_dims
         x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
-        halves = tuple(_Half(torch.func.vmap(half.run, in_dims=(0, *[dims[i] for i in half.places]), randomness=info.randomness),
-                             half.places) for half in stack.halves)
+
+        def mapped(half):
+            at = (0, *[dims[i] for i in half.places])
+            return _Half(torch.func.vmap(half.run, in_dims=at, randomness=info.randomness), half.places)
+
+        halves = tuple(mapped(half) for half in stack.halves)
         return _Reversible.apply(stack._replace(halves=halves), x, *tensors), (0, 0)

@@ -1,4 +1,4 @@
-"""How much memory a function needs at its peak, counted exactly: no timing, no allocator, the same number on every run."""
+"""How much memory a function needs at its peak, counted exactly: the same number on every run."""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ def test_the_stack_alone_has_upstreams_layout_too(reversible):
         assert_close(lm.encode(params, X), module(X))
 
 
-@pytest.mark.parametrize("ff", [dict(), dict(ff_glu=True), dict(ff_glu=True, ff_activation="relu"), dict(ff_activation="silu", ff_mult=2)],
-                         ids=str)
+@pytest.mark.parametrize("ff", [dict(), dict(ff_glu=True), dict(ff_glu=True, ff_activation="relu"),
+                                dict(ff_activation="silu", ff_mult=2)], ids=str)
 @pytest.mark.parametrize("reversible", [False, True], ids=["sequential", "reversible"])
 def test_it_is_the_recurrence_that_its_docstring_states(reversible, ff):
     params = made(reversible=reversible, **ff)
@@ -127,7 +127,8 @@ def test_per_sample_gradients_equal_a_loop(reversible):
 
 
 def test_an_ensemble_of_reversible_models_trains_under_vmap():
-    members = [lm.init(random.key(i), config(num_tokens=VOCABULARY, reversible=True), dtype=torch.float64) for i in range(3)]
+    cfg = config(num_tokens=VOCABULARY, reversible=True)
+    members = [lm.init(random.key(i), cfg, dtype=torch.float64) for i in range(3)]
     loss = lambda p: F.cross_entropy(lm.apply(p, IDS)[0].flatten(0, 1), IDS.flatten())  # noqa: E731
     values, grads = tree.vmap(tree.value_and_grad(loss))(tree.stack(members))
     for i, member in enumerate(members):
@@ -166,12 +167,14 @@ def test_values_inside_are_named_by_layer():
 
 def test_mapping_over_sequences_equals_a_batch():
     params = made(reversible=True)
-    assert_close(vmap(lambda x, m: lm.encode(params, x[None], mask=m[None])[0])(X, MASK), lm.encode(params, X, mask=MASK))
+    each = vmap(lambda x, m: lm.encode(params, x[None], mask=m[None])[0])(X, MASK)
+    assert_close(each, lm.encode(params, X, mask=MASK))
 
 
 @pytest.mark.parametrize(("call", "text"), [
     (lambda: lm.apply(made(), IDS), "has no vocabulary; got num_tokens=0.\n  Call encode on vectors."),
-    (lambda: lm.apply(made(num_tokens=11), torch.zeros(1, 14, dtype=torch.int64)), "at most cfg.seq_len=13 positions; got 14"),
+    (lambda: lm.apply(made(num_tokens=11), torch.zeros(1, 14, dtype=torch.int64)),
+     "at most cfg.seq_len=13 positions; got 14"),
     (lambda: lm.apply(made(num_tokens=11), IDS, (IDS,)), "cannot stream. Its projection mixes all positions"),
     (lambda: lm.apply(made(num_tokens=11), X), r"ids must be integers \[batch, seq\]; got torch.float64 \[2, 7, 6\]"),
     (lambda: lm.encode(made(), X[0]), r"x must be \[batch, seq, 6\]"),

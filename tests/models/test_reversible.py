@@ -71,7 +71,8 @@ TRANSFORMS = {
     "jacfwd of jacfwd": lambda fn: jacfwd(jacfwd(fn, 1), 2)(*ARGS),
     "jacrev of jacfwd": lambda fn: jacrev(jacfwd(fn, 1), 2)(*ARGS),
     "grad of grad": lambda fn: grad(lambda *a: grad(fn)(*a).sin().sum(), 3)(*ARGS),
-    "grad of grad of grad": lambda fn: grad(lambda *a: grad(lambda *a: grad(fn)(*a).sin().sum(), 3)(*a).sum(), 1)(*ARGS),
+    "grad of grad of grad": lambda fn: grad(
+        lambda *a: grad(lambda *a: grad(fn)(*a).sin().sum(), 3)(*a).sum(), 1)(*ARGS),
     "vmap": lambda fn: vmap(fn)(*TWICE),
     "vmap over x only": lambda fn: vmap(fn, (None, None, None, 2))(*ARGS[:3], TWICE[3].movedim(0, 2)),
     "vmap of grad": lambda fn: vmap(grad(fn, (0, 3)))(*TWICE),
@@ -153,7 +154,8 @@ def test_memory_does_not_grow_with_depth_unlike_the_plain_recurrence():
 
     for take in (by_vjp, by_autograd):
         one = 4 * 64 * D * 8
-        assert peak(reversible, 16, take) - peak(reversible, 4, take) < one  # less than one activation for twelve more blocks
+        # less than one activation for twelve more blocks
+        assert peak(reversible, 16, take) - peak(reversible, 4, take) < one
         assert peak(plain, 16, take) - peak(plain, 4, take) > 12 * 2 * one
 
 
@@ -240,7 +242,7 @@ def test_upstream_computes_the_same_value_and_gradients(merge, name):
 
 def test_a_captured_tensor_that_wants_a_gradient_is_refused():
     w = torch.ones(D, requires_grad=True)
-    with pytest.raises(ValueError, match="captures a tensor of shape .3. that takes part in differentiation.*\n  Pass it in params"):
+    with pytest.raises(ValueError, match="captures a tensor of shape .3. that takes part.*\n  Pass it in params"):
         reversible([(lambda p, x: x * w, lambda p, x: x)], [((), ())], X.float())
 
 
