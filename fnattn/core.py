@@ -13,7 +13,7 @@ from torch import Tensor
 from . import tree
 
 __all__ = ["EMPTY", "ApplyFn", "DerivativeUnsupported", "Empty", "Family", "InitFn", "KernelUnavailable", "check", "check_input",
-           "config", "peek_int", "refuse"]
+           "config", "peek", "peek_int", "refuse"]
 
 
 class Empty(NamedTuple):
@@ -116,10 +116,19 @@ def refuse(who: str, reason: str, remedy: str, **given: Any) -> None:
             raise ValueError(f"{who}: cannot take {keyword}. {reason}\n  {remedy}")
 
 
+def peek(t: Tensor) -> Tensor | None:
+    """The tensor's values where Python may look at them, without gradient or tangent; None where they are mapped or traced."""
+    if torch.compiler.is_compiling():
+        return None
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t) or functorch.is_functionaltensor(t):
+            return None
+        t = functorch.get_unwrapped(t)
+    return t.detach() if type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta" else None
+
+
 def peek_int(t: Tensor) -> int | None:
-    """The value of a 0-d integer tensor where Python may look at it, None under transforms and tracing."""
-    if torch.compiler.is_compiling() or t.device.type != "cpu" or type(t) is not Tensor:
-        return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.peek_interpreter_stack() is not None:
-        return None
-    return int(t)
+    """The value of a 0-d integer tensor where Python may look at it, None where it is mapped or traced, or on a device."""
+    value = peek(t) if t.device.type == "cpu" else None
+    return None if value is None else int(value)

@@ -1,5 +1,7 @@
 """Pure tensor functions: the mathematics of every attention, each with a plain-torch reference and its kernels."""
 
+from . import layouts as layouts
+from .block_sparse import block_sparse_attention as block_sparse_attention
 from .causal_dot import causal_dot as causal_dot
 from .gate_loop import gate_loop as gate_loop
 from .gate_loop import simple_gate_loop as simple_gate_loop
