@@ -159,14 +159,31 @@ def _zeros(t: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if t is None else t
 
 
-def _derive(operator, fn, vjp=None):
+def _derive(operator, fn, heads_inside: int, vjp=None):
+    """`heads_inside`: how many of the first results lie in memory as [b, n, h, width]. A tangent must lie like its value:
+    torch copies one that does not, and a compiled program cannot."""
+
+    def jvp(args, outs, tangents):
+        results = reference_jvp(fn, args, tangents)
+        return tuple(like_rows(t) if i < heads_inside else packed(t) for i, t in enumerate(results))
+
     operator.derive(vjp=vjp or (lambda needs, args, outs, cotangents: reference_vjp(fn, needs, args, cotangents)),
-                    jvp=lambda args, outs, tangents: reference_jvp(fn, args, tangents), save_outputs=vjp is not None)
+                    jvp=jvp, save_outputs=vjp is not None)
 
 
-_derive(native.narrow, _narrow_reference, _narrow_vjp)
-_derive(native.narrow_backward, _narrow_backward_reference)
-_derive(native.wide, reference.wide, _wide_vjp)
-_derive(native.wide_backward, _wide_backward_reference)
+def packed(t: Tensor) -> Tensor:
+    """A copy of t in memory of its own, rows side by side."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def like_rows(t: Tensor) -> Tensor:
+    """A copy of t [b, h, n, w] that lies in memory as [b, n, h, w]."""
+    return packed(t.transpose(1, 2)).transpose(1, 2)
+
+
+_derive(native.narrow, _narrow_reference, 0, _narrow_vjp)
+_derive(native.narrow_backward, _narrow_backward_reference, 0)
+_derive(native.wide, reference.wide, 1, _wide_vjp)
+_derive(native.wide_backward, _wide_backward_reference, 4)
 
 KERNELS = (Kernel("native", run_native, lambda *args: native_reason("gate_loop", *args)),)

@@ -102,7 +102,8 @@ def _jvp(args, outs, tangents):
     th = _states(gate, push, th0, reverse)
     out = q * th if tq is None else q * th + tq * h
     # The marks only ever reach the backward kernel, whose derivative does not read them.
-    return out, th[:, 0 if reverse else -1], torch.zeros_like(outs[2])
+    # The last state is copied: a tangent must lie in memory like its value, or a compiled program fails.
+    return out, th[:, 0 if reverse else -1].clone(memory_format=torch.contiguous_format), torch.zeros_like(outs[2])
 
 
 def _backward_reference(q, kv, a, h0, marks, g, g_last, reverse):
@@ -117,7 +118,8 @@ def _backward_reference(q, kv, a, h0, marks, g, g_last, reverse):
         read = torch.cat((last, read[:, 1:]) if reverse else (read[:, :-1], last), 1)
     total = native_scan.scan(gate, read, None, not reverse, False, True, False)  # gradient of h_t from here and from later
     start = -1 if reverse else 0
-    return g * h, total, total * before(h, 1, h0, reverse) * gate * (1 - gate), gate[:, start] * total[:, start]
+    dh0 = gate[:, start] * total[:, start]
+    return g * h, total, total * before(h, 1, h0, reverse) * gate * (1 - gate), dh0
 
 
 native.simple.derive(vjp=_vjp, jvp=_jvp)
