@@ -51,7 +51,10 @@ CASES = {
     "scan": Case("scan", lambda draw, s: (draw(s["b"], s["n"], s["h"] * s["d"]).sigmoid(), draw(s["b"], s["n"], s["h"] * s["d"])),
                  {}, lambda a, x: (a, x, None)),
     "taylor": Case("taylor", _qkv, {}),
-    "gate_loop": Case("gate_loop", lambda draw, s: (*_qkv(draw, s), draw(s["b"], s["h"], s["n"], 2)), {}),
+    "gate_loop": Case("gate_loop.complex", lambda draw, s: (*_qkv(draw, s), draw(s["b"], s["h"], s["n"], 2)), {},
+                      lambda q, k, v, a: (q, k, v, a, None, None)),
+    "simple_gate_loop": Case("gate_loop.simple", lambda draw, s: tuple(draw(s["b"], s["n"], s["h"] * s["d"]) for _ in range(3)),
+                             {}, lambda q, kv, a: (q, kv, a, None)),
     "softmax_attention": Case("softmax", _qkv, {"causal": True}),
     "rotary": Case("rotary", _rotary, {}, lambda x, positions, freqs: (x, freqs)),
 }
