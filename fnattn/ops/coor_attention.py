@@ -10,10 +10,13 @@ Source: Attention of coordinate-descent-attention 0.0.11; the solver is describe
 from __future__ import annotations
 
 import torch
+from fnattn_kernels.contracts import reference_jvp, reference_vjp
+from fnattn_kernels.native import coor_attention as native
+from fnattn_kernels.native.coor_descent import SOURCE
 from torch import Tensor
 
 from . import _coor_math as math
-from ._door import check_heads, choose, compute_dtype, no_autocast
+from ._door import Kernel, check_heads, choose, compute_dtype, native_reason, no_autocast
 from .coor_descent import check_settings, settings, spread_k
 
 # b batch, h query heads, g key heads, n queries, m keys, d width of q and k, e width of v
@@ -133,4 +136,56 @@ def _scores(q, k, keep, start, nulls, scale):
     return s.masked_fill(~visible[:, None, None], -torch.inf), grouped
 
 
-KERNELS: tuple = ()
+# ------------------------------------------------------------------------------------------------ the native kernel
+# `marks` are functions of the other arguments that only the backward kernel reads, and its own derivatives are taken from
+# formulas that compute them anew: so they pass no gradient, and their tangent is never read.
+
+
+def _tangent_formula(q, k, v, log_or_k, keep, start, marks, nulls, scale, exact, *schedule):
+    if not exact:
+        return _attend(q, k, v, log_or_k, keep, start, nulls, scale, exact, *schedule)
+    s, grouped = _scores(q, k, keep, start, nulls, scale)
+    y = math.exact_at(s, grouped(log_or_k), grouped(marks[..., 0].detach()), schedule[0])
+    return torch.einsum("bgrij,bgje->bgrie", y, v).flatten(1, 2)
+
+
+def _backward_formula(q, k, v, log_or_k, keep, start, marks, g, nulls, scale, exact, *schedule):
+    s, grouped = _scores(q, k, keep, start, nulls, scale)
+    level, g = grouped(log_or_k), grouped(g)
+    slope = torch.einsum("bgrie,bgje->bgrij", g, v)
+    if exact:
+        cut = grouped(marks[..., 0].detach())
+        y = math.exact_at(s, level, cut, schedule[0])
+        ds, dk_or_log = math.exact_back(s, level, cut, slope, schedule[0])
+    else:
+        y = math.iterate(s, level, *schedule)
+        ds, dk_or_log = math.iterate_back(s, level, slope, *schedule)
+    ds = ds * scale
+    return (torch.einsum("bgrij,bgjd->bgrid", ds, k).flatten(1, 2), torch.einsum("bgrij,bgrid->bgjd", ds, grouped(q)),
+            torch.einsum("bgrij,bgrie->bgje", y, g), dk_or_log.flatten(1, 2))
+
+
+def _vjp(needs, args, outs, cotangents):
+    tensors, options = args[:6], args[6:]
+    if cotangents[0] is None:
+        return (None,) * len(args)
+    grads = native.attention_back(*tensors, outs[1], cotangents[0], *options)
+    return (*(x if need else None for x, need in zip(grads, needs)), *(None for _ in args[4:]))
+
+
+def _jvp(args, outs, tangents):
+    tangent = reference_jvp(_tangent_formula, (*args[:6], outs[1], *args[6:]), (*tangents[:6], None, *tangents[6:]))
+    return tangent, torch.zeros_like(outs[1])
+
+
+native.attention.derive(vjp=_vjp, jvp=_jvp)
+native.attention_back.derive(
+    vjp=lambda needs, args, outs, cotangents: reference_vjp(_backward_formula, needs, args, cotangents),
+    jvp=lambda args, outs, tangents: reference_jvp(_backward_formula, args, tangents), save_outputs=False)
+
+
+def _native(*args):
+    return native.attention(*args)[0]
+
+
+KERNELS = (Kernel("native", _native, lambda *tensors: native_reason(SOURCE, *tensors)),)

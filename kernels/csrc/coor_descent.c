@@ -162,4 +162,6 @@ void S(coor_exact_back)(const REAL *s, const REAL *cut, const REAL *m, const REA
         free(tile);
     }
 }
+
+#include "coor_attention.h"
 #endif

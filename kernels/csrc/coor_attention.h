@@ -1,0 +1,217 @@
+/* Attention with coordinate descent: scores, choice and weighted sum for BLOCK = 2 LANES queries of one head at a time, with
+ * queries in lanes; included once per precision by coor_descent.c after coor_tile.h and coor_exact.h.
+ *
+ * Arrays are contiguous: q [b, h, n, d], k [b, g, m, d], v [b, g, m, e], log_k [b, h, n] (k itself for the exact solver), keep
+ * [b, m] bytes or NULL, start [b], out [b, h, n, e], marks [b, h, n, T] (exact: cut and m, T = 2). Query i of a sequence sees
+ * key j if j < nulls or j - nulls <= start + i, and if keep[j]. */
+
+#define BLOCK (2 * LANES)
+#ifndef COOR_ROWS
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define COOR_ROWS 12 /* 24 sums and 2 factors of 32 registers */
+#else
+#define COOR_ROWS 6
+#endif
+#endif
+
+typedef struct {
+    int64_t b, h, g, n, m, d, e, nulls, T, exact;
+    REAL scale, eps;
+    const double *schedule;
+    const int64_t *start;
+    const uint8_t *keep;
+} S(problem);
+
+/* ------------------------------------------------------------------------------------------- the one matrix product */
+
+/* out[v ov + c oc] += sum_f X[v xv + f xf] B[c sc + f sf], c < mc, v < nv vectors, f < K; the sums in registers. */
+static inline __attribute__((always_inline)) void S(block)(REAL *out, int64_t ov, int64_t oc, const REAL *X, int64_t xv, int64_t xf,
+                                                           const REAL *B, int64_t sc, int64_t sf, int64_t K, const int nv,
+                                                           const int mc) {
+    VF a[COOR_ROWS][2];
+#pragma GCC unroll 12
+    for (int c = 0; c < mc; c++)
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; v++) a[c][v] = *(const VF *)(out + v * ov + c * oc);
+    for (int64_t f = 0; f < K; f++, X += xf, B += sf) {
+        VF x[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; v++) x[v] = *(const VF *)(X + v * xv);
+#pragma GCC unroll 12
+        for (int c = 0; c < mc; c++) {
+            REAL w = B[c * sc];
+#pragma GCC unroll 2
+            for (int v = 0; v < nv; v++) a[c][v] += w * x[v];
+        }
+    }
+#pragma GCC unroll 12
+    for (int c = 0; c < mc; c++)
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; v++) *(VF *)(out + v * ov + c * oc) = a[c][v];
+}
+
+#define BLOCK_CASE(MC)                                                          \
+    case MC:                                                                    \
+        if (nv == 2) S(block)(out, ov, oc, X, xv, xf, B, sc, sf, K, 2, MC);     \
+        else S(block)(out, ov, oc, X, xv, xf, B, sc, sf, K, 1, MC);             \
+        break;
+
+/* The same for M rows c and nv = 1 or 2 vectors. */
+static __attribute__((noinline)) void S(product)(REAL *out, int64_t ov, int64_t oc, const REAL *X, int64_t xv, int64_t xf,
+                                                 const REAL *B, int64_t sc, int64_t sf, int64_t M, int64_t K, int nv) {
+    int64_t tiles = (M + COOR_ROWS - 1) / COOR_ROWS;
+    for (int64_t i = 0, c = 0; i < tiles; i++) {
+        int64_t size = (M - c + tiles - i - 1) / (tiles - i); /* even sizes: a last tile of one row would be slow */
+        switch (size) {
+            BLOCK_CASE(1) BLOCK_CASE(2) BLOCK_CASE(3) BLOCK_CASE(4) BLOCK_CASE(5) BLOCK_CASE(6)
+#if COOR_ROWS > 6
+            BLOCK_CASE(7) BLOCK_CASE(8) BLOCK_CASE(9) BLOCK_CASE(10) BLOCK_CASE(11) BLOCK_CASE(12)
+#endif
+        }
+        c += size, out += size * oc, B += size * sc;
+    }
+}
+#undef BLOCK_CASE
+
+/* out [M][width] += B X over one half of a tile: X [LANES][width] rows, B [M][LANES]. */
+static void S(rows_product)(REAL *out, const REAL *X, const VF *B, int64_t M, int64_t width) {
+    for (int64_t c = 0; c < width; c += 2 * LANES)
+        S(product)(out + c, LANES, width, X + c, LANES, width, (const REAL *)B, LANES, 1, M, LANES, c + LANES < width ? 2 : 1);
+}
+
+/* --------------------------------------------------------------------------------------------------------- pieces */
+
+static inline int64_t S(padded)(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* rows [count][width] -> out [width][BLOCK] times scale, 0 in the lanes that are left. */
+static void S(lanes_of)(const REAL *rows, int64_t count, int64_t width, REAL scale, REAL *out) {
+    for (int64_t c = 0; c < width; c++)
+        for (int64_t l = 0; l < BLOCK; l++) out[c * BLOCK + l] = l < count ? scale * rows[l * width + c] : 0;
+}
+
+/* in [width][BLOCK] times scale -> rows [count][width]. */
+static void S(rows_of)(const REAL *in, int64_t count, int64_t width, REAL scale, REAL *rows) {
+    for (int64_t l = 0; l < count; l++)
+        for (int64_t c = 0; c < width; c++) rows[l * width + c] = scale * in[c * BLOCK + l];
+}
+
+/* rows [count][width] times scale -> out [BLOCK][padded width], 0 elsewhere. */
+static void S(pad_rows)(const REAL *rows, int64_t count, int64_t width, REAL scale, REAL *out) {
+    int64_t wide = S(padded)(width);
+    memset(out, 0, (size_t)(BLOCK * wide) * sizeof(REAL));
+    for (int64_t l = 0; l < count; l++)
+        for (int64_t c = 0; c < width; c++) out[l * wide + c] = scale * rows[l * width + c];
+}
+
+/* Scores of queries i0 .. with the keys that any of them sees, as two tiles [m]; returns the number of keys. */
+static int64_t S(scores)(const S(problem) *p, int64_t batch, int64_t i0, const REAL *k, const REAL *q_lanes, VF *s) {
+    int64_t common = max64(p->nulls, min64(p->m, p->nulls + p->start[batch] + i0 + 1)), keys = p->m;
+    if (p->start[batch] + i0 + BLOCK < p->m - p->nulls) keys = max64(p->nulls, p->nulls + p->start[batch] + i0 + BLOCK);
+    const uint8_t *keep = p->keep ? p->keep + batch * p->m : NULL;
+    VF low = S(splat)(-INFINITY);
+    memset(s, 0, (size_t)keys * sizeof(VF));
+    memset(s + p->m, 0, (size_t)keys * sizeof(VF));
+    S(product)((REAL *)s, p->m * LANES, LANES, q_lanes, LANES, BLOCK, k, p->d, 1, keys, p->d, 2);
+    for (int64_t j = common; j < keys; j++)
+        for (int64_t l = 0; l < BLOCK; l++)
+            if (j - p->nulls > p->start[batch] + i0 + l) s[(l / LANES) * p->m + j][l % LANES] = -INFINITY;
+    if (keep)
+        for (int64_t j = 0; j < keys; j++)
+            if (!keep[j]) s[j] = low, s[p->m + j] = low;
+    return keys;
+}
+
+/* ------------------------------------------------------------------------------------------------- forward, backward */
+
+void S(coor_attention)(const REAL *q, const REAL *k, const REAL *v, const REAL *log_k, const uint8_t *keep, const int64_t *start,
+                       REAL *out, REAL *marks, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
+                       int64_t nulls, double scale, int64_t exact, const double *schedule, int64_t T, int64_t threads) {
+    S(problem) p = {b, h, g, n, m, d, e, nulls, exact ? 2 : T, exact, (REAL)scale, (REAL)schedule[T], schedule, start, keep};
+    int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    if (!b || !h || !n) return;
+#pragma omp parallel num_threads((int)min64(threads, b * h * blocks)) if (threads > 1 && b * h * blocks > 1)
+    {
+        VF *s = S(tiles)(4, m, p.T + 2 * d + 2 * e), *y = s + 2 * m, *mark = y + 2 * m;
+        REAL *q_lanes = (REAL *)(mark + p.T), *sum = q_lanes + d * BLOCK;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < b * h * blocks; i++) {
+            int64_t head = i / blocks, i0 = (blocks - 1 - i % blocks) * BLOCK, count = min64(BLOCK, n - i0), batch = head / h;
+            int64_t kv = batch * g + head % h / (h / g), row = head * n + i0;
+            S(lanes_of)(q + row * d, count, d, p.scale, q_lanes);
+            int64_t keys = S(scores)(&p, batch, i0, k + kv * m * d, q_lanes, s);
+            for (int64_t half = 0; half * LANES < count; half++) {
+                int64_t first = row + half * LANES, some = min64(LANES, count - half * LANES);
+                VF lk;
+                S(gather)(log_k + first, some, 1, &lk, 1);
+                if (exact) S(exact)(s + half * m, y + half * m, keys, lk, p.eps, mark, mark + 1);
+                else S(iterate)(s + half * m, y + half * m, keys, lk, schedule, T, mark);
+                S(scatter)(mark, some, p.T, marks + first * p.T);
+            }
+            int nv = count > LANES ? 2 : 1;
+            memset(sum, 0, (size_t)(e * BLOCK) * sizeof(REAL));
+            S(product)(sum, LANES, BLOCK, (const REAL *)y, m * LANES, LANES, v + kv * m * e, 1, e, e, keys, nv);
+            S(rows_of)(sum, count, e, 1, out + row * e);
+        }
+        free(s);
+    }
+}
+
+/* One block of queries of one head: dq, the gradient of log k, and its part of dk and dv [m][padded width]. */
+static void S(attention_block_back)(const S(problem) *p, int64_t head, int64_t i0, const REAL *q, const REAL *k, const REAL *v,
+                                    const REAL *log_k, const REAL *marks, const REAL *grad, REAL *dq, REAL *dlogk, REAL *dk,
+                                    REAL *dv, VF *memory) {
+    int64_t m = p->m, d = p->d, e = p->e, batch = head / p->h, count = min64(BLOCK, p->n - i0), row = head * p->n + i0;
+    VF *s = memory, *ds = s + 2 * m, *E = ds + 2 * m, *y = E + m, *mark = y + m;
+    REAL *lanes = (REAL *)(mark + p->T), *q_rows = lanes + max64(d, e) * BLOCK, *g_rows = q_rows + S(padded)(d) * BLOCK;
+    S(lanes_of)(q + row * d, count, d, p->scale, lanes);
+    int64_t keys = S(scores)(p, batch, i0, k, lanes, s);
+    S(lanes_of)(grad + row * e, count, e, 1, lanes);
+    memset(ds, 0, (size_t)keys * sizeof(VF));
+    memset(ds + m, 0, (size_t)keys * sizeof(VF));
+    S(product)((REAL *)ds, m * LANES, LANES, lanes, LANES, BLOCK, v, e, 1, keys, e, 2);
+    S(pad_rows)(q + row * d, count, d, p->scale, q_rows);
+    S(pad_rows)(grad + row * e, count, e, 1, g_rows);
+    for (int64_t half = 0; half * LANES < count; half++) {
+        int64_t first = row + half * LANES, some = min64(LANES, count - half * LANES);
+        VF lk, slope;
+        S(gather)(log_k + first, some, 1, &lk, 1);
+        S(gather)(marks + first * p->T, some, p->T, mark, 0);
+        if (p->exact) slope = S(exact_back)(s + half * m, ds + half * m, E, y, keys, p->eps, mark[0], mark[1]);
+        else slope = S(iterate_back)(s + half * m, ds + half * m, E, y, keys, lk, p->schedule, p->T, mark);
+        S(scatter)(&slope, some, 1, dlogk + first);
+        S(rows_product)(dv, g_rows + half * LANES * S(padded)(e), y, keys, S(padded)(e));
+        S(rows_product)(dk, q_rows + half * LANES * S(padded)(d), ds + half * m, keys, S(padded)(d));
+    }
+    memset(lanes, 0, (size_t)(d * BLOCK) * sizeof(REAL));
+    S(product)(lanes, LANES, BLOCK, (const REAL *)ds, m * LANES, LANES, k, 1, d, d, keys, count > LANES ? 2 : 1);
+    S(rows_of)(lanes, count, d, p->scale, dq + row * d);
+}
+
+void S(coor_attention_back)(const REAL *q, const REAL *k, const REAL *v, const REAL *log_k, const uint8_t *keep,
+                            const int64_t *start, const REAL *marks, const REAL *grad, REAL *dq, REAL *dk, REAL *dv, REAL *dlogk,
+                            int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, int64_t nulls,
+                            double scale, int64_t exact, const double *schedule, int64_t T, int64_t threads) {
+    S(problem) p = {b, h, g, n, m, d, e, nulls, exact ? 2 : T, exact, (REAL)scale, (REAL)schedule[T], schedule, start, keep};
+    int64_t wide_d = S(padded)(d), wide_e = S(padded)(e), group = h / g;
+    if (!b || !h) return;
+#pragma omp parallel num_threads((int)min64(threads, b * g)) if (threads > 1 && b * g > 1)
+    {
+        int64_t parts = p.T + 2 * (max64(d, e) + wide_d + wide_e), sums = m * (wide_d + wide_e) / LANES;
+        VF *memory = S(tiles)(6, m, parts + sums);
+        REAL *sum_k = (REAL *)(memory + 6 * m + parts), *sum_v = sum_k + m * wide_d;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < b * g; i++) {
+            memset(sum_k, 0, (size_t)sums * sizeof(VF));
+            for (int64_t r = 0; r < group; r++)
+                for (int64_t i0 = 0; i0 < n; i0 += BLOCK)
+                    S(attention_block_back)(&p, i / g * h + i % g * group + r, i0, q, k + i * m * d, v + i * m * e, log_k, marks,
+                                            grad, dq, dlogk, sum_k, sum_v, memory);
+            for (int64_t j = 0; j < m; j++) {
+                memcpy(dk + (i * m + j) * d, sum_k + j * wide_d, (size_t)d * sizeof(REAL));
+                memcpy(dv + (i * m + j) * e, sum_v + j * wide_e, (size_t)e * sizeof(REAL));
+            }
+        }
+        free(memory);
+    }
+}
+#undef BLOCK

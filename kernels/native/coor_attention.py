@@ -1,0 +1,77 @@
+"""C kernels of attention with coordinate descent; see csrc/coor_attention.h."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..contracts import Operator
+from .call import address, function, threads
+from .coor_descent import SOURCE, c_schedule
+
+
+def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    b, h, n, d = q.shape
+    return b, h, k.shape[1], n, k.shape[2], d, v.shape[3]
+
+
+def _marks(exact: bool, n_iters: int) -> int:
+    """How many numbers per query the backward pass needs: all thresholds; of the exact solver, cut and threshold."""
+    return 2 if exact else n_iters
+
+
+def _work(q: Tensor, k: Tensor, n_iters: int) -> int:
+    return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (2 * q.shape[3] + n_iters)
+
+
+def _forward(q, k, v, log_k, keep, start, nulls, scale, exact, eps, eps_init, eps_decay, n_iters):
+    q, k, v, log_k, keep, start = _plain(q, k, v, log_k, keep, start)
+    out, marks = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], _marks(exact, n_iters))
+    values = c_schedule(eps, eps_init, eps_decay, n_iters)
+    function(SOURCE, "coor_attention", q.dtype, "p" * 8 + "i" * 8 + "d" + "i" + "p" + "ii")(
+        *map(address, (q, k, v, log_k, keep, start, out, marks)), *_sizes(q, k, v), nulls, scale, int(exact),
+        ctypes.addressof(values), n_iters, threads(_work(q, k, n_iters)))
+    return out, marks
+
+
+def _backward(q, k, v, log_k, keep, start, marks, g, nulls, scale, exact, eps, eps_init, eps_decay, n_iters):
+    q, k, v, log_k, keep, start, marks, g = _plain(q, k, v, log_k, keep, start, marks, g)
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(log_k)
+    if q.numel() == 0:
+        return tuple(t.zero_() for t in grads)
+    values = c_schedule(eps, eps_init, eps_decay, n_iters)
+    function(SOURCE, "coor_attention_back", q.dtype, "p" * 12 + "i" * 8 + "d" + "i" + "p" + "ii")(
+        *map(address, (q, k, v, log_k, keep, start, marks, g, *grads)), *_sizes(q, k, v), nulls, scale, int(exact),
+        ctypes.addressof(values), n_iters, threads(_work(q, k, n_iters)))
+    return grads
+
+
+_OPTIONS = "int nulls, float scale, bool exact, float eps, float eps_init, float eps_decay, int n_iters"
+
+
+def _fake(q, k, v, log_k, keep, start, nulls, scale, exact, eps, eps_init, eps_decay, n_iters):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], _marks(exact, n_iters))
+
+
+def _fake_back(q, k, v, log_k, *others):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(log_k)
+
+
+# q [b, h, n, d], k [b, g, m, d], v [b, g, m, e], log_k [b, h, n] (k itself if exact), keep [b, m] bool, start [b] int64
+# -> out [b, h, n, e] and marks [b, h, n, n_iters or 2], which only the backward kernel reads.
+attention = Operator(
+    "coor_attention_native", 1,
+    f"(Tensor q, Tensor k, Tensor v, Tensor log_k, Tensor? keep, Tensor start, {_OPTIONS}) -> (Tensor, Tensor)",
+    fake=_fake, cpu=_forward)
+# -> gradients of q, k, v and log_k (k itself if exact), from the cotangent g of out.
+attention_back = Operator(
+    "coor_attention_back_native", 1,
+    f"(Tensor q, Tensor k, Tensor v, Tensor log_k, Tensor? keep, Tensor start, Tensor marks, Tensor g, {_OPTIONS}) "
+    f"-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_back, cpu=_backward)
