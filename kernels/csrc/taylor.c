@@ -58,6 +58,9 @@ typedef struct {
     void *memory;
 } S(work);
 
+/* Whole cache lines, with room for a vector or two behind the end. */
+static size_t S(bytes)(int64_t size) { return ((size_t)size * sizeof(REAL) + 2 * VECTOR_BYTES + 63) / 64 * 64; }
+
 static int S(work_new)(S(work) *w, int64_t d, int64_t e, int backward) {
     w->d = d, w->e1 = e + 1, w->ldv = (e + LANES) / LANES * LANES;
     int64_t F = 1 + d + d * (d + 1) / 2, c = CHUNK;
@@ -69,10 +72,10 @@ static int S(work_new)(S(work) *w, int64_t d, int64_t e, int backward) {
                        w->e1 * w->stride, w->ldv * c, d * c, w->e1 * c, w->e1 * c, c * c, d * c};
     int count = backward ? 15 : 8;
     size_t total = 0;
-    for (int i = 0; i < count; i++) total += ((size_t)sizes[i] * sizeof(REAL) + 127) / 64 * 64;
+    for (int i = 0; i < count; i++) total += S(bytes)(sizes[i]);
     if (!(w->memory = scratch(total))) return 1;
     char *at = w->memory;
-    for (int i = 0; i < count; i++) *parts[i] = (REAL *)at, at += ((size_t)sizes[i] * sizeof(REAL) + 127) / 64 * 64;
+    for (int i = 0; i < count; i++) *parts[i] = (REAL *)at, at += S(bytes)(sizes[i]);
     return 0;
 }
 
@@ -97,10 +100,9 @@ static void S(attend)(S(work) *w, int64_t n, int64_t keys, int causal, int past)
     S(transpose)(w->qq, 2 * w->d, w->qT, CHUNK, CHUNK, w->d);
     if (past) S(read_state)(w->acc, w->qT, w->S, w->stride, w->d, w->e1, L, w->phi);
     if (!causal) return;
-    memset(w->s, 0, (size_t)(keys * CHUNK) * sizeof(REAL));
-    S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * w->d, 1, keys, w->d, L);
+    S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * w->d, 1, keys, w->d, L, 1);
     S(polynomial)(w->s, keys, L, 1);
-    S(mac)(w->acc, CHUNK, w->s, CHUNK, w->v1, 1, w->ldv, w->e1, keys, L);
+    S(mac)(w->acc, CHUNK, w->s, CHUNK, w->v1, 1, w->ldv, w->e1, keys, L, 0);
 }
 
 /* Divides by the normaliser and writes n rows. */

@@ -15,10 +15,18 @@ static void S(load_gradient)(S(work) *w, const REAL *grad, const REAL *out, cons
             continue;
         }
         REAL inverse = 1 / (den[t] > eps ? den[t] : eps), dot = 0;
-        for (int64_t c = 0; c < e; c++) {
+        VF dots = {0};
+        int64_t c = 0;
+        for (; c + LANES <= e; c += LANES) {
+            VF x = *(const VF *)(grad + t * e + c) * inverse;
+            *(VF *)(row + c) = x;
+            dots += x * *(const VF *)(out + t * e + c);
+        }
+        for (; c < e; c++) {
             row[c] = grad[t * e + c] * inverse;
             dot += row[c] * out[t * e + c];
         }
+        for (int l = 0; l < LANES; l++) dot += dots[l];
         row[e] = den[t] >= eps ? -dot : 0;
     }
 }
@@ -44,12 +52,10 @@ static void S(query_gradient)(S(work) *w, REAL *dq, int64_t n, int64_t keys, int
     S(transpose)(w->g1, w->ldv, w->g1T, CHUNK, CHUNK, w->e1);
     if (past) S(read_state_back)(w->dx, w->qT, w->g1T, w->S, w->stride, d, w->e1, L, w->phi);
     if (keys) {
-        memset(w->s, 0, (size_t)(keys * CHUNK) * sizeof(REAL));
-        memset(w->ds, 0, (size_t)(keys * CHUNK) * sizeof(REAL));
-        S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * d, 1, keys, d, L);
-        S(mac)(w->ds, CHUNK, w->g1T, CHUNK, w->v1, w->ldv, 1, keys, w->e1, L);
+        S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * d, 1, keys, d, L, 1);
+        S(mac)(w->ds, CHUNK, w->g1T, CHUNK, w->v1, w->ldv, 1, keys, w->e1, L, 1);
         S(score_gradient)(w->s, w->ds, keys, L, 1);
-        S(mac)(w->dx, CHUNK, w->ds, CHUNK, w->kk, 1, 2 * d, d, keys, L);
+        S(mac)(w->dx, CHUNK, w->ds, CHUNK, w->kk, 1, 2 * d, d, keys, L, 0);
     }
     for (int64_t i = 0; i < d * CHUNK; i++) w->dx[i] *= scale;
     S(transpose)(w->dx, CHUNK, dq, d, d, n);
@@ -58,13 +64,11 @@ static void S(query_gradient)(S(work) *w, REAL *dq, int64_t n, int64_t keys, int
 /* Adds to dk (in dx) and d[v, 1] (in acc) what the queries qq, g1 of the same chunk give the keys in the lanes. */
 static void S(key_gradient_inside)(S(work) *w, int64_t n) {
     int64_t L = S(lanes)(n), d = w->d;
-    memset(w->s, 0, (size_t)(n * CHUNK) * sizeof(REAL));
-    memset(w->ds, 0, (size_t)(n * CHUNK) * sizeof(REAL));
-    S(mac)(w->s, CHUNK, w->kT, CHUNK, w->qq, 2 * d, 1, n, d, L);
-    S(mac)(w->ds, CHUNK, w->v1T, CHUNK, w->g1, w->ldv, 1, n, w->e1, L);
+    S(mac)(w->s, CHUNK, w->kT, CHUNK, w->qq, 2 * d, 1, n, d, L, 1);
+    S(mac)(w->ds, CHUNK, w->v1T, CHUNK, w->g1, w->ldv, 1, n, w->e1, L, 1);
     S(score_gradient)(w->s, w->ds, n, L, -1);
-    S(mac)(w->dx, CHUNK, w->ds, CHUNK, w->qq, 1, 2 * d, d, n, L);
-    S(mac)(w->acc, CHUNK, w->s, CHUNK, w->g1, 1, w->ldv, w->e1, n, L);
+    S(mac)(w->dx, CHUNK, w->ds, CHUNK, w->qq, 1, 2 * d, d, n, L, 0);
+    S(mac)(w->acc, CHUNK, w->s, CHUNK, w->g1, 1, w->ldv, w->e1, n, L, 0);
 }
 
 /* Writes dk, dv and dkeep of n keys from dx and acc = d(keep [v, 1]). */

@@ -8,14 +8,15 @@
 
 /* ------------------------------------------------------------------------------------------- the one matrix product */
 
-/* out[c][lane] += sum_f X[f][lane] * B[c, f] for mc rows and nv vectors, with the sums in registers. */
+/* out[c][lane] += sum_f X[f][lane] * B[c, f] for mc rows and nv vectors, with the sums in registers; = if `fresh`. */
 static inline __attribute__((always_inline)) void S(tile)(REAL *out, int64_t ldo, const REAL *X, int64_t ldx, const REAL *B,
-                                                          int64_t sc, int64_t sf, int64_t K, const int nv, const int mc) {
+                                                          int64_t sc, int64_t sf, int64_t K, int fresh,
+                                                          const int nv, const int mc) {
     VF a[TILE][2];
 #pragma GCC unroll 12
     for (int c = 0; c < mc; c++)
 #pragma GCC unroll 2
-        for (int v = 0; v < nv; v++) a[c][v] = *(const VF *)(out + c * ldo + v * LANES);
+        for (int v = 0; v < nv; v++) a[c][v] = fresh ? (VF){0} : *(const VF *)(out + c * ldo + v * LANES);
     /* One pointer per three rows: offsets 0, 1 and 2 strides are addressing modes, so few registers hold addresses. */
     const REAL *p[4] = {B, B + 3 * sc, B + 6 * sc, B + 9 * sc};
     for (int64_t f = 0; f < K; f++) {
@@ -41,18 +42,19 @@ static inline __attribute__((always_inline)) void S(tile)(REAL *out, int64_t ldo
 #define TILE_CASE(MC)                                                                       \
     case MC:                                                                                \
         for (l = 0; l + 2 * LANES <= L; l += 2 * LANES) {                                   \
-            if (sc == 1) S(tile)(o + l, ldo, X + l, ldx, b, 1, sf, K, 2, MC);               \
-            else S(tile)(o + l, ldo, X + l, ldx, b, sc, 1, K, 2, MC);                       \
+            if (sc == 1) S(tile)(o + l, ldo, X + l, ldx, b, 1, sf, K, fresh, 2, MC);               \
+            else S(tile)(o + l, ldo, X + l, ldx, b, sc, 1, K, fresh, 2, MC);                       \
         }                                                                                   \
         if (l < L) {                                                                        \
-            if (sc == 1) S(tile)(o + l, ldo, X + l, ldx, b, 1, sf, K, 1, MC);               \
-            else S(tile)(o + l, ldo, X + l, ldx, b, sc, 1, K, 1, MC);                       \
+            if (sc == 1) S(tile)(o + l, ldo, X + l, ldx, b, 1, sf, K, fresh, 1, MC);               \
+            else S(tile)(o + l, ldo, X + l, ldx, b, sc, 1, K, fresh, 1, MC);                       \
         }                                                                                   \
         break;
 
-/* out[c][l] += sum_f X[f][l] B[c * sc + f * sf], c < M, f < K, l < L; L is a multiple of LANES, and sc or sf is 1. */
+/* out[c][l] += sum_f X[f][l] B[c * sc + f * sf], c < M, f < K, l < L; = if `fresh`. L is a multiple of LANES, and sc or sf
+ * is 1. */
 static __attribute__((noinline)) void S(mac)(REAL *out, int64_t ldo, const REAL *X, int64_t ldx, const REAL *B, int64_t sc,
-                                             int64_t sf, int64_t M, int64_t K, int64_t L) {
+                                             int64_t sf, int64_t M, int64_t K, int64_t L, int fresh) {
     int64_t tiles = (M + TILE - 1) / TILE, l;
     for (int64_t i = 0, c = 0; i < tiles; i++) {
         int64_t size = (M - c + tiles - i - 1) / (tiles - i); /* even sizes: a last tile of one row would be slow */
@@ -84,30 +86,37 @@ static void S(transpose)(const REAL *in, int64_t ldi, REAL *out, int64_t ldo, in
         }
 }
 
+/* The two below may write up to LANES - 1 numbers behind a row: the next row comes after it, and buffers have room. */
+
 /* xx[t] = scale * [x_t, x_t]: doubled rows, so that any rotation of x_t is one slice. Rows from n on are zero, and so are
  * rows that `hard` says are not there. */
 static void S(load_rows)(REAL *xx, const REAL *x, int64_t n, int64_t d, REAL scale, const REAL *hard) {
-    for (int64_t t = 0; t < n; t++) {
+    for (int64_t t = 0; t < n; t++, x += d) {
         REAL *row = xx + t * 2 * d;
         if (hard && hard[t] == 0) {
             memset(row, 0, (size_t)(2 * d) * sizeof(REAL));
             continue;
         }
-        for (int64_t i = 0; i < d; i++) row[i] = row[d + i] = scale * x[t * d + i];
+        int64_t i = 0;
+        for (; i + LANES <= d; i += LANES) *(VF *)(row + i) = scale * *(const VF *)(x + i);
+        for (; i < d; i++) row[i] = scale * x[i];
+        for (i = 0; i < d; i += LANES) *(VF *)(row + d + i) = *(const VF *)(row + i);
     }
-    memset(xx + n * 2 * d, 0, (size_t)((CHUNK - n) * 2 * d) * sizeof(REAL));
+    if (n < CHUNK) memset(xx + n * 2 * d, 0, (size_t)((CHUNK - n) * 2 * d) * sizeof(REAL));
 }
 
 /* v1[t] = keep_t [v_t, 1] in rows of ldv; a key that is not there may hold anything, NaN included. */
 static void S(load_values)(REAL *v1, int64_t ldv, const REAL *v, int64_t n, int64_t e, const REAL *keep, int hard) {
-    memset(v1 + n * ldv, 0, (size_t)((CHUNK - n) * ldv) * sizeof(REAL));
-    for (int64_t t = 0; t < n; t++) {
+    if (n < CHUNK) memset(v1 + n * ldv, 0, (size_t)((CHUNK - n) * ldv) * sizeof(REAL));
+    for (int64_t t = 0; t < n; t++, v += e) {
         REAL w = keep ? keep[t] : 1, *row = v1 + t * ldv;
         if (hard && w == 0) {
             memset(row, 0, (size_t)ldv * sizeof(REAL));
             continue;
         }
-        for (int64_t c = 0; c < e; c++) row[c] = w * v[t * e + c];
+        int64_t c = 0;
+        for (; c + LANES <= e; c += LANES) *(VF *)(row + c) = w * *(const VF *)(v + c);
+        for (; c < e; c++) row[c] = w * v[c];
         row[e] = w;
     }
 }
@@ -126,29 +135,24 @@ static void S(features_lanes)(REAL *phi, const REAL *xT, int64_t d, int64_t r0, 
 }
 
 /* The same in rows, phi[t][ld] from doubled rows xx, weighted (1/2 on squares); with the linear features and the constant
- * behind them if `last`. The row's end up to ld is zero. */
+ * behind them if `last`. The row's end up to ld is zero. Writes behind the last row as load_rows does. */
 static void S(features_rows)(REAL *phi, int64_t ld, const REAL *xx, int64_t n, int64_t d, int64_t r0, int64_t r1, int last) {
-    for (int64_t t = 0; t < n; t++) {
+    for (int64_t t = 0; t < n; t++, phi += ld) {
         const REAL *x = xx + t * 2 * d;
-        REAL *out = phi + t * ld;
-        for (int64_t r = r0; r < r1; r++) {
-            int64_t size = S(rotation_size)(r, d);
+        REAL *out = phi;
+        for (int64_t r = r0; r < r1; r++, out += d) {
             const REAL *y = x + r;
-            REAL w = r ? 1 : (REAL)0.5;
-            if (d % LANES == 0 || d > 4 * LANES) {
-                int64_t i = 0;
-                for (; i + LANES <= size; i += LANES) *(VF *)(out + i) = w * *(const VF *)(x + i) * *(const VF *)(y + i);
-                for (; i < size; i++) out[i] = w * x[i] * y[i];
-            } else
-                for (int64_t i = 0; i < size; i++) out[i] = w * x[i] * y[i];
-            out += size;
+            for (int64_t i = 0; i < d; i += LANES) *(VF *)(out + i) = *(const VF *)(x + i) * *(const VF *)(y + i);
         }
-        if (last) {
-            memcpy(out, x, (size_t)d * sizeof(REAL));
-            out[d] = 1;
-            out += d + 1;
+        if (!r0)
+            for (int64_t i = 0; i < d; i++) phi[i] *= (REAL)0.5;
+        if (!last) {
+            for (REAL *end = phi + ld; out < end; out++) *out = 0;
+            continue;
         }
-        for (REAL *end = phi + t * ld + ld; out < end; out++) *out = 0;
+        out -= d - S(rotation_size)(r1 - 1, d);
+        for (int64_t i = 0; i < d; i += LANES) *(VF *)(out + i) = *(const VF *)(x + i);
+        *(VF *)(out + d) = (VF){1};
     }
 }
 
@@ -209,11 +213,11 @@ static void S(read_state)(REAL *out, const REAL *xT, const REAL *state, int64_t 
     int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
     for (int64_t c = 0; c < e1; c++)
         for (int64_t l = 0; l < L; l += LANES) *(VF *)(out + c * CHUNK + l) += state[c * stride + quadratic + d];
-    S(mac)(out, CHUNK, xT, CHUNK, state + quadratic, stride, 1, e1, d, L);
+    S(mac)(out, CHUNK, xT, CHUNK, state + quadratic, stride, 1, e1, d, L, 0);
     for (int64_t r = 0; r < total; r += step) {
         int64_t r1 = min64(total, r + step), size = min64(r1 * d, quadratic) - r * d;
         S(features_lanes)(phi, xT, d, r, r1, L);
-        S(mac)(out, CHUNK, phi, CHUNK, state + r * d, stride, 1, e1, size, L);
+        S(mac)(out, CHUNK, phi, CHUNK, state + r * d, stride, 1, e1, size, L, 0);
     }
 }
 
@@ -225,7 +229,7 @@ static void S(add_state)(REAL *state, int64_t stride, const REAL *xx, const REAL
         int64_t r1 = min64(total, r + step), last = r1 == total, size = (last ? quadratic + d + 1 : r1 * d) - r * d;
         int64_t ld = (size + LANES - 1) / LANES * LANES;
         S(features_rows)(phi, ld, xx, n, d, r, r1, (int)last);
-        S(mac)(state + r * d, stride, phi, ld, values, 1, ldv, e1, n, ld);
+        S(mac)(state + r * d, stride, phi, ld, values, 1, ldv, e1, n, ld, 0);
     }
 }
 
@@ -233,11 +237,10 @@ static void S(add_state)(REAL *state, int64_t stride, const REAL *xx, const REAL
 static void S(read_state_back)(REAL *out, const REAL *xT, const REAL *yT, const REAL *state, int64_t stride, int64_t d, int64_t e1,
                                int64_t L, REAL *W) {
     int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
-    S(mac)(out, CHUNK, yT, CHUNK, state + quadratic, 1, stride, d, e1, L);
+    S(mac)(out, CHUNK, yT, CHUNK, state + quadratic, 1, stride, d, e1, L, 0);
     for (int64_t r = 0; r < total; r += step) {
         int64_t r1 = min64(total, r + step), size = min64(r1 * d, quadratic) - r * d;
-        memset(W, 0, (size_t)(size * CHUNK) * sizeof(REAL));
-        S(mac)(W, CHUNK, yT, CHUNK, state + r * d, 1, stride, size, e1, L);
+        S(mac)(W, CHUNK, yT, CHUNK, state + r * d, 1, stride, size, e1, L, 1);
         S(features_back)(out, W, xT, d, r, r1, L);
     }
 }
