@@ -188,6 +188,11 @@ def model_config(settings: Settings) -> lm.Config:
               ", ".join(n for n in known if n != "dim"), remedy=f"`fnattn list {family.name}` explains each.")
         _check_type(f"settings: {family.name}", name, known[name].type, value)
         options[name] = value
+    if "seq_len" in known and "seq_len" not in options:
+        options["seq_len"] = settings.length
+    missing = [f.name for f in known.values() if f.default is dataclasses.MISSING and f.name not in ("dim", *options)]
+    check(not missing, "settings: {} needs {}.", family.name, ", ".join(missing),
+          remedy="Give each, as in --attention " + " ".join(f"{name}=..." for name in missing) + ".")
     attention = family.config(dim=settings.dim, **options)
     return lm.Config(attention=attention, **{name: getattr(settings, name) for name in TABLES["model"] if name != "family"})
 

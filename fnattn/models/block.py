@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .. import attentions, random, taps
 from ..attentions._heads import layer_norm, linear_init, ones_init, rms_norm, uniform_init
 from ..core import EMPTY, Empty, check, config
+from . import feedforward_coor_descent
 
 # b batch, n positions, hidden = int(dim * ff_mult)
 
@@ -63,6 +64,9 @@ class Gelu:
     """The exact GELU between the two projections of a feed-forward."""
 
 
+ACTIVATIONS = (Gelu, feedforward_coor_descent.CoorDescent)
+
+
 class FeedForward(NamedTuple):
     """Two projections with biases around an activation."""
 
@@ -91,8 +95,7 @@ def activate(activation: Any, hidden: Tensor) -> Tensor:
     """The hidden layer [b, n, hidden] after the activation that this config describes."""
     if isinstance(activation, Gelu):
         return F.gelu(hidden)
-    raise TypeError(f"models.block: ff must be the config of an activation; got {type(activation).__name__}.\n"
-                    f"  Use block.Gelu().")
+    return feedforward_coor_descent.activate(activation, hidden)
 
 
 # ------------------------------------------------------------------------------------------------ block

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .. import attentions, random, taps, tree
 from ..attentions._heads import linear_init, uniform_init
 from ..core import EMPTY, Empty, check, config, peek_int
-from .block import Block, Gelu, LayerNorm, RmsNorm, block, block_init, check_norm, drop, norm, norm_init
+from .block import ACTIVATIONS, Block, Gelu, LayerNorm, RmsNorm, block, block_init, check_norm, drop, norm, norm_init
 
 # b batch, n positions of this call, v num_tokens
 
@@ -39,7 +39,8 @@ class Config:
     norm:       "rms" or "layer".
     norm_attention: False leaves the norm before the attention out, for families that norm their own input.
     post_norm:  norms after each residual sum in place of before each part; there is then no norm before the logits.
-    ff:         the config of what stands between the two projections of a feed-forward.
+    ff:         what stands between the two projections of a feed-forward: block.Gelu() or
+                feedforward_coor_descent.CoorDescent(...).
     seq_len:    number of learned positions; 0 for none, where the attention itself knows the order.
     tied:       the logits use the embedding's table.
     logits_bias: adds a bias per token to the logits.
@@ -81,6 +82,8 @@ class Config:
               remedy="4 is usual.")
         check(0.0 <= self.dropout <= 1.0, "lm.Config: dropout must lie in [0, 1]; got {}.", self.dropout,
               remedy="It is the chance of zeroing an entry.")
+        check(isinstance(self.ff, ACTIVATIONS), "lm.Config: ff must be the config of an activation; got {!r}.", self.ff,
+              remedy="Use block.Gelu() or feedforward_coor_descent.CoorDescent().", error=TypeError)
         check_norm("lm.Config", "norm", self.norm)
 
 
