@@ -249,8 +249,8 @@ def _check(cfg: Config, x: Tensor, state: State | Empty, mask: Tensor | None, co
               used, capacity, n, "was" if n == 1 else "were",
               remedy=f"Make it larger: init_state(params, batch, capacity={(used or 0) + n} or more).")
     limit = cfg.seq_len if cfg.static_mask is not None else None
-    check(limit is None or used is None or used + n <= limit, "full.apply: x has {} positions, but cfg.static_mask has {}.", n, limit,
-          remedy="Shorten x, or build the Config with a larger seq_len and static_mask.")
+    check(limit is None or used is None or used + n <= limit, "full.apply: x has {} positions, but cfg.static_mask has {}.", n,
+          limit, remedy="Shorten x, or build the Config with a larger seq_len and static_mask.")
     return used
 
 
