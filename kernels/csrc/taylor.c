@@ -123,10 +123,10 @@ static void S(group_forward)(S(work) *w, const REAL *q, const REAL *k, const REA
     S(to_state)(w->S, w->stride, sums0, d, w->e1, 1);
     for (int64_t j = 0; j < m; j += CHUNK) {
         int64_t size = min64(CHUNK, m - j);
-        S(load_rows)(w->kk, k + j * d, size, d, 1, hard ? keep + j : NULL);
-        S(load_values)(w->v1, w->ldv, v + j * e, size, e, keep ? keep + j : NULL, hard);
+        S(load_rows)(w->kk, k + j * d, size, d, 1, hard ? keep + j : NULL, CHUNK);
+        S(load_values)(w->v1, w->ldv, v + j * e, size, e, keep ? keep + j : NULL, hard, CHUNK);
         for (int64_t r = 0; r < queries && causal; r++) {
-            S(load_rows)(w->qq, q + (r * n + j) * d, size, d, scale, NULL);
+            S(load_rows)(w->qq, q + (r * n + j) * d, size, d, scale, NULL, CHUNK);
             S(attend)(w, size, size, 1, j || sums0);
             S(write_out)(w, out + (r * n + j) * e, den + r * n + j, size, eps);
         }
@@ -135,7 +135,7 @@ static void S(group_forward)(S(work) *w, const REAL *q, const REAL *k, const REA
     for (int64_t r = 0; r < queries && !causal; r++)
         for (int64_t i = 0; i < n; i += CHUNK) {
             int64_t size = min64(CHUNK, n - i);
-            S(load_rows)(w->qq, q + (r * n + i) * d, size, d, scale, NULL);
+            S(load_rows)(w->qq, q + (r * n + i) * d, size, d, scale, NULL, CHUNK);
             S(attend)(w, size, 0, 0, 1);
             S(write_out)(w, out + (r * n + i) * e, den + r * n + i, size, eps);
         }

@@ -6,7 +6,7 @@
  * which belongs to psi(k), is kept inside R, so one routine serves both directions. */
 
 /* g1[t] = [g / den, -(g.out) / den]; where the clamp holds, the normaliser has no gradient. */
-static void S(load_gradient)(S(work) *w, const REAL *grad, const REAL *out, const REAL *den, int64_t n, REAL eps) {
+static void S(load_gradient)(S(work) *w, const REAL *grad, const REAL *out, const REAL *den, int64_t n, REAL eps, int64_t ahead) {
     int64_t e = w->e1 - 1;
     for (int64_t t = 0; t < CHUNK; t++) {
         REAL *row = w->g1 + t * w->ldv;
@@ -16,6 +16,8 @@ static void S(load_gradient)(S(work) *w, const REAL *grad, const REAL *out, cons
         }
         REAL inverse = 1 / (den[t] > eps ? den[t] : eps), dot = 0;
         VF dots = {0};
+        __builtin_prefetch(grad + (t + ahead) * e);
+        __builtin_prefetch(out + (t + ahead) * e);
         int64_t c = 0;
         for (; c + LANES <= e; c += LANES) {
             VF x = *(const VF *)(grad + t * e + c) * inverse;
@@ -95,15 +97,15 @@ typedef struct {
     REAL scale, eps;
 } S(backward);
 
-static void S(load_keys)(S(work) *w, const S(backward) *a, int64_t j, int64_t size) {
-    S(load_rows)(w->kk, a->k + j * w->d, size, w->d, 1, a->hard ? a->keep + j : NULL);
-    S(load_values)(w->v1, w->ldv, a->v + j * a->e, size, a->e, a->keep ? a->keep + j : NULL, a->hard);
+static void S(load_keys)(S(work) *w, const S(backward) *a, int64_t j, int64_t size, int64_t ahead) {
+    S(load_rows)(w->kk, a->k + j * w->d, size, w->d, 1, a->hard ? a->keep + j : NULL, ahead);
+    S(load_values)(w->v1, w->ldv, a->v + j * a->e, size, a->e, a->keep ? a->keep + j : NULL, a->hard, ahead);
 }
 
-static void S(load_queries)(S(work) *w, const S(backward) *a, int64_t r, int64_t i, int64_t size) {
+static void S(load_queries)(S(work) *w, const S(backward) *a, int64_t r, int64_t i, int64_t size, int64_t ahead) {
     int64_t at = r * a->n + i;
-    S(load_rows)(w->qq, a->q + at * w->d, size, w->d, a->scale, NULL);
-    S(load_gradient)(w, a->grad + at * a->e, a->out + at * a->e, a->den + at, size, a->eps);
+    S(load_rows)(w->qq, a->q + at * w->d, size, w->d, a->scale, NULL, ahead);
+    S(load_gradient)(w, a->grad + at * a->e, a->out + at * a->e, a->den + at, size, a->eps, ahead);
 }
 
 static void S(group_backward)(S(work) *w, const S(backward) *a) {
@@ -112,9 +114,9 @@ static void S(group_backward)(S(work) *w, const S(backward) *a) {
     S(to_state)(w->R, w->stride, a->grad_sums, d, w->e1, (REAL)0.5);
     for (int64_t j = 0; j < m; j += CHUNK) {
         int64_t size = min64(CHUNK, m - j);
-        S(load_keys)(w, a, j, size);
+        S(load_keys)(w, a, j, size, CHUNK);
         for (int64_t r = 0; r < a->queries && a->causal; r++) {
-            S(load_queries)(w, a, r, j, size);
+            S(load_queries)(w, a, r, j, size, CHUNK);
             S(query_gradient)(w, a->dq + (r * n + j) * d, size, size, j || a->sums0, a->scale);
         }
         if (!a->causal || j + CHUNK < m) S(add_state)(w->S, w->stride, w->kk, w->v1, w->ldv, size, d, w->e1, w->phi);
@@ -122,14 +124,14 @@ static void S(group_backward)(S(work) *w, const S(backward) *a) {
     for (int64_t r = 0; r < a->queries && !a->causal; r++)
         for (int64_t i = 0; i < n; i += CHUNK) {
             int64_t size = min64(CHUNK, n - i);
-            S(load_queries)(w, a, r, i, size);
+            S(load_queries)(w, a, r, i, size, CHUNK);
             S(query_gradient)(w, a->dq + (r * n + i) * d, size, 0, 1, a->scale);
             S(add_state)(w->R, w->stride, w->qq, w->g1, w->ldv, size, d, w->e1, w->phi);
         }
     for (int64_t j = (m - 1) / CHUNK * CHUNK; j >= 0 && m; j -= CHUNK) {
         int64_t size = min64(CHUNK, m - j), L = S(lanes)(size);
         int future = !a->causal || a->grad_sums || j + CHUNK < m;
-        S(load_keys)(w, a, j, size);
+        S(load_keys)(w, a, j, size, -CHUNK);
         S(transpose)(w->kk, 2 * d, w->kT, CHUNK, CHUNK, d);
         S(transpose)(w->v1, w->ldv, w->v1T, CHUNK, CHUNK, w->e1);
         memset(w->dx, 0, (size_t)(d * CHUNK) * sizeof(REAL));
@@ -139,7 +141,7 @@ static void S(group_backward)(S(work) *w, const S(backward) *a) {
             S(read_state_back)(w->dx, w->kT, w->v1T, w->R, w->stride, d, w->e1, L, w->phi);
         }
         for (int64_t r = 0; r < a->queries && a->causal; r++) {
-            S(load_queries)(w, a, r, j, size);
+            S(load_queries)(w, a, r, j, size, -CHUNK);
             S(key_gradient_inside)(w, size);
             if (j || a->dsums0) S(add_state)(w->R, w->stride, w->qq, w->g1, w->ldv, size, d, w->e1, w->phi);
         }

@@ -89,10 +89,11 @@ static void S(transpose)(const REAL *in, int64_t ldi, REAL *out, int64_t ldo, in
 /* The two below may write up to LANES - 1 numbers behind a row: the next row comes after it, and buffers have room. */
 
 /* xx[t] = scale * [x_t, x_t]: doubled rows, so that any rotation of x_t is one slice. Rows from n on are zero, and so are
- * rows that `hard` says are not there. */
-static void S(load_rows)(REAL *xx, const REAL *x, int64_t n, int64_t d, REAL scale, const REAL *hard) {
+ * rows that `hard` says are not there. Rows `ahead` of these will be wanted next. */
+static void S(load_rows)(REAL *xx, const REAL *x, int64_t n, int64_t d, REAL scale, const REAL *hard, int64_t ahead) {
     for (int64_t t = 0; t < n; t++, x += d) {
         REAL *row = xx + t * 2 * d;
+        __builtin_prefetch(x + ahead * d);
         if (hard && hard[t] == 0) {
             memset(row, 0, (size_t)(2 * d) * sizeof(REAL));
             continue;
@@ -106,10 +107,12 @@ static void S(load_rows)(REAL *xx, const REAL *x, int64_t n, int64_t d, REAL sca
 }
 
 /* v1[t] = keep_t [v_t, 1] in rows of ldv; a key that is not there may hold anything, NaN included. */
-static void S(load_values)(REAL *v1, int64_t ldv, const REAL *v, int64_t n, int64_t e, const REAL *keep, int hard) {
+static void S(load_values)(REAL *v1, int64_t ldv, const REAL *v, int64_t n, int64_t e, const REAL *keep, int hard,
+                           int64_t ahead) {
     if (n < CHUNK) memset(v1 + n * ldv, 0, (size_t)((CHUNK - n) * ldv) * sizeof(REAL));
     for (int64_t t = 0; t < n; t++, v += e) {
         REAL w = keep ? keep[t] : 1, *row = v1 + t * ldv;
+        __builtin_prefetch(v + ahead * e);
         if (hard && w == 0) {
             memset(row, 0, (size_t)ldv * sizeof(REAL));
             continue;

@@ -47,7 +47,7 @@ static void S(group_steps)(REAL *space, const REAL *q, const REAL *k, const REAL
                            REAL eps) {
     int64_t ldv = (e + LANES) / LANES * LANES;
     REAL *acc = space, *qs = acc + queries * ldv, *phi = qs + queries * d, *kk = phi + queries, *v1 = kk + 2 * d;
-    S(load_values)(v1, ldv, v, n, e, keep, hard);
+    S(load_values)(v1, ldv, v, n, e, keep, hard, 0);
     for (int64_t t = 0; t < n; t++) {
         int gone = hard && keep[t] == 0;
         for (int64_t i = 0; i < d; i++) kk[i] = gone ? 0 : k[t * d + i];
