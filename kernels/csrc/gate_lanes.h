@@ -104,35 +104,26 @@ INLINE VF S(all)(REAL x) { return (VF){0} + x; }
 
 INLINE VF S(select)(VI mask, VF yes, VF no) { return (VF)(((VI)yes & mask) | ((VI)no & ~mask)); }
 
-/* exp(x) for x <= 0 to about one unit in the last place; below the smallest normal number it stays there. */
-INLINE VF S(exp_down)(VF x) {
+/* exp(x) for x <= 0 to about one unit in the last place; below the smallest normal number it stays there. Without `careful`
+ * x must not be as low as that. */
+INLINE VF S(exp_down)(VF x, const int careful) {
 #if WIDE
     const REAL floor_at = -708.0, magic = 6755399441055744.0, ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33;
 #else
     const REAL floor_at = -87.0f, magic = 12582912.0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
 #endif
-    x = S(select)(x < floor_at, S(all)(floor_at), x);
+    if (careful) x = S(select)(x < floor_at, S(all)(floor_at), x);
     VF shifted = x * (REAL)1.44269504088896340736 + magic; /* the integer nearest to x / ln 2 sits in the low bits */
     VF n = shifted - magic;
-    VF r = x - n * ln2_high - n * ln2_low;
+    VF r = x - n * ln2_high - n * ln2_low, r2 = r * r;
+    /* Taylor's series in pairs: short chains of dependent products. */
+    VF y = (r * (REAL)(1.0 / 5040.0) + (REAL)(1.0 / 720.0)) * r2 + (r * (REAL)(1.0 / 120.0) + (REAL)(1.0 / 24.0));
 #if WIDE
-    VF y = S(all)(1.0 / 6227020800.0);
-    y = y * r + 1.0 / 479001600.0;
-    y = y * r + 1.0 / 39916800.0;
-    y = y * r + 1.0 / 3628800.0;
-    y = y * r + 1.0 / 362880.0;
-    y = y * r + 1.0 / 40320.0;
-    y = y * r + 1.0 / 5040.0;
-#else
-    VF y = S(all)(1.0f / 5040.0f);
+    VF top = (r * (1.0 / 6227020800.0) + 1.0 / 479001600.0) * r2 + (r * (1.0 / 39916800.0) + 1.0 / 3628800.0);
+    top = top * r2 + (r * (1.0 / 362880.0) + 1.0 / 40320.0);
+    y += top * (r2 * r2);
 #endif
-    y = y * r + (REAL)(1.0 / 720.0);
-    y = y * r + (REAL)(1.0 / 120.0);
-    y = y * r + (REAL)(1.0 / 24.0);
-    y = y * r + (REAL)(1.0 / 6.0);
-    y = y * r + (REAL)0.5;
-    y = y * r + (REAL)1.0;
-    y = y * r + (REAL)1.0;
+    y = y * (r2 * r2) + ((r * (REAL)(1.0 / 6.0) + (REAL)0.5) * r2 + (r + (REAL)1));
     return (VF)((VI)y + ((VI)shifted << (WIDE ? 52 : 23)));
 }
 
@@ -154,39 +145,53 @@ INLINE VF S(inverse_root)(VF x) {
 /* 1 / (1 + exp(-x)), right to the last places at both ends. */
 INLINE VF S(sigmoid)(VF x) {
     VI sign = x < (REAL)0;
-    VF e = S(exp_down)(S(select)(sign, x, -x)), inverse = (REAL)1 / ((REAL)1 + e);
+    VF e = S(exp_down)(S(select)(sign, x, -x), 1), inverse = (REAL)1 / ((REAL)1 + e);
     return S(select)(sign, e * inverse, inverse);
 }
 
 /* The complex gate alpha = size (ux + i uy), size = sigmoid(|a|), (ux, uy) = a / |a|, inverse = 1 / |a|.
  *
- * |a| < 2^-100 counts as 0: direction (1, 0), and `inverse`, through which alone the direction's derivative goes, is 0.
- * Squares of the other tiny and of huge numbers are taken after a scaling by a power of two. */
+ * `careful`: any a. |a| < 2^-100 counts as 0: direction (1, 0), and `inverse`, through which alone the direction's derivative
+ * goes, is 0. Squares of the other tiny and of huge numbers are taken after a scaling by a power of two.
+ * Otherwise: a in the ordinary range, and lanes where it is not are marked in *odd. */
 typedef struct {
     VF ux, uy, size, inverse;
-    VI zero;
 } S(gate);
 
-INLINE S(gate) S(make_gate)(S(pair) a) {
+INLINE S(gate) S(make_gate)(S(pair) a, const int careful, VI *odd) {
 #if WIDE
-    const REAL low = 0, up = 1, high = 0x1p1000, down = 0x1p-600, none = 0x1p-200;
+    const REAL low = 0, up = 1, high = 0x1p1000, down = 0x1p-600, up_again = 0x1p600, none = 0x1p-200, far = 490000;
 #else
-    const REAL low = 0x1p-100f, up = 0x1p80f, high = 0x1p100f, down = 0x1p-80f, none = 0x1p-40f;
+    const REAL low = 0x1p-100f, up = 0x1p80f, high = 0x1p100f, down = 0x1p-80f, up_again = 0x1p80f, none = 0x1p-40f, far = 6400;
 #endif
+    S(gate) g;
     VF square = a.re * a.re + a.im * a.im;
-    VF scale = S(select)(square < low, S(all)(up), S(select)(square > high, S(all)(down), S(all)(1)));
+    if (!careful) {
+        *odd |= (square < (REAL)0x1p-100) | ~(square < far); /* nan is odd */
+        g.inverse = S(inverse_root)(square);
+        g.ux = a.re * g.inverse, g.uy = a.im * g.inverse;
+        g.size = (REAL)1 / ((REAL)1 + S(exp_down)(-square * g.inverse, 0));
+        return g;
+    }
+    VI tiny = square < low, huge = square > high;
+    VF scale = S(select)(tiny, S(all)(up), S(select)(huge, S(all)(down), S(all)(1)));
+    VF back = S(select)(tiny, S(all)((REAL)1 / up), S(select)(huge, S(all)(up_again), S(all)(1)));
     VF x = a.re * scale, y = a.im * scale;
     square = x * x + y * y;
     VI zero = square < none;
     square = S(select)(zero, S(all)(1), square);
     VF root = S(inverse_root)(square);
-    S(gate) g;
-    g.zero = zero;
     g.ux = S(select)(zero, S(all)(1), x * root);
     g.uy = S(select)(zero, S(all)(0), y * root);
     g.inverse = S(select)(zero, S(all)(0), root * scale);
-    VF length = S(select)(zero, S(all)(0), square * root / scale);
-    g.size = (REAL)1 / ((REAL)1 + S(exp_down)(-length));
+    VF length = S(select)(zero, S(all)(0), square * root * back);
+    g.size = (REAL)1 / ((REAL)1 + S(exp_down)(-length, 1));
     return g;
 }
 
+INLINE int S(any)(VI mask) {
+    int64_t part[VECTOR_BYTES / 8], all = 0;
+    memcpy(part, &mask, sizeof mask);
+    for (int i = 0; i < VECTOR_BYTES / 8; i++) all |= part[i];
+    return all != 0;
+}

@@ -7,18 +7,38 @@ typedef struct {
     VF hr[VECTORS], hi[VECTORS], pr[VECTORS], pi[VECTORS];
 } S(narrow_state);
 
-INLINE void S(narrow_step)(const REAL *q, const REAL *k, const REAL *v, const REAL *a, REAL *out, VF *hr, VF *hi, VF *pr, VF *pi,
-                           int64_t count) {
-    S(gate) gate = S(make_gate)(S(load_pairs)(a, count));
-    VF re = gate.size * gate.ux, im = gate.size * gate.uy;
-    VF next = re * *hr - im * *hi + S(load)(k, count) * S(load)(v, count);
-    *hi = re * *hi + im * *hr;
-    *hr = next;
-    VF turned = re * *pr - im * *pi;
-    *pi = re * *pi + im * *pr;
-    *pr = turned;
+/* Raw gates; behind the end of a row ones, which no branch need look at. */
+INLINE S(pair) S(load_gates)(const REAL *a, int64_t count) {
+    if (count == LANES) return S(load_pairs)(a, LANES);
+    REAL padded[2 * LANES];
+    for (int i = 0; i < 2 * LANES; i++) padded[i] = i < 2 * count ? a[i] : 1;
+    return S(load_pairs)(padded, LANES);
+}
+
+INLINE void S(narrow_step)(const REAL *q, const REAL *k, const REAL *v, const REAL *a, REAL *out, const S(narrow_state) *from,
+                           S(narrow_state) *to, int64_t i, const int careful, VI *odd, int64_t count) {
+    S(gate) gate = S(make_gate)(S(load_gates)(a, count), careful, odd);
+    VF re = gate.size * gate.ux, im = gate.size * gate.uy, hr = from->hr[i], hi = from->hi[i], pr = from->pr[i], pi = from->pi[i];
+    VF next = re * hr - im * hi + S(load)(k, count) * S(load)(v, count);
+    to->hr[i] = next, to->hi[i] = re * hi + im * hr;
+    to->pr[i] = re * pr - im * pi, to->pi[i] = re * pi + im * pr;
     S(store)(out, S(load)(q, count) * next, count);
 }
+
+/* Ordinary rows take the fast gates. A row with a gate near zero or beyond reach is done again with care, and so are the rows
+ * that follow it, without trying first. */
+#define FAST_OR_CAREFUL(slow, call_fast, call_careful) \
+    do {                                               \
+        if (!slow) {                                   \
+            VI odd = {0};                              \
+            STEP(full, width, call_fast);              \
+            if (!S(any)(odd)) break;                   \
+            slow = EVERY;                              \
+        }                                              \
+        VI odd = {0};                                  \
+        STEP(full, width, call_careful);               \
+        slow--;                                        \
+    } while (0)
 
 static void S(split_pairs)(const REAL *from, VF *re, VF *im, int64_t width) {
     REAL *r = (REAL *)re, *m = (REAL *)im;
@@ -38,30 +58,34 @@ void S(gate_loop_narrow)(const REAL *q, const REAL *k, const REAL *v, const REAL
 #pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(static) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t i = task / blocks, from = task % blocks * CHANNELS, width = min64(CHANNELS, c - from), full = width / LANES * LANES;
-        S(narrow_state) st;
-        memset(&st, 0, sizeof st);
-        for (int64_t j = 0; j < VECTORS; j++) st.pr[j] = S(all)(1);
-        if (h0) S(split_pairs)(h0 + 2 * (i * c + from), st.hr, st.hi, width);
+        S(narrow_state) st[2]; /* before and after a step, by turns */
+        memset(st, 0, sizeof st);
+        for (int64_t j = 0; j < VECTORS; j++) st[0].pr[j] = S(all)(1);
+        if (h0) S(split_pairs)(h0 + 2 * (i * c + from), st[0].hr, st[0].hi, width);
+        int64_t slow = 0;
         for (int64_t t = 0; t < n; t++) {
+            S(narrow_state) *now = st + t % 2, *next = st + (t + 1) % 2;
             if (t % EVERY == 0) {
                 REAL *mark = marks + (i * segments + t / EVERY) * 2 * c + from;
-                memcpy(mark, st.hr, (size_t)width * sizeof(REAL));
-                memcpy(mark + c, st.hi, (size_t)width * sizeof(REAL));
+                memcpy(mark, now->hr, (size_t)width * sizeof(REAL));
+                memcpy(mark + c, now->hi, (size_t)width * sizeof(REAL));
             }
             const REAL *q_t = ROW(q, i, t) + from, *k_t = ROW(k, i, t) + from, *v_t = ROW(v, i, t) + from;
             const REAL *a_t = ROW(a, i, t) + 2 * from;
             REAL *out_t = out + (i * n + t) * c + from;
-#define CALL(count)                                                                                                       \
+#define FAST(count)                                                                                                       \
     (__builtin_prefetch(q_t + AHEAD * q_row + j), __builtin_prefetch(k_t + AHEAD * k_row + j),                            \
      __builtin_prefetch(v_t + AHEAD * v_row + j), __builtin_prefetch(a_t + AHEAD * a_row + 2 * j),                        \
      __builtin_prefetch(a_t + AHEAD * a_row + 2 * j + LANES),                                                             \
-     S(narrow_step)(q_t + j, k_t + j, v_t + j, a_t + 2 * j, out_t + j, st.hr + j / LANES, st.hi + j / LANES, st.pr + j / LANES, \
-                    st.pi + j / LANES, count))
-            STEP(full, width, CALL);
-#undef CALL
+     S(narrow_step)(q_t + j, k_t + j, v_t + j, a_t + 2 * j, out_t + j, now, next, j / LANES, 0, &odd, count))
+#define CAREFUL(count) \
+    S(narrow_step)(q_t + j, k_t + j, v_t + j, a_t + 2 * j, out_t + j, now, next, j / LANES, 1, &odd, count)
+            FAST_OR_CAREFUL(slow, FAST, CAREFUL);
+#undef FAST
+#undef CAREFUL
         }
-        S(join_pairs)(last + 2 * (i * c + from), st.hr, st.hi, width);
-        S(join_pairs)(product + 2 * (i * c + from), st.pr, st.pi, width);
+        S(join_pairs)(last + 2 * (i * c + from), st[n % 2].hr, st[n % 2].hi, width);
+        S(join_pairs)(product + 2 * (i * c + from), st[n % 2].pr, st[n % 2].pi, width);
     }
 }
 
@@ -70,13 +94,12 @@ typedef struct {
     VF hr, hi, ux, uy, size, inverse;
 } S(narrow_kept);
 
-INLINE void S(narrow_again)(const REAL *k, const REAL *v, const REAL *a, VF *hr, VF *hi, S(narrow_kept) *kept, int64_t count) {
-    S(gate) gate = S(make_gate)(S(load_pairs)(a, count));
+INLINE void S(narrow_again)(const REAL *k, const REAL *v, const REAL *a, VF hr, VF hi, S(narrow_kept) *kept, const int careful,
+                            VI *odd, int64_t count) {
+    S(gate) gate = S(make_gate)(S(load_gates)(a, count), careful, odd);
     VF re = gate.size * gate.ux, im = gate.size * gate.uy;
-    VF next = re * *hr - im * *hi + S(load)(k, count) * S(load)(v, count);
-    *hi = re * *hi + im * *hr;
-    *hr = next;
-    *kept = (S(narrow_kept)){*hr, *hi, gate.ux, gate.uy, gate.size, gate.inverse};
+    *kept = (S(narrow_kept)){re * hr - im * hi + S(load)(k, count) * S(load)(v, count), re * hi + im * hr, gate.ux, gate.uy,
+                             gate.size, gate.inverse};
 }
 
 typedef struct {
@@ -117,11 +140,12 @@ void S(gate_loop_narrow_backward)(const REAL *q, const REAL *k, const REAL *v, c
         for (int64_t task = 0; task < tasks; task++) {
             int64_t i = task / blocks, from = task % blocks * CHANNELS, width = min64(CHANNELS, c - from);
             int64_t full = width / LANES * LANES;
-            S(narrow_state) st;        /* hr, hi: the state; pr, pi: the gradient carried back */
+            VF carry_re[VECTORS] = {{0}}, carry_im[VECTORS] = {{0}};
+            int64_t slow = 0;
             VF wr[VECTORS], wi[VECTORS], mark_re[VECTORS], mark_im[VECTORS];
-            memset(&st, 0, sizeof st), memset(wr, 0, sizeof wr), memset(wi, 0, sizeof wi);
+            memset(wr, 0, sizeof wr), memset(wi, 0, sizeof wi);
             memset(mark_re, 0, sizeof mark_re), memset(mark_im, 0, sizeof mark_im);
-            if (g_last) S(split_pairs)(g_last + 2 * (i * c + from), st.pr, st.pi, width);
+            if (g_last) S(split_pairs)(g_last + 2 * (i * c + from), carry_re, carry_im, width);
             if (g_product)
                 for (int64_t j = 0; j < width; j++) {
                     const REAL *g_j = g_product + 2 * (i * c + from + j), *p_j = product + 2 * (i * c + from + j);
@@ -133,34 +157,37 @@ void S(gate_loop_narrow_backward)(const REAL *q, const REAL *k, const REAL *v, c
                 const REAL *mark = marks + (i * segments + segment) * 2 * c + from;
                 memcpy(mark_re, mark, (size_t)width * sizeof(REAL));
                 memcpy(mark_im, mark + c, (size_t)width * sizeof(REAL));
-                memcpy(st.hr, mark_re, sizeof mark_re);
-                memcpy(st.hi, mark_im, sizeof mark_im);
                 for (int64_t s = 0; s < steps; s++) {
                     int64_t t = start + s;
                     const REAL *k_t = ROW(k, i, t) + from, *v_t = ROW(v, i, t) + from, *a_t = ROW(a, i, t) + 2 * from;
-                    S(narrow_kept) *kept_t = kept + s * VECTORS;
-#define CALL(count)                                                                                                    \
+                    S(narrow_kept) *kept_t = kept + s * VECTORS, *kept_b = s ? kept_t - VECTORS : NULL;
+#define BEFORE(part, mark) (kept_b ? kept_b[j / LANES].part : mark[j / LANES])
+#define FAST(count)                                                                                                    \
     (__builtin_prefetch(k_t + AHEAD * k_row + j), __builtin_prefetch(v_t + AHEAD * v_row + j),                         \
      __builtin_prefetch(a_t + AHEAD * a_row + 2 * j), __builtin_prefetch(a_t + AHEAD * a_row + 2 * j + LANES),         \
-     S(narrow_again)(k_t + j, v_t + j, a_t + 2 * j, st.hr + j / LANES, st.hi + j / LANES, kept_t + j / LANES, count))
-                    STEP(full, width, CALL);
-#undef CALL
+     S(narrow_again)(k_t + j, v_t + j, a_t + 2 * j, BEFORE(hr, mark_re), BEFORE(hi, mark_im), kept_t + j / LANES, 0, &odd, count))
+#define CAREFUL(count)                                                                                                    \
+    S(narrow_again)                                                                                                       \
+    (k_t + j, v_t + j, a_t + 2 * j, BEFORE(hr, mark_re), BEFORE(hi, mark_im), kept_t + j / LANES, 1, &odd, count)
+                    FAST_OR_CAREFUL(slow, FAST, CAREFUL);
+#undef FAST
+#undef CAREFUL
                 }
                 for (int64_t s = steps - 1; s >= 0; s--) {
                     int64_t t = start + s, at = (i * n + t) * c + from;
                     S(narrow_rows) r = {ROW(q, i, t) + from, ROW(k, i, t) + from, ROW(v, i, t) + from, g ? ROW(g, i, t) + from : NULL,
                                         dq + at, dk + at, dv + at, da + 2 * at};
-                    const S(narrow_kept) *kept_t = kept + s * VECTORS, *kept_b = kept_t - VECTORS;
+                    const S(narrow_kept) *kept_t = kept + s * VECTORS, *kept_b = s ? kept_t - VECTORS : NULL;
 #define CALL(count)                                                                                                        \
     (__builtin_prefetch(r.q - AHEAD * q_row + j), __builtin_prefetch(r.g ? r.g - AHEAD * g_row + j : r.q),                 \
-     S(narrow_back)(&r, j, kept_t + j / LANES, s ? kept_b[j / LANES].hr : mark_re[j / LANES],                              \
-                    s ? kept_b[j / LANES].hi : mark_im[j / LANES], st.pr + j / LANES, st.pi + j / LANES, wr[j / LANES],    \
-                    wi[j / LANES], count))
+     S(narrow_back)(&r, j, kept_t + j / LANES, BEFORE(hr, mark_re), BEFORE(hi, mark_im), carry_re + j / LANES,             \
+                    carry_im + j / LANES, wr[j / LANES], wi[j / LANES], count))
                     STEP(full, width, CALL);
 #undef CALL
+#undef BEFORE
                 }
             }
-            S(join_pairs)(dh0 + 2 * (i * c + from), st.pr, st.pi, width);
+            S(join_pairs)(dh0 + 2 * (i * c + from), carry_re, carry_im, width);
         }
         free(kept);
     }

@@ -34,7 +34,7 @@ static void S(chunk_gates)(const REAL *a, int64_t row, int64_t steps, S(gates) *
     memset(g, 0, sizeof *g);
     for (int64_t t = 0; t < steps; t++) pairs[2 * t] = a[t * row], pairs[2 * t + 1] = a[t * row + 1];
     for (int64_t t = 0; t < steps; t += LANES) {
-        S(gate) x = S(make_gate)(S(load_pairs)(pairs + 2 * t, LANES));
+        S(gate) x = S(make_gate)(S(load_pairs)(pairs + 2 * t, LANES), 1, NULL);
         S(store)(g->ux + t, x.ux, LANES), S(store)(g->uy + t, x.uy, LANES);
         S(store)(g->size + t, x.size, LANES), S(store)(g->inverse + t, x.inverse, LANES);
     }
