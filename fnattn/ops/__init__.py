@@ -1,8 +1,10 @@
 """Pure tensor functions: the mathematics of every attention, each with a plain-torch reference and its kernels."""
 
 from . import layouts as layouts
+from .axial_attention import axial_attention as axial_attention
 from .block_sparse import block_sparse_attention as block_sparse_attention
 from .causal_dot import causal_dot as causal_dot
+from .conv_attention import conv_attention as conv_attention
 from .gate_loop import gate_loop as gate_loop
 from .gate_loop import simple_gate_loop as simple_gate_loop
 from .heinsen import heinsen_gate_loop as heinsen_gate_loop

@@ -1,0 +1,113 @@
+"""Softmax attention over a text followed by a picture in raster order, where a pixel sees the text and a few lines.
+
+What `conv_attention` and `axial_attention` share. The picture is cut into lines (its rows, or its columns); a pixel
+sees pixels of its own line and of lines a fixed number of lines before, those that a table of the line's places allows.
+One matrix product per such line: no copies of keys per pixel, and no [n, n] table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .softmax import TABLE, softmax_attention, weights
+
+# b batch, h query heads, g key heads, r = h / g, n positions, t text positions, d width of q and k, e width of v
+# S image_size, a lines, y place of a query in its line, x place of a key in its line
+
+
+def check_picture(who: str, n: int, text_len: int, image_size: int) -> None:
+    """text_len >= 0, image_size >= 1, and n positions fit text and picture."""
+    if text_len < 0 or image_size < 1:
+        raise ValueError(f"{who}: expected text_len >= 0 and image_size >= 1; got {text_len} and {image_size}.\n"
+                         f"  image_size is the side of the square picture, in tokens.")
+    if n > text_len + image_size ** 2:
+        raise ValueError(f"{who}: expected at most text_len {text_len} + image_size^2 {image_size ** 2} positions; got {n}.\n"
+                         f"  Shorten the sequence, or give the sizes that it has.")
+
+
+def check_mask(who: str, mask: Tensor | None, b: int, n: int) -> None:
+    """mask must be None or bool [b, n]."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{who}: mask must be a bool tensor, True = may be attended; got {got}.\n  Cast it: mask.bool().")
+    if tuple(mask.shape) != (b, n):
+        raise ValueError(f"{who}: mask must be [batch, seq] = [{b}, {n}]; got {list(mask.shape)}.\n"
+                         f"  Give one bool for each position.")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: int, image_size: int, scale: float,
+           columns: bool, shifts: Sequence[int], near: Tensor, text_sees_all: bool, impl: str) -> Tensor:
+    """Text attends causally to text; a pixel to all text and to lines `shifts` before its own, at places near[y, x].
+
+    near: bool, [S, S] for rows, [rows, rows] for columns. impl: of the text's own attention.
+    """
+    n, t = q.shape[2], min(q.shape[2], text_len)
+    seen = None if mask is None or text_sees_all else mask[:, None, None, :t]
+    text = softmax_attention(q[:, :, :t], k[:, :, :t], v[:, :, :t], mask=seen, causal=True, offset=0, scale=scale, impl=impl)
+    if n == t:
+        return text
+    image = _image(q[:, :, t:] * scale, (k[:, :, :t], v[:, :, :t]), (k[:, :, t:], v[:, :, t:]),
+                   (None, None) if mask is None else (mask[:, :t], mask[:, t:]), image_size, columns, shifts, near)
+    return torch.cat((text, image), 2)
+
+
+def _image(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor], masks: tuple, side: int, columns: bool,
+           shifts: Sequence[int], near: Tensor) -> Tensor:
+    """The picture's queries, [b, h, pixels, e]. q is scaled."""
+    b, h, pixels, _ = q.shape
+    g = image[0].shape[1]
+    q = _lines(q, side, columns).unflatten(1, (g, h // g if g else 0))
+    lines, length = q.shape[3:5]
+    shifts = [s for s in shifts if s < lines]
+    # Lines before the first one are zeros that nobody may see.
+    before = max(shifts)
+    k, v = (F.pad(_lines(x, side, columns), (0, 0, 0, 0, before, 0)) for x in image)
+    real = torch.arange(-before, lines, device=q.device)[None, :, None] >= 0
+    text_seen, image_seen = masks
+    if image_seen is not None:
+        kept = _lines(image_seen[:, None, :, None], side, columns)[:, 0, :, :, 0]
+        real = real & F.pad(kept, (0, 0, before, 0))
+    width = text[0].shape[2] + len(shifts) * length
+    at_once = lines
+    # A compiler plans memory itself, and a size compared here would become a condition of the compiled program.
+    if not torch.compiler.is_compiling() and b * h * pixels * width > TABLE:
+        at_once = max(1, TABLE // (b * h * length * width))
+    outs = []
+    for start in range(0, lines, at_once):
+        stop = min(start + at_once, lines)
+        views = [slice(start + before - s, stop + before - s) for s in shifts]
+        outs.append(_some_lines(q[:, :, :, start:stop], text, text_seen, [k[:, :, at] for at in views],
+                                [v[:, :, at] for at in views], [real[:, at] for at in views], near))
+    out = torch.cat(outs, 3) if len(outs) > 1 else outs[0]
+    out = out.transpose(3, 4) if columns else out
+    return out.flatten(3, 4)[:, :, :, :pixels].flatten(1, 2)
+
+
+def _lines(x: Tensor, side: int, columns: bool) -> Tensor:
+    """[b, h, pixels, c] -> [b, h, lines, length, c], the last row filled up with zeros."""
+    rows = -(-x.shape[2] // side)
+    x = F.pad(x, (0, 0, 0, rows * side - x.shape[2])).unflatten(2, (rows, side))
+    return x.transpose(2, 3) if columns else x
+
+
+def _some_lines(q: Tensor, text: tuple[Tensor, Tensor], text_seen: Tensor | None, ks: list[Tensor], vs: list[Tensor],
+                reals: list[Tensor], near: Tensor) -> Tensor:
+    """Queries [b, g, r, a, y, d] against the text and, for each shift, one line of keys [b, g, a, x, d]."""
+    scores = torch.einsum("bgrayd,bgtd->bgrayt", q, text[0])
+    if text_seen is not None:
+        scores = scores.masked_fill(~text_seen[:, None, None, None, None, :], -torch.inf)
+    parts = [scores]
+    for k, real in zip(ks, reals):
+        allowed = near & real[:, None, None, :, None, :]
+        parts.append(torch.einsum("bgrayd,bgaxd->bgrayx", q, k).masked_fill(~allowed, -torch.inf))
+    p_text, *p_lines = weights(torch.cat(parts, -1)).split([part.shape[-1] for part in parts], -1)
+    out = torch.einsum("bgrayt,bgte->bgraye", p_text, text[1])
+    for p, v in zip(p_lines, vs):
+        out = out + torch.einsum("bgrayx,bgaxe->bgraye", p, v)
+    return out
