@@ -118,7 +118,7 @@ class Operator:
                 return self._node.apply((keyset, forward_on), *args)
             finally:
                 set_single_level_autograd_function_allowed(before)
-        with _C._AutoDispatchBelowAutograd():
+        with _C._AutoDispatchBelowADInplaceOrView():
             return self.op.redispatch(keyset & _C._after_autograd_keyset, *args)
 
 
@@ -142,8 +142,10 @@ def _node(operator: Operator) -> type:
         @staticmethod
         def forward(ctx, meta, *args):
             keyset, forward_on = meta
-            # Function.apply has switched grad mode and forward mode off; the transform levels below need them.
-            with torch.enable_grad(), fwad._set_fwd_grad_enabled(forward_on), _C._AutoDispatchBelowAutograd():
+            # Function.apply has switched grad mode and forward mode off; the transform levels below need them. Below
+            # ADInplaceOrView too, as built-in operators do: a kernel may return a view of its own memory, and a view
+            # that autograd knows of refuses a tangent of another layout.
+            with torch.enable_grad(), fwad._set_fwd_grad_enabled(forward_on), _C._AutoDispatchBelowADInplaceOrView():
                 out = operator.op.redispatch(keyset & _C._after_autograd_keyset, *args)
             outs = out if isinstance(out, tuple) else (out,)
             ctx.tensor_at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
