@@ -94,3 +94,54 @@ def rotary(x: Tensor, positions: Tensor, freqs: Tensor) -> Tensor:
     re, im = x[..., 0:width:2], x[..., 1:width:2]
     turned = torch.stack((re * angles.cos() - im * angles.sin(), re * angles.sin() + im * angles.cos()), -1).flatten(-2)
     return torch.cat((turned, x[..., width:]), -1)
+
+
+def simple_gate_loop(q: Tensor, kv: Tensor, a: Tensor, h0: Tensor | None = None, *, reverse: bool = False):
+    h = scan(a.sigmoid(), kv, h0, reverse=reverse)
+    return q * h, h[:, 0 if reverse else -1]
+
+
+def coor_descent(s: Tensor, k: Tensor, *, eps: float = 0.1, eps_init: float | None = None, eps_decay: float = 1.0,
+                 n_iters: int = 20, mask: Tensor | None = None, solver: str = "iterate") -> Tensor:
+    there = torch.ones_like(s, dtype=torch.bool) if mask is None else mask
+    k = torch.as_tensor(k, dtype=s.dtype, device=s.device)[..., None]
+    if solver == "exact":
+        return _coor_exact(s, k, eps, there)
+    low = torch.full_like(s, -1e300)
+    b, now = -s, max(eps_init or eps, eps)
+    for _ in range(n_iters):
+        a = now * (k.log() - torch.where(there, (s + b) / now, low).logsumexp(-1, keepdim=True))
+        b = -(s + a).relu()
+        now = max(now * eps_decay, eps)
+    return torch.where(there, ((s + a + b) / now).exp(), 0.0)
+
+
+def _coor_exact(s: Tensor, k: Tensor, eps: float, there: Tensor) -> Tensor:
+    """min(1, exp((s - m) / eps)) with sum k: the smallest number of capped entries for which the next one is below the cap."""
+    n = s.shape[-1]
+    order = torch.where(there, s, -1e300).argsort(-1, descending=True)
+    rank = order.argsort(-1)
+    y = there.to(s.dtype)  # as many entries as k or fewer: all are capped
+    for capped in reversed(range(n)):
+        rest = there & (rank >= capped)
+        possible = rest.any(-1, keepdim=True) & (k > capped)
+        total = torch.where(rest, s / eps, -1e300).logsumexp(-1, keepdim=True)
+        m = eps * (total - (torch.where(possible, k, capped + 1.0) - capped).log())
+        fits = possible & (torch.where(rest, s - m, -1.0) <= 0).all(-1, keepdim=True)
+        free = torch.where(rest & fits, s - m, 0.0)
+        y = torch.where(fits, torch.where(rest, (free / eps).exp(), there.to(s.dtype)), y)
+    return y
+
+
+def coor_descent_attention(q: Tensor, k: Tensor, v: Tensor, sparsity_k: Tensor, *, causal: bool = True, **options) -> Tensor:
+    n, m = q.shape[2], k.shape[2]
+    scores = torch.einsum("bhid,bhjd->bhij", q, _heads(q, k)) * q.shape[-1] ** -0.5
+    seen = torch.arange(m, device=q.device) <= m - n + torch.arange(n, device=q.device)[:, None]
+    y = coor_descent(scores, sparsity_k.expand(scores.shape[:3]), mask=(seen if causal else seen | True).expand(scores.shape), **options)
+    return torch.einsum("bhij,bhje->bhie", y, _heads(q, v))
+
+
+def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, *, block: int) -> Tensor:
+    n = q.shape[2]
+    mask = layout.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :n, :n]
+    return softmax_attention(q, k, v, mask=mask[None])

@@ -48,12 +48,12 @@ class Case(NamedTuple):
 
     def call(self, impl: str) -> Callable:
         """The operator as a function of the tensors alone; importable, so that it can travel to another process."""
-        return partial(_call, module=f"fnattn.ops.{self.module}", operator=self.operator, names=tuple(self.tensors),
-                       options=dict(self.options, impl=impl))
+        operator = getattr(importlib.import_module(f"fnattn.ops.{self.module}"), self.operator)
+        return partial(_call, operator, names=tuple(self.tensors), options=dict(self.options, impl=impl))
 
     def brute(self) -> Callable:
         """The same by brute force."""
-        return partial(_call, module=brute.__name__, operator=self.operator, names=tuple(self.tensors), options=self.options)
+        return partial(_call, getattr(brute, self.operator), names=tuple(self.tensors), options=self.options)
 
     def implementations(self) -> tuple[list[str], dict[str, str]]:
         """Names of the implementations that can serve this case here, and the reasons of the others."""
@@ -69,7 +69,7 @@ class Case(NamedTuple):
         return able, reasons
 
 
-def _call(*tensors: Tensor, module: str, operator: str, names: tuple[str, ...], options: dict[str, Any]):
+def _call(operator: Callable, *tensors: Tensor, names: tuple[str, ...], options: dict[str, Any]):
     given: dict[str, Any] = {}
     for name, t in zip(names, tensors):
         head, _, place = name.partition(".")
@@ -77,7 +77,7 @@ def _call(*tensors: Tensor, module: str, operator: str, names: tuple[str, ...], 
             given[head] = given.get(head, ()) + (t,)
         else:
             given[head] = t
-    return getattr(importlib.import_module(module), operator)(**given, **options)
+    return operator(**given, **options)
 
 
 def _make(shape: tuple[int, ...], kind: str, source: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -116,24 +116,38 @@ CASES = (
     Case("taylor, one key head, weights, earlier sums", "taylor", "taylor",
          {**_qkv(b=1, h=3, g=1, d=2), "keep": ((1, 5), "positive"), "sums": ((1, 1, 6, 3), "positive")}),
     Case("taylor, not causal, mask", "taylor", "taylor", {**_qkv(b=2, h=2, g=1, m=7, d=2), "keep": ((2, 7), "mask")}, {"causal": False}),
-    Case("gate_loop", "gate_loop", "gate_loop", {**_qkv(b=1, h=2, g=2), "a": ((1, 2, 5, 2), "normal")}),
-    Case("gate_loop, width 1, state", "gate_loop", "gate_loop",
-         {**_qkv(b=1, h=3, g=3, d=1, e=1), "a": ((1, 3, 5, 2), "normal"), "state.0": ((1, 3, 1, 1, 2), "normal"),
+    Case("gate_loop", "gate_loop.complex", "gate_loop", {**_qkv(b=1, h=2, g=2, n=3, m=3, d=2), "a": ((1, 2, 3, 2), "normal")}),
+    Case("gate_loop, width 1, state", "gate_loop.complex", "gate_loop",
+         {**_qkv(b=1, h=3, g=3, n=3, m=3, d=1, e=1), "a": ((1, 3, 3, 2), "normal"), "state.0": ((1, 3, 1, 1, 2), "normal"),
           "state.1": ((1, 3, 2), "normal")}),
+    Case("simple_gate_loop", "gate_loop.simple", "simple_gate_loop",
+         {"q": ((2, 5, 3), "normal"), "kv": ((2, 5, 3), "normal"), "a": ((2, 5, 3), "normal")},
+         dynamic=({0: "b", 1: "n"},) * 3),
+    Case("simple_gate_loop, reverse, h0", "gate_loop.simple", "simple_gate_loop",
+         {"q": ((1, 5, 3), "normal"), "kv": ((1, 5, 3), "normal"), "a": ((1, 5, 3), "normal"), "h0": ((1, 3), "normal")},
+         {"reverse": True}),
     Case("softmax_attention", "softmax", "softmax_attention", _qkv(m=7), dynamic=({0: "b", 2: "n"}, {0: "b", 2: "m"}, {0: "b", 2: "m"})),
     Case("softmax_attention, causal, one key head", "softmax", "softmax_attention", _qkv(b=1, h=3, g=1), {"causal": True}),
     Case("softmax_attention, mask, offset", "softmax", "softmax_attention",
          {**_qkv(b=2, h=2, g=1, n=3, m=7), "mask": ((2, 1, 3, 7), "mask"), "offset": ((), "three")}, {"causal": True}),
     Case("rotary", "rotary", "rotary",
          {"x": ((2, 2, 5, 7), "normal"), "positions": ((5,), "positions"), "freqs": ((3,), "positive")}),
+    Case("coor_descent", "coor_descent", "coor_descent", {"s": ((3, 7), "normal"), "k": ((3,), "positive")},
+         {"n_iters": 5, "eps": 0.3, "eps_init": 2.0, "eps_decay": 0.7}, dynamic=({0: "b"}, {0: "b"})),
+    Case("coor_descent, exact, mask", "coor_descent", "coor_descent",
+         {"s": ((3, 7), "normal"), "k": ((3,), "positive"), "mask": ((3, 7), "mask")}, {"solver": "exact", "eps": 0.3}),
+    Case("coor_descent_attention", "coor_attention", "coor_descent_attention", {**_qkv(b=1, g=1, n=3), "sparsity_k": ((3,), "positive")},
+         {"n_iters": 3, "eps": 0.3, "eps_init": 2.0, "eps_decay": 0.7}, dynamic=({0: "b"}, {0: "b"}, {0: "b"}, {})),
+    Case("block_sparse_attention", "block_sparse", "block_sparse_attention", {**_qkv(b=1), "layout": ((2, 3, 3), "mask")}, {"block": 2},
+         dynamic=({0: "b"}, {0: "b"}, {0: "b"}, {})),
 )
 
 
 def modules() -> dict[str, Any]:
-    """Every module of fnattn.ops that offers a choice of kernels, by name."""
+    """Every module of fnattn.ops that offers a choice of kernels, by its name below fnattn.ops."""
     package = importlib.import_module("fnattn.ops")
-    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
-    found = {name: importlib.import_module(f"fnattn.ops.{name}") for name in names}
+    names = [m.name for m in pkgutil.walk_packages(package.__path__, "fnattn.ops.") if "._" not in m.name]
+    found = {name.removeprefix("fnattn.ops."): importlib.import_module(name) for name in sorted(names)}
     return {name: module for name, module in found.items() if hasattr(module, "KERNELS")}
 
 

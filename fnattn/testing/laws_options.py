@@ -66,6 +66,8 @@ def empty_rows_are_zero(family: Family, cfg: Any, key: Tensor, impl: str) -> Non
     """A sequence of which nothing may be attended gives zeros (a bias of the last projection stays), and finite gradients."""
     params, x = make_params(family, cfg, key), make_x(cfg, key)
     _need_mask(family, params, x, impl)
+    if getattr(cfg, "attn_null_kv", 0):
+        raise NotApplicable("every row sees the null keys")
     mask = torch.ones(x.shape[:2], dtype=torch.bool)
     mask[1] = False
     leaf = x.clone().requires_grad_()

@@ -28,7 +28,7 @@ class Row(NamedTuple):
     """One check of one operator.
 
     status: "ok"; "torch" where plain torch fails in the same way; "refused" where a named kernel says that it cannot serve
-            this device; "fail".
+            the call (KernelUnavailable); "fail".
     detail: what went wrong.
     """
 
@@ -122,7 +122,7 @@ def _eager_row(name: str, tested: Subject, oracle: Subject, rtol: float) -> Row:
     try:
         compare(_eager(name, tested), expected, rtol)
     except KernelUnavailable as error:
-        return Row(name, "refused" if name == "meta device" else "fail", _short(error))
+        return Row(name, "fail" if name == "f" else "refused", _short(error))
     except Exception as error:  # noqa: BLE001 - whatever the operator raises is the finding
         return Row(name, "fail", _short(error))
     return Row(name, "ok")
