@@ -105,7 +105,8 @@ def reference(x: Tensor, angles: Tensor) -> Tensor:
     """The same in plain torch."""
     dtype, f = x.dtype, angles.shape[1]
     x = x.to(compute_dtype(x, angles))
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    angles = angles.to(x.dtype)
+    cos, sin = angles.cos(), angles.sin()
     even, odd = x[..., 0:2 * f:2], x[..., 1:2 * f:2]
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
     return torch.cat((turned, x[..., 2 * f:]), -1).to(dtype)
@@ -116,10 +117,10 @@ def reference(x: Tensor, angles: Tensor) -> Tensor:
 
 def _native(x: Tensor, angles: Tensor) -> Tensor:
     dtype = compute_dtype(x, angles)
-    wide = x.to(dtype)
+    wide, angles = x.to(dtype), angles.to(dtype)
     # Four axes: heads and further ones in the second, so that a view of split heads is read in place.
     wide = wide[(None,) * max(0, 4 - x.ndim)] if x.ndim <= 4 else wide.flatten(1, -3)
-    out = native.rotate(wide, angles.cos().to(dtype)[None], angles.sin().to(dtype)[None], True)
+    out = native.rotate(wide, angles.cos()[None], angles.sin()[None], True)
     return out.reshape(x.shape).to(x.dtype)
 
 
