@@ -69,7 +69,8 @@ def check_config(who: str, cfg: Any) -> None:
         check(getattr(cfg, name) >= 1, who + ".Config: {} must be at least 1; got {}.", name, getattr(cfg, name),
               remedy="Give a positive size.")
     check(cfg.seq_len >= cfg.image_size ** 2, who + ".Config: seq_len must be at least image_size^2 = {}; got {}.",
-          cfg.image_size ** 2, cfg.seq_len, remedy="seq_len counts text tokens and pixels: text_len = seq_len + 1 - image_size^2.")
+          cfg.image_size ** 2, cfg.seq_len,
+          remedy="seq_len counts text tokens and pixels: text_len = seq_len + 1 - image_size^2.")
     check(0.0 <= cfg.dropout <= 1.0, who + ".Config: dropout must lie in [0, 1]; got {}.", cfg.dropout,
           remedy="It is the chance of zeroing an entry.")
 
@@ -92,8 +93,9 @@ def init(params_key: Tensor, cfg: Any, *, dtype: torch.dtype = torch.float32, de
 def init_state(pattern: Pattern, params: Params, batch: int, capacity: int) -> State:
     """The state before the first position."""
     cfg, like = params.cfg, params.to_qkv
-    check(capacity <= cfg.seq_len + 1, pattern.who + ".init_state: capacity must be at most cfg.seq_len + 1 = {}; got {}.",
-          cfg.seq_len + 1, capacity, remedy="Ask for fewer positions, or build the Config with a larger seq_len.")
+    limit = cfg.seq_len + 1
+    check(capacity <= limit, pattern.who + ".init_state: capacity must be at most cfg.seq_len + 1 = {}; got {}.", limit,
+          capacity, remedy="Ask for fewer positions, or build the Config with a larger seq_len.")
     t, w = text_len(cfg), cfg.image_size ** 2 if pattern.columns else pattern.reach
     text, image = (batch, cfg.heads, t, cfg.dim_head), (batch, cfg.heads, w, cfg.dim_head)
     return State(like.new_zeros(text), like.new_zeros(text), like.new_zeros(batch, t, dtype=torch.bool),
@@ -101,8 +103,9 @@ def init_state(pattern: Pattern, params: Params, batch: int, capacity: int) -> S
                  torch.zeros((), dtype=torch.int64, device=like.device))
 
 
-def attend(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, *, angles: Tensor | None, mask: Tensor | None,
-           context: Tensor | None, dropout_key: Tensor | None, impl: str) -> tuple[Tensor, State | Empty]:
+def attend(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, *, angles: Tensor | None,
+           mask: Tensor | None, context: Tensor | None, dropout_key: Tensor | None,
+           impl: str) -> tuple[Tensor, State | Empty]:
     """The family's attend, see there."""
     cfg, streaming = params.cfg, not isinstance(state, Empty)
     used = _check(pattern.who, cfg, x, state, mask, context)
@@ -132,10 +135,12 @@ def attend(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, *,
     return dropout(dropout_key, "out", out, cfg.dropout), state
 
 
-def _check(who: str, cfg: Any, x: Tensor, state: State | Empty, mask: Tensor | None, context: Tensor | None) -> int | None:
+def _check(who: str, cfg: Any, x: Tensor, state: State | Empty, mask: Tensor | None,
+           context: Tensor | None) -> int | None:
     """Raises for what cannot be honoured. Returns how many positions came before, where Python may know."""
     check_input(who + ".apply", x, cfg.dim, mask=mask)
-    refuse(who + ".apply", "A position attends to its own past by its place in text and picture, and a context has neither.",
+    refuse(who + ".apply",
+           "A position attends to its own past by its place in text and picture, and a context has neither.",
            "Use attentions.full with causal=False for cross attention.", context=context)
     n, used = x.shape[1], 0
     if not isinstance(state, Empty):
@@ -143,12 +148,12 @@ def _check(who: str, cfg: Any, x: Tensor, state: State | Empty, mask: Tensor | N
             raise TypeError(f"{who}.apply: state must come from {who}.init_state; got {type(state).__name__}.\n"
                             f"  Start a sequence with init_state(params, batch, capacity=...).")
         check((state.k_text.shape[:2], state.k_text.shape[3]) == ((x.shape[0], cfg.heads), cfg.dim_head),
-              who + ".apply: the state must have [batch, heads, text, width] = [{}, {}, {}, {}]; got {}.", x.shape[0], cfg.heads,
-              text_len(cfg), cfg.dim_head, list(state.k_text.shape),
+              who + ".apply: the state must have [batch, heads, text, width] = [{}, {}, {}, {}]; got {}.", x.shape[0],
+              cfg.heads, text_len(cfg), cfg.dim_head, list(state.k_text.shape),
               remedy="Make it with init_state(params, batch, capacity=...).")
         used = peek_int(state.pos)
-    check((used or 0) + n <= cfg.seq_len + 1, who + ".apply: x has {} positions{}, but cfg allows {} = text_len {} + image_size^2 {}.",
-          n, f" after {used}" if used else "", cfg.seq_len + 1, text_len(cfg), cfg.image_size ** 2,
+    check((used or 0) + n <= cfg.seq_len + 1,
+          who + ".apply: x has {} positions{}, but cfg allows {} = text_len {} + image_size^2 {}.", n, f" after {used}" if used else "", cfg.seq_len + 1, text_len(cfg), cfg.image_size ** 2,
           remedy="Shorten x, or build the Config with a larger seq_len.")
     return used
 
@@ -161,7 +166,8 @@ def _text_only(mask: Tensor, t: int) -> Tensor:
 def _rows_that_see(pattern: Pattern, mask: Tensor) -> Tensor:
     """Which rows see a key at all, bool [b, n]: whose weights, on equal scores, add up to one."""
     ones = torch.ones_like(mask, dtype=torch.float32)[:, None, :, None]
-    return pattern.operator(torch.zeros_like(ones), torch.zeros_like(ones), ones, mask=mask, impl="reference")[:, 0, :, 0] > 0.5
+    total = pattern.operator(torch.zeros_like(ones), torch.zeros_like(ones), ones, mask=mask, impl="reference")
+    return total[:, 0, :, 0] > 0.5
 
 
 # ------------------------------------------------------------------------------------------------ streaming
@@ -224,7 +230,8 @@ def _blocks(pattern: Pattern, cfg: Any, q: Tensor, first: Tensor, state: State, 
     return torch.cat(outs, 2), torch.cat(seens, 1)
 
 
-def _step(q: Tensor, k_text: Tensor, v_text: Tensor, text_seen: Tensor, k: Tensor, v: Tensor, image_seen: Tensor) -> Tensor:
+def _step(q: Tensor, k_text: Tensor, v_text: Tensor, text_seen: Tensor, k: Tensor, v: Tensor,
+          image_seen: Tensor) -> Tensor:
     """Queries [b, h, m, d] against the text and keys [b, h, m or 1, w, d] of the picture, under bools [b, m, .]."""
     text = torch.einsum("bhmd,bhtd->bhmt", q, k_text)
     image = (q.unsqueeze(3) @ k.mT).squeeze(3) if k.shape[2] != 1 else torch.einsum("bhmd,bhwd->bhmw", q, k[:, :, 0])
@@ -261,7 +268,8 @@ def _window_seen(pattern: Pattern, cfg: Any, at: Tensor, visible: Tensor) -> Ten
     return (seen & (visible[:, None, :] | cfg.compat_mask)).expand(visible.shape[0], m, w)
 
 
-def _columns(pattern: Pattern, cfg: Any, at: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _columns(pattern: Pattern, cfg: Any, at: Tensor, k: Tensor, v: Tensor,
+             visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each query's column: keys and values [b, h, m, S, d], and which of them it sees [b, m, S]."""
     side = cfg.image_size
     real, row, column = _place(cfg, at)

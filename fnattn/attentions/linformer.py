@@ -121,12 +121,12 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
         x: [b, n, dim]; of any length if a context is given, else n <= cfg.seq_len.
         state: refused.
         mask: bool [b, keys]; rows of the context (of x, if none is given) that are False enter the mixtures as zeros.
-            Masking the end of a sequence equals cutting it off. A query whose keys are all masked attends to zeros.
+            Masking the end of a sequence equals cutting it off.
         context: [b, keys, dim], keys <= cfg.seq_len, to attend to instead of x.
         dropout_key: drops entries of the attention matrix if cfg.dropout > 0.
         impl: passed to `ops.softmax_attention`.
     Returns:
-        out [b, n, dim] in x's dtype; EMPTY.
+        out [b, n, dim] in x's dtype, 0 where no key is visible; EMPTY.
     """
     cfg = params.cfg
     check_input("linformer.apply", x, cfg.dim, mask=mask, context=context)
@@ -147,8 +147,10 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
         out = ops.softmax_attention(q, k, v, impl=impl)
     else:
         out = _dropped_attention(q, k, v, dropout_key, cfg.dropout)
-    out = merge_heads(taps.tap("heads", out))
-    return F.linear(out, params.to_out, params.to_out_bias), EMPTY
+    out = F.linear(merge_heads(taps.tap("heads", out)), params.to_out, params.to_out_bias)
+    if mask is not None:
+        out = torch.where(mask.any(1)[:, None, None], out, torch.zeros_like(out))
+    return out, EMPTY
 
 
 def _mix(context: Tensor, proj: Tensor, weight: Tensor) -> Tensor:

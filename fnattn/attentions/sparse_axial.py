@@ -51,8 +51,8 @@ class Config:
 
     def __post_init__(self):
         _picture.check_config("sparse_axial", self)
-        check(self.axis in (0, 1), "sparse_axial.Config: axis must be 0 (along a row) or 1 (along a column); got {}.", self.axis,
-              remedy="Use sparse_conv for a window of both.")
+        check(self.axis in (0, 1), "sparse_axial.Config: axis must be 0 (along a row) or 1 (along a column); got {}.",
+              self.axis, remedy="Use sparse_conv for a window of both.")
 
 
 def _same_row(row, column, key_row, key_column):
@@ -64,8 +64,10 @@ def _same_column(row, column, key_row, key_column):
 
 
 def _pattern(cfg: Config) -> Pattern:
-    operator = functools.partial(ops.axial_attention, text_len=_picture.text_len(cfg), image_size=cfg.image_size, axis=cfg.axis)
-    return Pattern("sparse_axial", cfg.image_size - 1, bool(cfg.axis), _same_column if cfg.axis else _same_row, operator)
+    operator = functools.partial(ops.axial_attention, text_len=_picture.text_len(cfg), image_size=cfg.image_size,
+                                 axis=cfg.axis)
+    sees = _same_column if cfg.axis else _same_row
+    return Pattern("sparse_axial", cfg.image_size - 1, bool(cfg.axis), sees, operator)
 
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
@@ -78,8 +80,9 @@ def init_state(params: Params, batch: int, *, capacity: int) -> State:
     return _picture.init_state(_pattern(params.cfg), params, batch, capacity)
 
 
-def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None, context: Tensor | None = None,
-          dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
+def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
+          context: Tensor | None = None, dropout_key: Tensor | None = None,
+          impl: str = "auto") -> tuple[Tensor, State | Empty]:
     """Attends to the text and to a line of the picture. Time per position is that of text_len + image_size keys.
 
     Args:
@@ -98,8 +101,9 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     return attend(params, x, state, mask=mask, context=context, dropout_key=dropout_key, impl=impl)
 
 
-def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: Tensor | None = None, mask: Tensor | None = None,
-           context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
+def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: Tensor | None = None,
+           mask: Tensor | None = None, context: Tensor | None = None, dropout_key: Tensor | None = None,
+           impl: str = "auto") -> tuple[Tensor, State | Empty]:
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
     return _picture.attend(_pattern(params.cfg), params, x, state, angles=angles, mask=mask, context=context,
                            dropout_key=dropout_key, impl=impl)

@@ -55,8 +55,9 @@ class Config:
 
     def __post_init__(self):
         _picture.check_config("sparse_conv", self)
-        check(self.kernel_size >= 1 and self.kernel_size % 2 == 1, "sparse_conv.Config: kernel_size must be odd; got {}.",
-              self.kernel_size, remedy="5 is usual.")
+        size = self.kernel_size
+        check(size >= 1 and size % 2 == 1, "sparse_conv.Config: kernel_size must be odd; got {}.", size,
+              remedy="5 is usual.")
         check(self.dilation >= 1, "sparse_conv.Config: dilation must be at least 1; got {}.", self.dilation,
               remedy="1 is a window without gaps.")
 
@@ -85,8 +86,9 @@ def init_state(params: Params, batch: int, *, capacity: int) -> State:
     return _picture.init_state(_pattern(params.cfg), params, batch, capacity)
 
 
-def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None, context: Tensor | None = None,
-          dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
+def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
+          context: Tensor | None = None, dropout_key: Tensor | None = None,
+          impl: str = "auto") -> tuple[Tensor, State | Empty]:
     """Attends to the text and to a window of the picture.
 
     Time per position is that of text_len + kernel_size * image_size keys on a whole sequence, and of text_len and the
@@ -108,8 +110,9 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     return attend(params, x, state, mask=mask, context=context, dropout_key=dropout_key, impl=impl)
 
 
-def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: Tensor | None = None, mask: Tensor | None = None,
-           context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
+def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: Tensor | None = None,
+           mask: Tensor | None = None, context: Tensor | None = None, dropout_key: Tensor | None = None,
+           impl: str = "auto") -> tuple[Tensor, State | Empty]:
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
     return _picture.attend(_pattern(params.cfg), params, x, state, angles=angles, mask=mask, context=context,
                            dropout_key=dropout_key, impl=impl)

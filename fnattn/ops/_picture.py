@@ -25,7 +25,8 @@ def check_picture(who: str, n: int, text_len: int, image_size: int) -> None:
         raise ValueError(f"{who}: expected text_len >= 0 and image_size >= 1; got {text_len} and {image_size}.\n"
                          f"  image_size is the side of the square picture, in tokens.")
     if n > text_len + image_size ** 2:
-        raise ValueError(f"{who}: expected at most text_len {text_len} + image_size^2 {image_size ** 2} positions; got {n}.\n"
+        raise ValueError(f"{who}: expected at most {text_len + image_size ** 2} positions = text_len {text_len} + "
+                         f"image_size^2 {image_size ** 2}; got {n}.\n"
                          f"  Shorten the sequence, or give the sizes that it has.")
 
 
@@ -35,7 +36,8 @@ def check_mask(who: str, mask: Tensor | None, b: int, n: int) -> None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{who}: mask must be a bool tensor, True = may be attended; got {got}.\n  Cast it: mask.bool().")
+        raise TypeError(f"{who}: mask must be a bool tensor, True = may be attended; got {got}.\n"
+                        f"  Cast it: mask.bool().")
     if tuple(mask.shape) != (b, n):
         raise ValueError(f"{who}: mask must be [batch, seq] = [{b}, {n}]; got {list(mask.shape)}.\n"
                          f"  Give one bool for each position.")
@@ -49,7 +51,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: int, 
     """
     n, t = q.shape[2], min(q.shape[2], text_len)
     seen = None if mask is None or text_sees_all else mask[:, None, None, :t]
-    text = softmax_attention(q[:, :, :t], k[:, :, :t], v[:, :, :t], mask=seen, causal=True, offset=0, scale=scale, impl=impl)
+    text = softmax_attention(q[:, :, :t], k[:, :, :t], v[:, :, :t], mask=seen, causal=True, offset=0, scale=scale,
+                             impl=impl)
     if n == t:
         return text
     image = _image(q[:, :, t:] * scale, (k[:, :, :t], v[:, :, :t]), (k[:, :, t:], v[:, :, t:]),

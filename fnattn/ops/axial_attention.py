@@ -57,8 +57,8 @@ def axial_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_siz
         return run(*widen(q, k, v), mask, text_len, image_size, axis, scale, text_sees_all, impl).to(v.dtype)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: int, image_size: int, axis: int, scale: float,
-              text_sees_all: bool = False, impl: str = "reference") -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: int, image_size: int, axis: int,
+              scale: float, text_sees_all: bool = False, impl: str = "reference") -> Tensor:
     """The same in plain torch: rows (columns) of the picture as a batch of short causal sequences."""
     rows = -(-max(q.shape[2] - text_len, 0) // image_size)
     length = rows if axis else image_size

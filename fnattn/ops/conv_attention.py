@@ -21,9 +21,9 @@ from ._picture import attend, check_mask, check_picture
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
 
 
-def conv_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_size: int, kernel_size: int = 5, dilation: int = 1,
-                   mask: Tensor | None = None, text_sees_all: bool = False, scale: float | None = None,
-                   impl: str = "auto") -> Tensor:
+def conv_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_size: int, kernel_size: int = 5,
+                   dilation: int = 1, mask: Tensor | None = None, text_sees_all: bool = False,
+                   scale: float | None = None, impl: str = "auto") -> Tensor:
     """Softmax attention over a text and, for pixels, a square window whose lower right corner is the pixel itself.
 
     Causal. Time grows with n (text_len + kernel_size * image_size) (d + e), memory of scores likewise; keys and values
@@ -50,13 +50,14 @@ def conv_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_size
     check_picture("conv_attention", q.shape[2], text_len, image_size)
     check_mask("conv_attention", mask, q.shape[0], q.shape[2])
     if kernel_size < 1 or dilation < 1:
-        raise ValueError(f"conv_attention: kernel_size and dilation must be at least 1; got {kernel_size} and {dilation}.\n"
-                         f"  A window of one pixel has kernel_size=1.")
+        raise ValueError(f"conv_attention: kernel_size and dilation must be at least 1; got {kernel_size} and "
+                         f"{dilation}.\n  A window of one pixel has kernel_size=1.")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     kernel = choose("conv_attention", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):
-        return run(*widen(q, k, v), mask, text_len, image_size, kernel_size, dilation, scale, text_sees_all, impl).to(v.dtype)
+        out = run(*widen(q, k, v), mask, text_len, image_size, kernel_size, dilation, scale, text_sees_all, impl)
+        return out.to(v.dtype)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: int, image_size: int, kernel_size: int,
