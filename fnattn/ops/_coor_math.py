@@ -28,12 +28,17 @@ def _entries(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(there, s, 0.0), there, there | ~there.any(-1, keepdim=True)
 
 
+def _spoil(y: Tensor, s: Tensor) -> Tensor:
+    """NaN in all entries of a row that has one NaN score: comparisons would have hidden it."""
+    return torch.where(s.isnan().any(-1, keepdim=True), torch.nan, y)
+
+
 def iterate(s: Tensor, log_k: Tensor, eps: float, eps_init: float, eps_decay: float, n_iters: int) -> Tensor:
     """y after n_iters iterations; eps decays after each, and once more before y is taken."""
     s, there, counted = _entries(s)
     epsilons = schedule(eps, eps_init, eps_decay, n_iters)
     m = _thresholds(s, counted, log_k.unsqueeze(-1), epsilons)[-1]
-    return torch.where(there, (torch.where(s <= m, s - m, 0.0) / epsilons[-1]).exp(), 0.0)
+    return _spoil(torch.where(there, (torch.where(s <= m, s - m, 0.0) / epsilons[-1]).exp(), 0.0), s)
 
 
 def _thresholds(s: Tensor, counted: Tensor, log_k: Tensor, epsilons: list[float]) -> list[Tensor]:
@@ -86,6 +91,8 @@ def find_cut(s: Tensor, k: Tensor, eps: float) -> Tensor:
     If c entries are capped, m_c = eps (logsumexp of the others / eps - log(k - c)). The answer is the smallest c for which
     the largest of the others does not exceed m_c.
     """
+    if s.shape[-1] == 0:
+        return torch.full_like(k, -torch.inf)
     kind = s.dtype
     s, k = s.double(), k.double().unsqueeze(-1)
     there = s != -torch.inf
@@ -106,7 +113,7 @@ def find_cut(s: Tensor, k: Tensor, eps: float) -> Tensor:
 
 def exact_at(s: Tensor, k: Tensor, cut: Tensor, eps: float) -> Tensor:
     """The closed form, given which entries are capped: those above `cut`. As such differentiable in s and k."""
-    return _closed(s, k, cut, eps)[0]
+    return _spoil(_closed(s, k, cut, eps)[0], s)
 
 
 def _closed(s: Tensor, k: Tensor, cut: Tensor, eps: float) -> tuple[Tensor, Tensor]:

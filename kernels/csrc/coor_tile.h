@@ -74,10 +74,8 @@ static inline int S(any)(VI mask) {
     return found;
 }
 
-/* e^x; 0 below EXP_LOW, e^EXP_HIGH above EXP_HIGH. About 1 ulp. */
-static inline VF S(exponential)(VF x) {
-    VI alive = x > S(splat)(EXP_LOW);
-    x = S(most)(S(least)(x, S(splat)(EXP_HIGH)), S(splat)(EXP_LOW));
+/* e^x for x in [EXP_LOW, EXP_HIGH]. About 1 ulp. */
+static inline VF S(power)(VF x) {
     VF t = x * (REAL)1.44269504088896340736 + (REAL)MAGIC, whole = t - (REAL)MAGIC;
     VF r = x - whole * (REAL)LN2_HIGH;
     r = r - whole * (REAL)LN2_LOW;
@@ -96,8 +94,17 @@ static inline VF S(exponential)(VF x) {
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
 #endif
-    return S(keep)(alive, (VF)((VI)p + ((VI)t << FRACTION)));
+    return (VF)((VI)p + ((VI)t << FRACTION));
 }
+
+/* e^x; 0 below EXP_LOW, e^EXP_HIGH above EXP_HIGH. */
+static inline VF S(exponential)(VF x) {
+    VI alive = x > S(splat)(EXP_LOW);
+    return S(keep)(alive, S(power)(S(most)(S(least)(x, S(splat)(EXP_HIGH)), S(splat)(EXP_LOW))));
+}
+
+/* e^x for x <= 0 as a term of a sum in which nobody notices e^EXP_LOW: that is what smaller ones become. */
+static inline VF S(term)(VF x) { return S(power)(S(most)(x, S(splat)(EXP_LOW))); }
 
 /* log x for normal x > 0, as e log 2 + 2 artanh((f - 1) / (f + 1)) with f in [sqrt(1/2), sqrt(2)). */
 static inline VF S(logarithm)(VF x) {
@@ -169,10 +176,10 @@ static void S(iterate)(const VF *s, VF *restrict y, int64_t n, VF log_k, const d
             VF a = r.none, b = {0};
             int64_t j = 0;
             for (; j + 2 <= n; j += 2) {
-                a += S(exponential)((S(least)(s[j], m) - c) * inverse);
-                b += S(exponential)((S(least)(s[j + 1], m) - c) * inverse);
+                a += S(term)((S(least)(s[j], m) - c) * inverse);
+                b += S(term)((S(least)(s[j + 1], m) - c) * inverse);
             }
-            if (j < n) a += S(exponential)((S(least)(s[j], m) - c) * inverse);
+            if (j < n) a += S(term)((S(least)(s[j], m) - c) * inverse);
             m = c + (REAL)eps[t] * (S(logarithm)(a + b) - log_k);
         }
         m_out[t] = m;
