@@ -118,7 +118,9 @@ def refuse(who: str, reason: str, remedy: str, **given: Any) -> None:
 
 def peek(t: Tensor) -> Tensor | None:
     """The tensor's values where Python may look at them, without gradient or tangent; None where they are mapped or traced."""
-    if torch.compiler.is_compiling():
+    # Inside make_fx, FakeTensorMode and functionalisation even a plain tensor stands for others.
+    modes = torch._C._TorchDispatchModeKey
+    if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(m) for m in (modes.PROXY, modes.FAKE, modes.FUNCTIONAL)):
         return None
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(t):
