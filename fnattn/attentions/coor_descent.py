@@ -178,7 +178,7 @@ def _with_nulls(params: Params, k: Tensor, v: Tensor, visible: Tensor | None) ->
         return k, v, visible
     null_k, null_v = params.null_kv.to(k.dtype).unsqueeze(1).expand(2, k.shape[0], *params.null_kv.shape[1:])
     if visible is not None:
-        visible = torch.cat((torch.ones_like(visible[:, :1]).expand(-1, nulls), visible), 1)
+        visible = torch.cat((visible.new_ones(visible.shape[0], nulls), visible), 1)
     return torch.cat((null_k, k), 2), torch.cat((null_v, v), 2), visible
 
 
