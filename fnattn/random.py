@@ -1,4 +1,4 @@
-"""Random numbers as pure functions of a key: the same key, the same numbers, on every device and under every transform.
+"""Random numbers as pure functions of a key: the same key, the same bits, on every device and under every transform.
 
     word(key, i) = threefry2x32(key, (i >> 32, i mod 2^32))        20 rounds, integer arithmetic only
 
@@ -7,7 +7,8 @@ and a key is used for one draw only. An ensemble draws under vmap over a [member
 
 The bits are those of `jax.random` in its partitionable form (the default since jax 0.5): equal for `key`, `split`,
 `fold_in`, `bits` and `randint`, and for `uniform` in float32 and float64; `normal` differs in the last places, because
-torch's erfinv is the more accurate one. As in jax, fold_in(key, i) is split(key, n)[i], so do not use both on one key.
+torch's erfinv is the more accurate one (which itself may differ in the last place between devices and compilers). As in
+jax, fold_in(key, i) is split(key, n)[i], so do not use both on one key.
 
 On the CPU a C kernel makes the words (10 million uniforms in about 0.03 s); elsewhere, and without a compiler, plain
 torch makes the same ones. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".

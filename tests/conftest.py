@@ -12,10 +12,12 @@ import pytest
 # The compile cache on disk knows a custom operator by its name alone: a test must never be served yesterday's gradient.
 # Set before torch is imported; worker processes inherit it.
 if "FNATTN_TEST_COMPILE_CACHE" not in os.environ:
-    folder = tempfile.mkdtemp(prefix="fnattn-tests-")
-    os.environ["FNATTN_TEST_COMPILE_CACHE"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    cache, owner = tempfile.mkdtemp(prefix="fnattn-tests-"), os.getpid()
+    os.environ["FNATTN_TEST_COMPILE_CACHE"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    # A forked child that ends must not take the folder with it.
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(cache, ignore_errors=True))
 
+import hypothesis
 import torch
 
 import fnattn
@@ -23,6 +25,10 @@ import fnattn.random
 
 # Two threads on a busy machine make small operators ten times slower, and results must not depend on their number.
 torch.set_num_threads(1)
+
+# The same examples in every run, however slow the machine; nothing is left in the checkout.
+hypothesis.settings.register_profile("fnattn", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("fnattn")
 
 # dtype -> (rtol, atol) for comparing two correct ways to compute the same thing. One table, which nothing loosens:
 # a test that needs more states the measured error and its cause.
