@@ -26,6 +26,8 @@
 typedef int32_t vi32 __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
 typedef int64_t vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
 
+enum { FORWARD = 8, BACKWARD = 15, TANGENT = 20 }; /* how many parts of a workspace a pass uses */
+
 #define REAL float
 #define S(x) PASTE(fnattn_, x, _, f32)
 #define VF vf32
@@ -55,22 +57,23 @@ typedef struct {
     REAL *kk, *qq, *v1, *g1;    /* rows of one chunk: keys and queries doubled, values, gradients */
     REAL *qT, *kT, *v1T, *g1T;  /* lanes */
     REAL *s, *ds, *phi, *acc, *dx;
+    REAL *dkk, *dqq, *dv1, *dqT, *dS; /* tangents */
     void *memory;
 } S(work);
 
 /* Whole cache lines, with room for a vector or two behind the end. */
 static size_t S(bytes)(int64_t size) { return ((size_t)size * sizeof(REAL) + 2 * VECTOR_BYTES + 63) / 64 * 64; }
 
-static int S(work_new)(S(work) *w, int64_t d, int64_t e, int backward) {
+static int S(work_new)(S(work) *w, int64_t d, int64_t e, int count) {
     w->d = d, w->e1 = e + 1, w->ldv = (e + LANES) / LANES * LANES;
     int64_t F = 1 + d + d * (d + 1) / 2, c = CHUNK;
     w->stride = (F + LANES - 1) / LANES * LANES + LANES;
     int64_t block = max64(BLOCK_FEATURES, d) + 2 * d + 1 + LANES;
     REAL **parts[] = {&w->S, &w->kk, &w->qq, &w->v1, &w->qT, &w->s, &w->phi, &w->acc, &w->R, &w->g1, &w->kT, &w->v1T, &w->g1T,
-                      &w->ds, &w->dx};
+                      &w->ds, &w->dx, &w->dkk, &w->dqq, &w->dv1, &w->dqT, &w->dS};
     int64_t sizes[] = {w->e1 * w->stride, 2 * d * c, 2 * d * c, w->ldv * c, d * c, c * c, block * c, w->e1 * c,
-                       w->e1 * w->stride, w->ldv * c, d * c, w->e1 * c, w->e1 * c, c * c, d * c};
-    int count = backward ? 15 : 8;
+                       w->e1 * w->stride, w->ldv * c, d * c, w->e1 * c, w->e1 * c, c * c, d * c,
+                       2 * d * c, 2 * d * c, w->ldv * c, d * c, w->e1 * w->stride};
     size_t total = 0;
     for (int i = 0; i < count; i++) total += S(bytes)(sizes[i]);
     if (!(w->memory = scratch(total))) return 1;
@@ -98,7 +101,7 @@ static void S(attend)(S(work) *w, int64_t n, int64_t keys, int causal, int past)
     int64_t L = S(lanes)(n);
     memset(w->acc, 0, (size_t)(w->e1 * CHUNK) * sizeof(REAL));
     S(transpose)(w->qq, 2 * w->d, w->qT, CHUNK, CHUNK, w->d);
-    if (past) S(read_state)(w->acc, w->qT, w->S, w->stride, w->d, w->e1, L, w->phi);
+    if (past) S(read_state)(w->acc, w->qT, NULL, w->S, w->stride, w->d, w->e1, L, w->phi);
     if (!causal) return;
     S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * w->d, 1, keys, w->d, L, 1);
     S(polynomial)(w->s, keys, L, 1);
@@ -130,7 +133,7 @@ static void S(group_forward)(S(work) *w, const REAL *q, const REAL *k, const REA
             S(attend)(w, size, size, 1, j || sums0);
             S(write_out)(w, out + (r * n + j) * e, den + r * n + j, size, eps);
         }
-        S(add_state)(w->S, w->stride, w->kk, w->v1, w->ldv, size, d, w->e1, w->phi);
+        S(add_state)(w->S, w->stride, w->kk, NULL, w->v1, w->ldv, size, d, w->e1, w->phi);
     }
     for (int64_t r = 0; r < queries && !causal; r++)
         for (int64_t i = 0; i < n; i += CHUNK) {
@@ -152,7 +155,7 @@ int S(try_taylor_forward)(const REAL *q, const REAL *k, const REAL *v, const REA
         S(work) w;
         int steps = causal && n > 0 && n <= STEPS;
         REAL *space = steps ? scratch((size_t)S(step_space)(queries, d, (e + LANES) / LANES * LANES) * sizeof(REAL)) : NULL;
-        int bad = steps ? !space : S(work_new)(&w, d, e, 0);
+        int bad = steps ? !space : S(work_new)(&w, d, e, FORWARD);
         if (bad) {
 #pragma omp atomic write
             failed = 1;
@@ -173,4 +176,5 @@ int S(try_taylor_forward)(const REAL *q, const REAL *k, const REAL *v, const REA
 }
 
 #include "taylor_backward.h"
+#include "taylor_tangent.h"
 #endif

@@ -119,14 +119,14 @@ static void S(group_backward)(S(work) *w, const S(backward) *a) {
             S(load_queries)(w, a, r, j, size, CHUNK);
             S(query_gradient)(w, a->dq + (r * n + j) * d, size, size, j || a->sums0, a->scale);
         }
-        if (!a->causal || j + CHUNK < m) S(add_state)(w->S, w->stride, w->kk, w->v1, w->ldv, size, d, w->e1, w->phi);
+        if (!a->causal || j + CHUNK < m) S(add_state)(w->S, w->stride, w->kk, NULL, w->v1, w->ldv, size, d, w->e1, w->phi);
     }
     for (int64_t r = 0; r < a->queries && !a->causal; r++)
         for (int64_t i = 0; i < n; i += CHUNK) {
             int64_t size = min64(CHUNK, n - i);
             S(load_queries)(w, a, r, i, size, CHUNK);
             S(query_gradient)(w, a->dq + (r * n + i) * d, size, 0, 1, a->scale);
-            S(add_state)(w->R, w->stride, w->qq, w->g1, w->ldv, size, d, w->e1, w->phi);
+            S(add_state)(w->R, w->stride, w->qq, NULL, w->g1, w->ldv, size, d, w->e1, w->phi);
         }
     for (int64_t j = (m - 1) / CHUNK * CHUNK; j >= 0 && m; j -= CHUNK) {
         int64_t size = min64(CHUNK, m - j), L = S(lanes)(size);
@@ -137,13 +137,13 @@ static void S(group_backward)(S(work) *w, const S(backward) *a) {
         memset(w->dx, 0, (size_t)(d * CHUNK) * sizeof(REAL));
         memset(w->acc, 0, (size_t)(w->e1 * CHUNK) * sizeof(REAL));
         if (future) {
-            S(read_state)(w->acc, w->kT, w->R, w->stride, d, w->e1, L, w->phi);
+            S(read_state)(w->acc, w->kT, NULL, w->R, w->stride, d, w->e1, L, w->phi);
             S(read_state_back)(w->dx, w->kT, w->v1T, w->R, w->stride, d, w->e1, L, w->phi);
         }
         for (int64_t r = 0; r < a->queries && a->causal; r++) {
             S(load_queries)(w, a, r, j, size, -CHUNK);
             S(key_gradient_inside)(w, size);
-            if (j || a->dsums0) S(add_state)(w->R, w->stride, w->qq, w->g1, w->ldv, size, d, w->e1, w->phi);
+            if (j || a->dsums0) S(add_state)(w->R, w->stride, w->qq, NULL, w->g1, w->ldv, size, d, w->e1, w->phi);
         }
         S(write_key_gradient)(w, a->v + j * e, a->keep ? a->keep + j : NULL, a->dk + j * d, a->dv + j * e,
                               a->dkeep ? a->dkeep + j : NULL, size, e);
@@ -160,7 +160,7 @@ int S(try_taylor_backward)(const REAL *q, const REAL *k, const REAL *v, const RE
 #pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
     {
         S(work) w;
-        int bad = S(work_new)(&w, d, e, 1);
+        int bad = S(work_new)(&w, d, e, BACKWARD);
         if (bad) {
 #pragma omp atomic write
             failed = 1;

@@ -128,24 +128,36 @@ static void S(load_values)(REAL *v1, int64_t ldv, const REAL *v, int64_t n, int6
 
 static inline int64_t S(rotation_size)(int64_t r, int64_t d) { return 2 * r == d ? d / 2 : d; }
 
-/* Quadratic features of rotations r0 .. r1-1 in lanes: phi[f][CHUNK] from xT [d][CHUNK]. */
-static void S(features_lanes)(REAL *phi, const REAL *xT, int64_t d, int64_t r0, int64_t r1, int64_t L) {
+/* Quadratic features of rotations r0 .. r1-1 in lanes: phi[f][CHUNK] from xT [d][CHUNK]; with dxT their change when x moves
+ * along dx. */
+static void S(features_lanes)(REAL *phi, const REAL *xT, const REAL *dxT, int64_t d, int64_t r0, int64_t r1, int64_t L) {
     for (int64_t r = r0; r < r1; r++)
         for (int64_t i = 0; i < S(rotation_size)(r, d); i++, phi += CHUNK) {
-            const REAL *x = xT + i * CHUNK, *y = xT + (i + r < d ? i + r : i + r - d) * CHUNK;
-            for (int64_t l = 0; l < L; l += LANES) *(VF *)(phi + l) = *(const VF *)(x + l) * *(const VF *)(y + l);
+            int64_t x = i * CHUNK, y = (i + r < d ? i + r : i + r - d) * CHUNK;
+            if (dxT)
+                for (int64_t l = 0; l < L; l += LANES)
+                    *(VF *)(phi + l) = *(const VF *)(dxT + x + l) * *(const VF *)(xT + y + l) +
+                                       *(const VF *)(xT + x + l) * *(const VF *)(dxT + y + l);
+            else
+                for (int64_t l = 0; l < L; l += LANES)
+                    *(VF *)(phi + l) = *(const VF *)(xT + x + l) * *(const VF *)(xT + y + l);
         }
 }
 
 /* The same in rows, phi[t][ld] from doubled rows xx, weighted (1/2 on squares); with the linear features and the constant
  * behind them if `last`. The row's end up to ld is zero. Writes behind the last row as load_rows does. */
-static void S(features_rows)(REAL *phi, int64_t ld, const REAL *xx, int64_t n, int64_t d, int64_t r0, int64_t r1, int last) {
+static void S(features_rows)(REAL *phi, int64_t ld, const REAL *xx, const REAL *dxx, int64_t n, int64_t d, int64_t r0, int64_t r1,
+                             int last) {
     for (int64_t t = 0; t < n; t++, phi += ld) {
-        const REAL *x = xx + t * 2 * d;
+        const REAL *x = xx + t * 2 * d, *dx = dxx ? dxx + t * 2 * d : NULL;
         REAL *out = phi;
         for (int64_t r = r0; r < r1; r++, out += d) {
             const REAL *y = x + r;
-            for (int64_t i = 0; i < d; i += LANES) *(VF *)(out + i) = *(const VF *)(x + i) * *(const VF *)(y + i);
+            if (dx)
+                for (int64_t i = 0; i < d; i += LANES)
+                    *(VF *)(out + i) = *(const VF *)(dx + i) * *(const VF *)(y + i) + *(const VF *)(x + i) * *(const VF *)(dx + r + i);
+            else
+                for (int64_t i = 0; i < d; i += LANES) *(VF *)(out + i) = *(const VF *)(x + i) * *(const VF *)(y + i);
         }
         if (!r0)
             for (int64_t i = 0; i < d; i++) phi[i] *= (REAL)0.5;
@@ -154,8 +166,8 @@ static void S(features_rows)(REAL *phi, int64_t ld, const REAL *xx, int64_t n, i
             continue;
         }
         out -= d - S(rotation_size)(r1 - 1, d);
-        for (int64_t i = 0; i < d; i += LANES) *(VF *)(out + i) = *(const VF *)(x + i);
-        *(VF *)(out + d) = (VF){1};
+        for (int64_t i = 0; i < d; i += LANES) *(VF *)(out + i) = *(const VF *)((dx ? dx : x) + i);
+        *(VF *)(out + d) = (VF){dx ? 0 : 1};
     }
 }
 
@@ -211,27 +223,29 @@ static void S(from_state)(REAL *to, const REAL *state, int64_t stride, int64_t d
 /* How the rotations are cut into blocks whose features fit in the first-level cache. */
 static inline int64_t S(block_rotations)(int64_t d) { return max64(1, BLOCK_FEATURES / d); }
 
-/* out[c][lane] += sum_f phi_f(x) state[c][f]: what the positions in the lanes read from a state. */
-static void S(read_state)(REAL *out, const REAL *xT, const REAL *state, int64_t stride, int64_t d, int64_t e1, int64_t L, REAL *phi) {
+/* out[c][lane] += sum_f phi_f(x) state[c][f]: what the positions in the lanes read from a state; with dxT the change of that
+ * when x moves along dx. */
+static void S(read_state)(REAL *out, const REAL *xT, const REAL *dxT, const REAL *state, int64_t stride, int64_t d, int64_t e1,
+                          int64_t L, REAL *phi) {
     int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
-    for (int64_t c = 0; c < e1; c++)
+    for (int64_t c = 0; c < e1 && !dxT; c++)
         for (int64_t l = 0; l < L; l += LANES) *(VF *)(out + c * CHUNK + l) += state[c * stride + quadratic + d];
-    S(mac)(out, CHUNK, xT, CHUNK, state + quadratic, stride, 1, e1, d, L, 0);
+    S(mac)(out, CHUNK, dxT ? dxT : xT, CHUNK, state + quadratic, stride, 1, e1, d, L, 0);
     for (int64_t r = 0; r < total; r += step) {
         int64_t r1 = min64(total, r + step), size = min64(r1 * d, quadratic) - r * d;
-        S(features_lanes)(phi, xT, d, r, r1, L);
+        S(features_lanes)(phi, xT, dxT, d, r, r1, L);
         S(mac)(out, CHUNK, phi, CHUNK, state + r * d, stride, 1, e1, size, L, 0);
     }
 }
 
-/* state[c][f] += sum_t weighted phi_f(x_t) values[t][c]: n positions enter a state. */
-static void S(add_state)(REAL *state, int64_t stride, const REAL *xx, const REAL *values, int64_t ldv, int64_t n, int64_t d,
-                         int64_t e1, REAL *phi) {
+/* state[c][f] += sum_t weighted phi_f(x_t) values[t][c]: n positions enter a state; with dxx the change of their features. */
+static void S(add_state)(REAL *state, int64_t stride, const REAL *xx, const REAL *dxx, const REAL *values, int64_t ldv, int64_t n,
+                         int64_t d, int64_t e1, REAL *phi) {
     int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
     for (int64_t r = 0; r < total; r += step) {
         int64_t r1 = min64(total, r + step), last = r1 == total, size = (last ? quadratic + d + 1 : r1 * d) - r * d;
         int64_t ld = (size + LANES - 1) / LANES * LANES;
-        S(features_rows)(phi, ld, xx, n, d, r, r1, (int)last);
+        S(features_rows)(phi, ld, xx, dxx, n, d, r, r1, (int)last);
         S(mac)(state + r * d, stride, phi, ld, values, 1, ldv, e1, n, ld, 0);
     }
 }

@@ -1,6 +1,6 @@
-"""C kernels of Taylor linear attention, forward and backward; see csrc/taylor.c and csrc/taylor_backward.h.
+"""C kernels of Taylor linear attention: forward, backward, tangent; see csrc/taylor.c and the headers it includes.
 
-Arguments of both: q [b, h, n, d], k [b, g, m, d], v [b, g, m, e], keep [b, m] in the same dtype or None, sums
+Arguments of all: q [b, h, n, d], k [b, g, m, d], v [b, g, m, e], keep [b, m] in the same dtype or None, sums
 [b, g, F, e+1] or None; hard: keep is 0 or 1 and keys with 0 may hold anything, NaN included.
 """
 
@@ -57,6 +57,18 @@ def _backward(q, k, v, keep, sums, out, den, grad, grad_sums, hard: bool, causal
             q.new_empty(b, 0, 0, 0) if dsums is None else dsums)
 
 
+def _tangent(q, k, v, keep, sums, out, den, tq, tk, tv, tkeep, tsums, hard: bool, causal: bool, scale: float, eps: float):
+    inputs = _plain(q, k, v, keep, sums, out, den, tq, tk, tv, tkeep, tsums)
+    outs = [torch.empty(s, dtype=q.dtype) for s in _forward_shapes(q, k, v)]
+    if q.shape[0] and k.shape[1]:
+        _run("tangent", [*inputs, *outs], hard, causal, scale, eps)
+    return tuple(outs)
+
+
+def _tangent_fake(q, k, v, keep, sums, out, den, tq, tk, tv, tkeep, tsums, hard, causal, scale, eps):
+    return tuple(q.new_empty(s) for s in _forward_shapes(q, k, v))
+
+
 def _forward_fake(q, k, v, keep, sums, hard, causal, scale, eps):
     return tuple(q.new_empty(s) for s in _forward_shapes(q, k, v))
 
@@ -80,3 +92,8 @@ backward = Operator(
     "taylor_backward_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, Tensor out, Tensor den, "
     f"Tensor grad, Tensor? grad_sums, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake, cpu=_backward)
+# tangents of forward's three results when q, k, v, keep and sums move along tq, tk, tv, tkeep, tsums (None: do not move)
+tangent = Operator(
+    "taylor_tangent_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, Tensor out, Tensor den, "
+    f"Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tkeep, Tensor? tsums, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    fake=_tangent_fake, cpu=_tangent)

@@ -327,3 +327,24 @@ def test_a_named_kernel_refuses_what_it_cannot_serve():
     with pytest.raises(KernelUnavailable, match="needs CPU"):
         taylor(q, q, q, impl="native")
     assert taylor(q, q, q)[0].shape == (1, 1, 3, 2)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("kind", [None, "mask", "weights"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_tangent_of_each_argument_alone_is_right(impl, kind, causal):
+    b, h, g, n, d, e = 1, 4, 2, 71, 17, 5
+    keep, past = weights_of(kind, b, n), earlier(b, g, d, e)
+    args = [*inputs(b, h, g, n, d, e), past] + ([keep] if kind == "weights" else [])
+    fixed = keep if kind == "mask" else None
+
+    def call(fn, **options):
+        return lambda q, k, v, s, c=fixed: fn(q, k, v, keep=c, sums=s, causal=causal, **options)
+
+    for moved in range(len(args)):
+        def along(fn, at=moved):
+            part = lambda x: fn(*args[:at], x, *args[at + 1:])  # noqa: E731
+            return torch.func.jvp(part, (args[at],), (args[at].cos(),))[1]
+
+        for a, x in zip(along(call(taylor, impl=impl)), along(call(dense))):
+            assert_close(a, x)

@@ -17,7 +17,7 @@ from fnattn_kernels.native import taylor as native
 from torch import Tensor
 
 from .._door import Kernel, check_heads, choose, compute_dtype, native_reason, no_autocast
-from .reference import CHUNK, EPS, gradients, reference
+from .reference import CHUNK, EPS, gradients, reference, tangents
 
 # b batch, h query heads, g key heads, r = h / g, n queries, m keys, d width of q and k, e width of v,
 # F = 1 + d + d (d + 1) / 2 features
@@ -111,10 +111,21 @@ def _vjp(needs, args, outs, cotangents):
     return (*(g if need else None for g, need in zip(grads, needs)), *(None for _ in options))
 
 
-native.forward.derive(vjp=_vjp, jvp=lambda args, outs, tangents: reference_jvp(reference, args, tangents))
-# The reference of the backward operator computes out and den from q, k, v again: what forward saved is a function of
-# them, and derivatives must not be lost there.
-native.backward.derive(vjp=lambda needs, args, outs, cotangents: reference_vjp(gradients, needs, args, cotangents),
-                       jvp=lambda args, outs, tangents: reference_jvp(gradients, args, tangents), save_outputs=False)
+def _jvp(args, outs, moves):
+    tensors, options = args[:5], args[5:]
+    return native.tangent(*tensors, outs[0], outs[1], *moves[:5], *options)
+
+
+def _from_reference(fn) -> dict:
+    """Both rules of an operator whose plain-torch form is fn."""
+    return dict(vjp=lambda needs, args, outs, cotangents: reference_vjp(fn, needs, args, cotangents),
+                jvp=lambda args, outs, moves: reference_jvp(fn, args, moves), save_outputs=False)
+
+
+native.forward.derive(vjp=_vjp, jvp=_jvp)
+# The references of the operators that are given out and den compute them from q, k, v again: what forward saved is a
+# function of those, and derivatives must not be lost there.
+native.backward.derive(**_from_reference(gradients))
+native.tangent.derive(**_from_reference(tangents))
 
 KERNELS = (Kernel("native", native.forward, lambda q, k, v: native_reason("taylor", q, k, v)),)

@@ -81,6 +81,54 @@ def gradients(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, sums: Tensor
     return dq, dk, dv, d_keep, q.new_empty(b, 0, 0, 0) if sums is None else d_sums
 
 
+def tangents(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, sums: Tensor | None, out: Tensor, den: Tensor,
+             tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, tkeep: Tensor | None, tsums: Tensor | None,
+             hard: bool = False, causal: bool = True, scale: float = 1.0, eps: float = EPS,
+             chunk: int = CHUNK) -> tuple[Tensor, Tensor, Tensor]:
+    """Change of (out, den, sums) when q, k, v, keep and sums move along tq, tk, tv, tkeep, tsums (None: do not move).
+
+    With a dot for a change: p. = (1 + s) s. and s. = q..k + q.k. inside a chunk, phi. S + phi S. between chunks. out and
+    den are not read but computed again, as in `gradients`.
+    """
+    (_, h, n, _), (_, g, _, e) = q.shape, v.shape
+    chunk = _chunk_for(n, chunk) if causal else chunk
+    repeat = h // g if g else 1
+    tq, tk, tv = (torch.zeros_like(x) if t is None else t for x, t in ((q, tq), (k, tk), (v, tv)))
+    queries, keys, values = _operands(scale * q, k, v, keep, hard, causal, chunk)
+    acc, states, _ = _accumulate(queries, keys, values, sums, repeat, causal, chunk)
+    one, _ = torch.ones_like(k).split([1, k.shape[3] - 1], -1)
+    moved = torch.cat((tv, torch.zeros_like(one)), -1)
+    if keep is not None:
+        weight = keep[:, None, :, None]
+        if hard:
+            tk, moved = torch.where(weight != 0, tk, 0.0), torch.where(weight != 0, moved, 0.0)
+        else:
+            moved = weight * moved
+            if tkeep is not None:
+                moved = moved + tkeep[:, None, :, None] * torch.cat((v, one), -1)
+    t_queries = _query_chunks(scale * tq, g, causal, chunk)
+    t_keys, t_values = _key_chunks(tk, causal, chunk), _key_chunks(moved, causal, chunk)
+
+    added = features_along(keys, t_keys, True).mT @ values + features(keys, True).mT @ t_values
+    start = torch.zeros_like(added.sum(2)) if tsums is None else tsums
+    t_states = torch.cat((start.unsqueeze(2), added), 2).cumsum(2)
+    if causal:
+        t_states, t_total = t_states.split([added.shape[2], 1], 2)
+    else:
+        _, t_states = t_states.split([1, 1], 2)
+        t_total = t_states
+    t_acc = features(queries, False) @ t_states + features_along(queries, t_queries, False) @ states
+    if causal:
+        scores = queries @ keys.mT
+        t_scores = t_queries @ keys.mT + queries @ t_keys.mT
+        t_acc = t_acc + _past((1 + scores) * t_scores, repeat) @ values + _past(polynomial(scores), repeat) @ t_values
+    num, den = _join(acc, h, n).split([e, 1], -1)
+    t_num, t_den = _join(t_acc, h, n).split([e, 1], -1)
+    safe = den.clamp_min(eps)
+    t_out = (t_num - torch.where(den >= eps, t_den, 0.0) * (num / safe)) / safe
+    return t_out, t_den.squeeze(-1), t_total.squeeze(2)
+
+
 # ----------------------------------------------------------------------------------------------------------- features
 
 
@@ -98,6 +146,16 @@ def features(x: Tensor, weighted: bool) -> Tensor:
         second = torch.where(i == j, 0.5 * second, second)
     one, _ = torch.ones_like(x).split([1, x.shape[-1] - 1], -1)
     return torch.cat((one, x, second), -1)
+
+
+def features_along(x: Tensor, t: Tensor, weighted: bool) -> Tensor:
+    """Change of the features when x moves along t: [..., d] -> [..., F]."""
+    i, j = pairs(x.shape[-1], x)
+    second = t.index_select(-1, i) * x.index_select(-1, j) + x.index_select(-1, i) * t.index_select(-1, j)
+    if weighted:
+        second = torch.where(i == j, 0.5 * second, second)
+    none, _ = torch.zeros_like(x).split([1, x.shape[-1] - 1], -1)
+    return torch.cat((none, t, second), -1)
 
 
 def features_back(x: Tensor, grad: Tensor, weighted: bool) -> Tensor:
