@@ -1,7 +1,8 @@
 """Weights from and to the upstream packages: `load(cfg, state_dict) -> params`, `dump(params) -> state_dict`.
 
-Which upstream key is which of our leaves stands in one table, `fnattn.convert.keys`. Shapes are the same on both sides, so
-a conversion only renames; it never guesses: unknown, missing and misshapen keys are errors that name them.
+Which upstream key is which of our leaves stands in one table, `fnattn.convert.keys` (attentions) and `model_keys`
+(models). Tensors have the same number of entries on both sides, so a conversion only renames, and drops or adds axes of
+length one; it never guesses: unknown, missing and misshapen keys are errors that name them.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from torch import Tensor
 
 from .. import random, tree
 from ..core import check
-from .keys import KeyMap, key_map
+from .keys import KeyMap
+from .model_keys import key_map
 
 __all__ = ["KeyMap", "dump", "key_map", "load"]
 
 
-def load(cfg: Any, state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, device: object = None) -> Any:
+def load(cfg: Any, state_dict: Mapping[str, Tensor], *, params_key: Tensor | None = None, dtype: torch.dtype | None = None,
+         device: object = None) -> Any:
     """Params of cfg with the weights of an upstream state_dict.
 
     Args:
         cfg: the Config of a family or model; its fields are those of the upstream constructor.
         state_dict: exactly the keys that upstream has for these options. Tensors are copied, never aliased.
+        params_key: where leaves come from that upstream does not save, such as the random layout of block_sparse.
         dtype, device: of the result; default those of the given tensors.
     Raises:
         ValueError: keys are missing or unknown, or a shape differs; all of them are named.
@@ -39,13 +43,24 @@ def load(cfg: Any, state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | Non
     flat: dict[str, Tensor] = {}
     for theirs, ours in entry.leaves.items():
         given, want = state_dict[theirs], template[ours]
-        check(tuple(given.shape) == tuple(want.shape), "convert.load: {} must be {}; got {}.", theirs, list(want.shape),
-              list(given.shape), remedy="Give cfg the widths that the upstream module was built with.")
-        check(ours not in flat or torch.equal(flat[ours], given.detach().to(flat[ours])),
+        check(_bare(given) == _bare(want), "convert.load: {} must be {}; got {}.", theirs, list(want.shape), list(given.shape),
+              remedy="Give cfg the widths that the upstream module was built with.")
+        check(ours not in flat or torch.equal(flat[ours], given.detach().reshape(want.shape).to(flat[ours])),
               "convert.load: {} must equal the other keys of the tensor it is shared with; got different values.", theirs,
               remedy="Take the state_dict from one module.")
-        flat[ours] = given.detach().clone().to(dtype=dtype or given.dtype, device=device or given.device)
+        flat[ours] = given.detach().reshape(want.shape).clone().to(dtype=dtype or given.dtype, device=device or given.device)
+    own = [name for name in template if name not in flat]
+    check(not own or params_key is not None, "convert.load: params_key must be given, because upstream does not save {}; got None.", own,
+          remedy="Pass params_key=fnattn.random.key(0).")
+    if own:
+        drawn = tree.to_flat(entry.init(params_key, cfg))
+        flat |= {name: drawn[name].to(device=device) for name in own}
     return tree.from_flat(flat, entry.init(random.key(0), cfg, device="meta"))
+
+
+def _bare(t: Tensor) -> list[int]:
+    """The shape without axes of length one, which upstream keeps for broadcasting."""
+    return [size for size in t.shape if size != 1]
 
 
 def dump(params: Any) -> dict[str, Tensor]:
@@ -57,4 +72,5 @@ def dump(params: Any) -> dict[str, Tensor]:
     flat = tree.to_flat(params)
     like = next(iter(flat.values()))
     constants = {key: value.to(like.device) for key, value in entry.constants.items()}
-    return {**{theirs: flat[ours] for theirs, ours in entry.leaves.items()}, **constants}
+    return {**{theirs: flat[ours].reshape(entry.shapes.get(theirs, flat[ours].shape)) for theirs, ours in entry.leaves.items()},
+            **constants}
