@@ -48,4 +48,5 @@
 #include "gate_loop_tiles.h"
 #include "gate_loop_wide.h"
 #include "gate_loop_wide_backward.h"
+#include "gate_loop_tangent.h"
 #endif

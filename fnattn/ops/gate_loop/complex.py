@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import gate_loop as native
+from fnattn_kernels.native import gate_loop_tangent as native_tangent
 from torch import Tensor
 
 from .._door import Kernel, check_heads, choose, compute_dtype, native_reason, no_autocast
 from ..scan import complex_times
-from . import backward, reference
+from . import backward, reference, tangent
 
 # b batch, h heads, g key heads, n positions, d width of q and k, e width of v
 
@@ -126,9 +127,15 @@ def run_native(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) ->
     return _narrowly(native.narrow, q, k, v, a, h0) if _is_narrow(q, v) else native.wide(q, k, v, a, h0)
 
 
-def _narrow_reference(q, k, v, a, h0):
-    out, last, product = reference.narrow(q, k, v, a, h0)
-    return out, last, product, torch.zeros_like(native._narrow_fake(q, k, v, a, h0)[3])
+def _narrow_jvp(args, outs, tangents):
+    out, last, logs = native_tangent.narrow(*args, *tangents)
+    # The marks only ever reach the backward kernel, whose derivative does not read them.
+    return out, last, complex_times(outs[2], logs), torch.zeros_like(outs[3])
+
+
+def _wide_jvp(args, outs, tangents):
+    out, last, logs = native_tangent.wide(*args, *tangents)
+    return out, last, complex_times(outs[2], logs)
 
 
 def _narrow_vjp(needs, args, outs, cotangents):
@@ -159,16 +166,19 @@ def _zeros(t: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if t is None else t
 
 
-def _derive(operator, fn, heads_inside: int, vjp=None):
-    """`heads_inside`: how many of the first results lie in memory as [b, n, h, width]. A tangent must lie like its value:
-    torch copies one that does not, and a compiled program cannot."""
+def _derive_from(operator, fn, heads_inside: int) -> None:
+    """Derivatives of the second kind of operator: those of `fn`, the same in plain torch.
+
+    `heads_inside`: how many of the first results lie in memory as [b, n, h, width]. A tangent must lie like its value:
+    torch copies one that does not, and a compiled program cannot.
+    """
 
     def jvp(args, outs, tangents):
         results = reference_jvp(fn, args, tangents)
         return tuple(like_rows(t) if i < heads_inside else packed(t) for i, t in enumerate(results))
 
-    operator.derive(vjp=vjp or (lambda needs, args, outs, cotangents: reference_vjp(fn, needs, args, cotangents)),
-                    jvp=jvp, save_outputs=vjp is not None)
+    operator.derive(vjp=lambda needs, args, outs, cotangents: reference_vjp(fn, needs, args, cotangents), jvp=jvp,
+                    save_outputs=False)
 
 
 def packed(t: Tensor) -> Tensor:
@@ -181,9 +191,11 @@ def like_rows(t: Tensor) -> Tensor:
     return packed(t.transpose(1, 2)).transpose(1, 2)
 
 
-_derive(native.narrow, _narrow_reference, 0, _narrow_vjp)
-_derive(native.narrow_backward, _narrow_backward_reference, 0)
-_derive(native.wide, reference.wide, 1, _wide_vjp)
-_derive(native.wide_backward, _wide_backward_reference, 4)
+native.narrow.derive(vjp=_narrow_vjp, jvp=_narrow_jvp)
+native.wide.derive(vjp=_wide_vjp, jvp=_wide_jvp)
+_derive_from(native.narrow_backward, _narrow_backward_reference, 0)
+_derive_from(native.wide_backward, _wide_backward_reference, 4)
+_derive_from(native_tangent.narrow, tangent.narrow, 0)
+_derive_from(native_tangent.wide, tangent.wide, 1)
 
 KERNELS = (Kernel("native", run_native, lambda *args: native_reason("gate_loop", *args)),)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import gate_loop as native
+from fnattn_kernels.native import gate_loop_tangent as native_tangent
 from fnattn_kernels.native import scan as native_scan
 from torch import Tensor
 
@@ -92,8 +93,12 @@ def _states(gate, x, h0, reverse):
 
 
 def _jvp(args, outs, tangents):
-    q, kv, a, h0, reverse = args
-    tq, tkv, ta, th0, _ = tangents
+    out, last = native_tangent.simple(*args[:4], *tangents[:4], args[4])
+    # The marks only ever reach the backward kernel, whose derivative does not read them.
+    return out, last, torch.zeros_like(outs[2])
+
+
+def _tangent_reference(q, kv, a, h0, tq, tkv, ta, th0, reverse):
     gate = torch.sigmoid(a)
     h = _states(gate, kv, h0, reverse)
     push = torch.zeros_like(kv) if tkv is None else tkv
@@ -101,9 +106,7 @@ def _jvp(args, outs, tangents):
         push = push + ta * gate * (1 - gate) * before(h, 1, h0, reverse)
     th = _states(gate, push, th0, reverse)
     out = q * th if tq is None else q * th + tq * h
-    # The marks only ever reach the backward kernel, whose derivative does not read them.
-    # The last state is copied: a tangent must lie in memory like its value, or a compiled program fails.
-    return out, th[:, 0 if reverse else -1].clone(memory_format=torch.contiguous_format), torch.zeros_like(outs[2])
+    return out, th[:, 0 if reverse else -1].clone(memory_format=torch.contiguous_format)
 
 
 def _backward_reference(q, kv, a, h0, marks, g, g_last, reverse):
@@ -123,8 +126,8 @@ def _backward_reference(q, kv, a, h0, marks, g, g_last, reverse):
 
 
 native.simple.derive(vjp=_vjp, jvp=_jvp)
-native.simple_backward.derive(
-    vjp=lambda needs, args, outs, cotangents: reference_vjp(_backward_reference, needs, args, cotangents),
-    jvp=lambda args, outs, tangents: reference_jvp(_backward_reference, args, tangents), save_outputs=False)
+for operator, fn in ((native.simple_backward, _backward_reference), (native_tangent.simple, _tangent_reference)):
+    operator.derive(vjp=lambda needs, args, outs, cotangents, fn=fn: reference_vjp(fn, needs, args, cotangents),
+                    jvp=lambda args, outs, tangents, fn=fn: reference_jvp(fn, args, tangents), save_outputs=False)
 
 KERNELS = (Kernel("native", run_native, lambda *args: native_reason("gate_loop", *args)),)

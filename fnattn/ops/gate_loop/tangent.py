@@ -1,0 +1,66 @@
+"""Tangents of the complex gated loop, written out in plain torch: what the fused C kernel computes, made differentiable.
+
+With lambda_t the tangent of log alpha_t and l_t its sum from the chunk's start, the decay D_ts = p_t / p_s has the tangent
+D_ts (l_t - l_s); everything else is linear in each of q, k, v and the state.
+"""
+
+from __future__ import annotations
+
+import torch
+from fnattn_kernels.native import scan as native_scan
+from torch import Tensor
+
+from ..scan import before, complex_times
+from .reference import chunks, decays, gate, over_chunks, polar, split, states
+
+
+def log_gate(a: Tensor, ta: Tensor) -> Tensor:
+    """Tangent (of log |alpha|, of arg alpha) for pairs a [..., 2] with tangent ta."""
+    m, direction, inverse, zero = polar(a)
+    (x, y), (tx, ty) = direction.unbind(-1), ta.unbind(-1)
+    along = torch.where(zero, torch.zeros_like(m), torch.sigmoid(-m) * (x * tx + y * ty))
+    return torch.stack((along, inverse * (x * ty - y * tx)), -1)
+
+
+def narrow(q, k, v, a, h0, tq, tk, tv, ta, th0) -> tuple[Tensor, Tensor, Tensor]:
+    """Tangents of out, last state and log of the product, one channel per head. Shapes as in reference.narrow."""
+    tq, tk, tv, ta = (torch.zeros_like(x) if t is None else t for x, t in ((q, tq), (k, tk), (v, tv), (a, ta)))
+    alpha, change, kv = gate(a), log_gate(a, ta), k * v
+
+    def run(x: Tensor, start: Tensor | None) -> Tensor:
+        return native_scan.scan(alpha, x, start, False, True, False, False)
+
+    h = run(torch.stack((kv, torch.zeros_like(kv)), -1), h0)
+    push = torch.stack((tk * v + k * tv, torch.zeros_like(kv)), -1)
+    th = run(push + complex_times(complex_times(alpha, change), before(h, 1, h0)), th0)
+    return q * th[..., 0] + tq * h[..., 0], th[:, -1], change.sum(1)
+
+
+def wide(q, k, v, a, h0, tq, tk, tv, ta, th0) -> tuple[Tensor, Tensor, Tensor]:
+    """Tangents of out, last state and log of the product. Shapes as in reference.wide."""
+    n, state = q.shape[2], (*q.shape[:2], q.shape[3], v.shape[3], 2)
+    tq, tk, tv, ta = (torch.zeros_like(x) if t is None else t for x, t in ((q, tq), (k, tk), (v, tv), (a, ta)))
+    h0, th0 = (q.new_zeros(state) if t is None else t for t in (h0, th0))
+    change = log_gate(a, ta)
+    q, k, v, p = chunks(q, k, v, a)
+    m = q.shape[3]
+    tq, tk, tv, lams = (split(t, m, -n % m) for t in (tq, tk, tv, change))
+    logs = lams.cumsum(-2)
+    (re, im), z = decays(p)
+    apart = logs[..., :, None, :] - logs[..., None, :, :]
+    t_re = re * apart[..., 0] - im * apart[..., 1]
+    tp, tz = complex_times(p, logs), complex_times(z, logs[..., -1:, :] - logs)
+    after, entering = states(k, v, p, z, h0)
+
+    def part(t: Tensor, i: int) -> Tensor:
+        return t[..., i : i + 1]
+
+    own = torch.stack([(tk * part(z, i) + k * part(tz, i)).mT @ v + (k * part(z, i)).mT @ tv for i in (0, 1)], -1)
+    own = own + complex_times(tp[..., -1, None, None, :], entering)
+    t_after = over_chunks(p[:, :, :, -1], own, th0, reverse=False)
+    t_entering = before(t_after, 2, th0)
+    scores = q @ k.mT
+    out = ((tq @ k.mT + q @ tk.mT) * re + scores * t_re) @ v + (scores * re) @ tv
+    out = out + (tq * part(p, 0) + q * part(tp, 0)) @ entering[..., 0] - (tq * part(p, 1) + q * part(tp, 1)) @ entering[..., 1]
+    out = out + (q * part(p, 0)) @ t_entering[..., 0] - (q * part(p, 1)) @ t_entering[..., 1]
+    return out.flatten(2, 3)[:, :, :n], t_after[:, :, -1], change.sum(2)

@@ -1,0 +1,74 @@
+"""C kernels for forward mode through the gated loops; see csrc/gate_loop_tangent.h.
+
+Arguments are those of the loop, then one tangent each, None for zero. `logs` is the tangent of the logarithm of the
+product of all gates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..contracts import Operator
+from .call import address, function, threads
+from .gate_loop import GATE, _heads, _like_rows, _packed, _strides, _strides3
+from .scan import rows
+
+
+def _rows(t: Tensor | None, tail: int) -> Tensor | None:
+    return None if t is None else rows(t, tail)
+
+
+def _simple(q, x, a, h0, tq, tx, ta, th0, reverse: bool) -> tuple[Tensor, Tensor]:
+    q, x, a, tq, tx, ta = (_rows(t, 1) for t in (q, x, a, tq, tx, ta))
+    h0, th0 = _packed(h0), _packed(th0)
+    b, n, c = q.shape
+    out, last = (torch.empty(s, dtype=q.dtype) for s in ((b, n, c), (b, c)))
+    function("gate_loop", "simple_gate_loop_tangent", q.dtype, "p" * 10 + "i" * 17)(
+        *map(address, (q, x, a, h0, tq, tx, ta, th0, out, last)), b, n, c, *_strides(q, x, a, tq, tx, ta), int(reverse),
+        threads(GATE * out.numel()))
+    return out, last
+
+
+def _simple_fake(q, *rest) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2])
+
+
+def _narrow(q, k, v, a, h0, tq, tk, tv, ta, th0) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, tq, tk, tv = (_rows(t, 1) for t in (q, k, v, tq, tk, tv))
+    a, ta, h0, th0 = _rows(a, 2), _rows(ta, 2), _packed(h0), _packed(th0)
+    b, n, c = q.shape
+    out, last, logs = (torch.empty(s, dtype=q.dtype) for s in ((b, n, c), (b, c, 2), (b, c, 2)))
+    function("gate_loop", "gate_loop_narrow_tangent", q.dtype, "p" * 13 + "i" * 20)(
+        *map(address, (q, k, v, a, h0, tq, tk, tv, ta, th0, out, last, logs)), b, n, c,
+        *_strides(q, k, v, a, tq, tk, tv, ta), threads(2 * GATE * out.numel()))
+    return out, last, logs
+
+
+def _narrow_fake(q, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    b, n, c = q.shape
+    return q.new_empty(b, n, c), q.new_empty(b, c, 2), q.new_empty(b, c, 2)
+
+
+def _wide(q, k, v, a, h0, tq, tk, tv, ta, th0) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, a, tq, tk, tv, ta = (_heads(t) for t in (q, k, v, a, tq, tk, tv, ta))
+    h0, th0 = _packed(h0), _packed(th0)
+    (b, h, n, d), e = q.shape, v.shape[3]
+    out, last, logs = _wide_fake(q, k, v)
+    function("gate_loop", "gate_loop_wide_tangent", q.dtype, "p" * 13 + "i" * 33)(
+        *map(address, (q, k, v, a, h0, tq, tk, tv, ta, th0, out, last, logs)), b, h, n, d, e,
+        *_strides3(q, k, v, a, tq, tk, tv, ta, out), threads(8 * b * h * n * d * e))
+    return out, last, logs
+
+
+def _wide_fake(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    b, h, _, d = q.shape
+    return _like_rows(q, v.shape[3]), q.new_empty(b, h, d, v.shape[3], 2), q.new_empty(b, h, 2)
+
+
+_FIVE = "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? ta, Tensor? th0)"
+simple = Operator("simple_gate_loop_tangent_native", 1,
+                  "(Tensor q, Tensor x, Tensor a, Tensor? h0, Tensor? tq, Tensor? tx, Tensor? ta, Tensor? th0, bool reverse)"
+                  " -> (Tensor, Tensor)", fake=_simple_fake, cpu=_simple)
+narrow = Operator("gate_loop_narrow_tangent_native", 1, _FIVE + " -> (Tensor, Tensor, Tensor)", fake=_narrow_fake, cpu=_narrow)
+wide = Operator("gate_loop_wide_tangent_native", 1, _FIVE + " -> (Tensor, Tensor, Tensor)", fake=_wide_fake, cpu=_wide)
