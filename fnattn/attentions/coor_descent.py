@@ -69,8 +69,8 @@ class Config:
         check(self.coor_descent_eps_init is None or self.coor_descent_eps_init > 0,
               "coor_descent.Config: coor_descent_eps_init must be above 0; got {}.", self.coor_descent_eps_init,
               remedy="None starts at coor_descent_eps.")
-        check(self.solver in ("iterate", "exact"), "coor_descent.Config: solver must be 'iterate' or 'exact'; got {!r}.", self.solver,
-              remedy="'iterate' is upstream's.")
+        check(self.solver in ("iterate", "exact"), "coor_descent.Config: solver must be 'iterate' or 'exact'; got {!r}.",
+              self.solver, remedy="'iterate' is upstream's.")
 
 
 class Params(NamedTuple):

@@ -59,7 +59,7 @@ def coor_descent_attention(q: Tensor, k: Tensor, v: Tensor, sparsity_k: float | 
     check_heads(who, q, k, v)
     check_settings(who, eps, eps_init, eps_decay, n_iters, solver)
     _check_mask(keep, k)
-    (b, h, n, d), m = q.shape, k.shape[2]
+    (b, _, n, d), m = q.shape, k.shape[2]
     if not 0 <= nulls <= m:
         raise ValueError(f"{who}: nulls must lie in [0, {m}], the number of keys; got {nulls}.\n"
                          f"  Put the keys without a position first: torch.cat((null_k, k), 2).")
@@ -110,8 +110,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, log_or_k: Tensor, keep: Tensor | 
     if torch.compiler.is_compiling() or b * h * n * m <= TABLE:
         return _attend(q, k, v, log_or_k, keep, start, nulls, scale, exact, *schedule)
     rows = max(1, TABLE // (b * h * m))
-    return torch.cat([_attend(q[:, :, i:i + rows], k, v, log_or_k[:, :, i:i + rows], keep, start + i, nulls, scale, exact, *schedule)
-                      for i in range(0, n, rows)], 2)
+    return torch.cat([_attend(q[:, :, i:i + rows], k, v, log_or_k[:, :, i:i + rows], keep, start + i, nulls, scale, exact,
+                              *schedule) for i in range(0, n, rows)], 2)
 
 
 def _attend(q, k, v, log_or_k, keep, start, nulls, scale, exact, *schedule):

@@ -75,7 +75,8 @@ def settings(eps: float, eps_init: float | None, eps_decay: float, n_iters: int)
 def _prepare(s, k, mask, eps, eps_init, eps_decay, n_iters, solver) -> tuple[Tensor, Tensor]:
     """Checked: s with -infinity where masked, and log k (k for the exact solver) of s's leading shape, wide."""
     if not isinstance(s, Tensor) or not s.is_floating_point():
-        raise TypeError(f"coor_descent: s must be a floating point tensor; got {_kind(s)}.\n  Convert it: torch.as_tensor(s).float().")
+        raise TypeError(f"coor_descent: s must be a floating point tensor; got {_kind(s)}.\n"
+                        f"  Convert it: torch.as_tensor(s).float().")
     if s.ndim == 0:
         raise ValueError("coor_descent: s must be [..., n]; got [].\n  Give it an axis to choose along: s[None].")
     check_settings("coor_descent", eps, eps_init, eps_decay, n_iters, solver)
@@ -111,11 +112,12 @@ def check_settings(who: str, eps, eps_init, eps_decay, n_iters, solver) -> None:
     if solver not in SOLVERS:
         raise ValueError(f"{who}: solver must be one of {', '.join(map(repr, SOLVERS))}; got {solver!r}.\n"
                          f'  Use solver="iterate" for upstream\'s iterations, solver="exact" for their limit.')
-    for name, value, least in (("eps", eps, 0), ("eps_init", eps if eps_init is None else eps_init, 0), ("eps_decay", eps_decay, 0)):
+    for name, value in (("eps", eps), ("eps_init", eps if eps_init is None else eps_init), ("eps_decay", eps_decay)):
         if not isinstance(value, (int, float)):
             raise TypeError(f"{who}: {name} must be a Python number; got {_kind(value)}.\n  Pass a constant: float({name}).")
-        if not value > least:
-            raise ValueError(f"{who}: {name} must be above {least}; got {value}.\n  Upstream's values: eps=0.1, eps_init=4, eps_decay=0.7.")
+        if not value > 0:
+            raise ValueError(f"{who}: {name} must be above 0; got {value}.\n"
+                             f"  Upstream's values: eps=0.1, eps_init=4, eps_decay=0.7.")
     if not isinstance(n_iters, int) or n_iters < 1:
         raise ValueError(f"{who}: n_iters must be at least 1; got {n_iters!r}.\n  Use 20, or solver=\"exact\" for the limit.")
 

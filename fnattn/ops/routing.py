@@ -156,8 +156,8 @@ def route_back(src: Tensor, routed_tokens: Tensor, indices: Tensor) -> Tensor:
         indices: int64 [..., t], as `route` gave them.
     """
     if src.shape[:-2] != indices.shape[:-1] or routed_tokens.shape != (*indices.shape, src.shape[-1]):
-        raise ValueError(f"route_back: expected src [..., n, d], routed_tokens [..., t, d], indices [..., t]; got {list(src.shape)}, "
-                         f"{list(routed_tokens.shape)}, {list(indices.shape)}.\n"
+        raise ValueError(f"route_back: expected src [..., n, d], routed_tokens [..., t, d], indices [..., t]; "
+                         f"got {list(src.shape)}, {list(routed_tokens.shape)}, {list(indices.shape)}.\n"
                          f"  With several routes give src the same axis: src[:, None].expand(b, r, n, d).")
     where = indices.unsqueeze(-1).expand(routed_tokens.shape)
     return src.scatter(-2, where, routed_tokens.to(src.dtype))

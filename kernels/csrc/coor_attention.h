@@ -103,17 +103,17 @@ static void S(pad_rows)(const REAL *rows, int64_t count, int64_t width, REAL sca
         for (int64_t c = 0; c < width; c++) out[l * wide + c] = scale * rows[l * width + c];
 }
 
-/* Scores of queries i0 .. with the keys that any of them sees, as two tiles [m]; returns the number of keys. */
-static int64_t S(scores)(const S(problem) *p, int64_t batch, int64_t i0, const REAL *k, const REAL *q_lanes, VF *s) {
+/* Scores of queries i0 .. with the keys that any of them sees, as nv tiles [m]; returns the number of keys. */
+static int64_t S(scores)(const S(problem) *p, int64_t batch, int64_t i0, int nv, const REAL *k, const REAL *q_lanes, VF *s) {
     int64_t common = max64(p->nulls, min64(p->m, p->nulls + p->start[batch] + i0 + 1)), keys = p->m;
     if (p->start[batch] + i0 + BLOCK < p->m - p->nulls) keys = max64(p->nulls, p->nulls + p->start[batch] + i0 + BLOCK);
     const uint8_t *keep = p->keep ? p->keep + batch * p->m : NULL;
     VF low = S(splat)(-INFINITY);
     memset(s, 0, (size_t)keys * sizeof(VF));
     memset(s + p->m, 0, (size_t)keys * sizeof(VF));
-    S(product)((REAL *)s, p->m * LANES, LANES, q_lanes, LANES, BLOCK, k, p->d, 1, keys, p->d, 2);
+    S(product)((REAL *)s, p->m * LANES, LANES, q_lanes, LANES, BLOCK, k, p->d, 1, keys, p->d, nv);
     for (int64_t j = common; j < keys; j++)
-        for (int64_t l = 0; l < BLOCK; l++)
+        for (int64_t l = 0; l < nv * LANES; l++)
             if (j - p->nulls > p->start[batch] + i0 + l) s[(l / LANES) * p->m + j][l % LANES] = -INFINITY;
     if (keep)
         for (int64_t j = 0; j < keys; j++)
@@ -138,7 +138,8 @@ void S(coor_attention)(const REAL *q, const REAL *k, const REAL *v, const REAL *
             int64_t head = i / blocks, i0 = (blocks - 1 - i % blocks) * BLOCK, count = min64(BLOCK, n - i0), batch = head / h;
             int64_t kv = batch * g + head % h / (h / g), row = head * n + i0;
             S(lanes_of)(q + row * d, count, d, p.scale, q_lanes);
-            int64_t keys = S(scores)(&p, batch, i0, k + kv * m * d, q_lanes, s);
+            int nv = count > LANES ? 2 : 1;
+            int64_t keys = S(scores)(&p, batch, i0, nv, k + kv * m * d, q_lanes, s);
             for (int64_t half = 0; half * LANES < count; half++) {
                 int64_t first = row + half * LANES, some = min64(LANES, count - half * LANES);
                 VF lk;
@@ -147,7 +148,6 @@ void S(coor_attention)(const REAL *q, const REAL *k, const REAL *v, const REAL *
                 else S(iterate)(s + half * m, y + half * m, keys, lk, schedule, T, mark);
                 S(scatter)(mark, some, p.T, marks + first * p.T);
             }
-            int nv = count > LANES ? 2 : 1;
             memset(sum, 0, (size_t)(e * BLOCK) * sizeof(REAL));
             S(product)(sum, LANES, BLOCK, (const REAL *)y, m * LANES, LANES, v + kv * m * e, 1, e, e, keys, nv);
             S(rows_of)(sum, count, e, 1, out + row * e);
@@ -164,11 +164,12 @@ static void S(attention_block_back)(const S(problem) *p, int64_t head, int64_t i
     VF *s = memory, *ds = s + 2 * m, *E = ds + 2 * m, *y = E + m, *mark = y + m;
     REAL *lanes = (REAL *)(mark + p->T), *q_rows = lanes + max64(d, e) * BLOCK, *g_rows = q_rows + S(padded)(d) * BLOCK;
     S(lanes_of)(q + row * d, count, d, p->scale, lanes);
-    int64_t keys = S(scores)(p, batch, i0, k, lanes, s);
+    int nv = count > LANES ? 2 : 1;
+    int64_t keys = S(scores)(p, batch, i0, nv, k, lanes, s);
     S(lanes_of)(grad + row * e, count, e, 1, lanes);
     memset(ds, 0, (size_t)keys * sizeof(VF));
     memset(ds + m, 0, (size_t)keys * sizeof(VF));
-    S(product)((REAL *)ds, m * LANES, LANES, lanes, LANES, BLOCK, v, e, 1, keys, e, 2);
+    S(product)((REAL *)ds, m * LANES, LANES, lanes, LANES, BLOCK, v, e, 1, keys, e, nv);
     S(pad_rows)(q + row * d, count, d, p->scale, q_rows);
     S(pad_rows)(grad + row * e, count, e, 1, g_rows);
     for (int64_t half = 0; half * LANES < count; half++) {
@@ -183,7 +184,7 @@ static void S(attention_block_back)(const S(problem) *p, int64_t head, int64_t i
         S(rows_product)(dk, q_rows + half * LANES * S(padded)(d), ds + half * m, keys, S(padded)(d));
     }
     memset(lanes, 0, (size_t)(d * BLOCK) * sizeof(REAL));
-    S(product)(lanes, LANES, BLOCK, (const REAL *)ds, m * LANES, LANES, k, 1, d, d, keys, count > LANES ? 2 : 1);
+    S(product)(lanes, LANES, BLOCK, (const REAL *)ds, m * LANES, LANES, k, 1, d, d, keys, nv);
     S(rows_of)(lanes, count, d, p->scale, dq + row * d);
 }
 

@@ -51,8 +51,9 @@ def loop(params, x, mask=None):
         level = cfg.coor_descent_sparsity_k
         if cfg.learned_sparsity_k:
             level = 1 + (level - 1) * (params.to_learned_k[h] @ normed[b, i] + params.to_learned_k_bias[h]).sigmoid()
-        y = coor_descent(s, level, eps=cfg.coor_descent_eps, eps_init=cfg.coor_descent_eps_init, eps_decay=cfg.coor_descent_eps_decay,
-                         n_iters=cfg.coor_descent_iters, solver=cfg.solver, impl="reference") if cfg.use_coor_descent else s.softmax(-1)
+        y = coor_descent(
+            s, level, eps=cfg.coor_descent_eps, eps_init=cfg.coor_descent_eps_init, eps_decay=cfg.coor_descent_eps_decay,
+            n_iters=cfg.coor_descent_iters, solver=cfg.solver, impl="reference") if cfg.use_coor_descent else s.softmax(-1)
         rows[b, i, h] = y @ values / (y.sum() if cfg.normalize else 1)
     return rows.flatten(2) @ params.to_out.T
 
@@ -157,7 +158,8 @@ GOLDEN = [0.10400964680782082, -0.07961073434755643, 0.2709414157339708, -0.1777
 @pytest.mark.parametrize("call, text", [
     (lambda p, x: family.apply(p, x, context=x), "coor_descent.apply: cannot take context. A query attends to its own past"),
     (lambda p, x: family.apply(p, x[0]), "coor_descent.apply: x must be [batch, seq, 7] (cfg.dim=7); got [11, 7]."),
-    (lambda p, x: family.apply(p, x, family.init_state(p, 2, capacity=9)), "the state holds 0 of 9 positions and 11 more were given."),
+    (lambda p, x: family.apply(p, x, family.init_state(p, 2, capacity=9)),
+     "the state holds 0 of 9 positions and 11 more were given."),
     (lambda p, x: family.apply(p, x, family.init_state(p, 3, capacity=9)), "the state must have [batch, heads, capacity, width]"),
     (lambda p, x: family.init_state(p, 2, capacity=0), "capacity must be at least 1; got 0."),
     (lambda p, x: family.Config(dim=7, coor_descent_sparsity_k=0), "coor_descent_sparsity_k must be above 0; got 0."),
@@ -189,8 +191,8 @@ def theirs_ff(module, x, cfg):
                                  eps_init=cfg.coor_descent_eps_init, eps_decay=cfg.coor_descent_eps_decay))
 
 
-@pytest.mark.parametrize("options", [dict(), dict(use_coor_descent=True), dict(use_coor_descent=True, coor_descent_sparsity_k=5, mult=3),
-                                     dict(use_coor_descent=True, coor_descent_iters=7, coor_descent_eps=0.4)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(use_coor_descent=True),
+                                     dict(use_coor_descent=True, coor_descent_sparsity_k=5, mult=3), dict(use_coor_descent=True, coor_descent_iters=7, coor_descent_eps=0.4)], ids=str)
 def test_the_feed_forward_equals_upstream(options):
     cfg = ff.Config(dim=7, **options)
     cls = upstream("coordinate_descent_attention.coordinate_descent_attention").FeedForward

@@ -210,8 +210,8 @@ X, TOKENS = torch.zeros(2, 7, 3), torch.zeros(1, 3)
     (lambda: route(X, torch.zeros(2, 4), num_tokens=2), "route: routing_tokens must be [r, 3] or [2, r, 3]; got [2, 4]."),
     (lambda: route(X, TOKENS, num_tokens=0), "route: num_tokens must be at least 1; got 0."),
     (lambda: route(X, TOKENS, num_tokens=2, fetch_k_ratio=0.5), "route: fetch_k_ratio must be at least 1; got 0.5."),
-    (lambda: route(X, TOKENS, num_tokens=2, route_block_size=8), "route: route_block_size must lie in [1, 7], the length of x; got 8."),
-    (lambda: route(X, TOKENS, num_tokens=2, mask=torch.ones(2, 6).bool()), "route: mask must be bool [2, 7], True = may be chosen;"),
+    (lambda: route(X, TOKENS, num_tokens=2, route_block_size=8), "route_block_size must lie in [1, 7], the length of x; got 8."),
+    (lambda: route(X, TOKENS, num_tokens=2, mask=torch.ones(2, 6).bool()), "mask must be bool [2, 7], True = may be chosen;"),
     (lambda: route_back(X, torch.zeros(2, 3, 2, 3), torch.zeros(2, 3, 2).long()), "route_back: expected src [..., n, d]"),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_errors_say_who_what_and_what_to_do(call, text):
