@@ -1,0 +1,136 @@
+/* A tile of softmax attention: a block of queries, which lie along the vector lanes, times a block of keys.
+ *
+ * Tiles and sums are stored [key or channel][query], with rows of WIDTH queries. So only the queries of a block are transposed,
+ * once, while keys and values are read as they are, one scalar for all queries. Included once per precision, with PRECISION 32
+ * or 64; defines REAL, S(name), VF, LANES, WIDTH and static functions of that precision. */
+#include "common.h"
+
+#ifndef KEYS
+#define KEYS 64 /* keys in a tile */
+#endif
+
+#undef REAL
+#undef S
+#undef VF
+#undef LANES
+#undef INT
+#undef FRACTION_BITS
+#undef ROUNDER
+#undef LN2_HIGH
+#undef LN2_LOW
+#undef LOWEST
+#undef HIGHEST
+#undef DEGREE
+#undef WIDTH
+#if PRECISION == 32
+#define REAL float
+#define S(x) PASTE(fnattn_, x, _, f32)
+#define VF vf32
+#define LANES LANES_f32
+#define INT int32_t
+#define FRACTION_BITS 23
+#define ROUNDER 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold */
+#define LN2_HIGH 0.693359375f
+#define LN2_LOW -2.12194440e-4f
+#define LOWEST -87.0f
+#define HIGHEST 88.0f
+#define DEGREE 7
+#else
+#define REAL double
+#define S(x) PASTE(fnattn_, x, _, f64)
+#define VF vf64
+#define LANES LANES_f64
+#define INT int64_t
+#define FRACTION_BITS 52
+#define ROUNDER 6755399441055744.0
+#define LN2_HIGH 6.93145751953125e-1
+#define LN2_LOW 1.42860682030941723212e-6
+#define LOWEST -708.0
+#define HIGHEST 709.0
+#define DEGREE 13
+#endif
+#define WIDTH (4 * LANES)
+
+typedef INT S(ints) __attribute__((vector_size(VECTOR_BYTES)));
+
+static inline VF S(select)(S(ints) yes, VF a, VF b) { return (VF)((yes & (S(ints))a) | (~yes & (S(ints))b)); }
+
+/* exp to one or two units in the last place: 2^j times the Taylor polynomial on [-ln 2 / 2, ln 2 / 2]. 0 below LOWEST. */
+static inline VF S(exponential)(VF x) {
+    static const REAL inverse[] = {1., 1., 1. / 2, 1. / 3, 1. / 4, 1. / 5, 1. / 6, 1. / 7, 1. / 8, 1. / 9, 1. / 10, 1. / 11, 1. / 12,
+                                   1. / 13};
+    const VF lowest = (VF){0} + (REAL)LOWEST, highest = (VF){0} + (REAL)HIGHEST;
+    const S(ints) vanishes = x < lowest;
+    x = S(select)(x > highest, highest, S(select)(vanishes, lowest, x));
+    VF shifted = x * (REAL)1.44269504088896340736 + (REAL)ROUNDER, j = shifted - (REAL)ROUNDER;
+    x = (x - j * (REAL)LN2_HIGH) - j * (REAL)LN2_LOW;
+    VF sum = (VF){0} + (REAL)1;
+    for (int i = DEGREE; i > 0; i--) sum = sum * x * inverse[i] + (REAL)1;
+    return (VF)(~vanishes & ((S(ints))sum + ((S(ints))shifted << FRACTION_BITS)));
+}
+
+/* c[r][0 .. X vectors) += sum_k a[r * row + k * column] b[k][..] for the R rows from i on, with as many sums in registers. */
+#define MULTIPLY(R, X)                                                                                                      \
+    for (; i + R <= rows; i += R) {                                                                                         \
+        VF sum[R][X];                                                                                                       \
+        for (int r = 0; r < R; r++)                                                                                         \
+            for (int x = 0; x < X; x++) sum[r][x] = ((VF *)(c + (i + r) * c_row))[x];                                       \
+        for (int64_t k = 0; k < inner; k++) {                                                                               \
+            VF b_k[X];                                                                                                      \
+            for (int x = 0; x < X; x++) b_k[x] = ((const VF *)(b + k * b_row))[x];                                          \
+            for (int r = 0; r < R; r++)                                                                                     \
+                for (int x = 0; x < X; x++) sum[r][x] += a[(i + r) * row + k * column] * b_k[x];                            \
+        }                                                                                                                   \
+        for (int r = 0; r < R; r++)                                                                                         \
+            for (int x = 0; x < X; x++) ((VF *)(c + (i + r) * c_row))[x] = sum[r][x];                                       \
+    }
+
+/* Sums that fit the registers: 32 vectors with AVX-512, 16 else. */
+#if VECTOR_BYTES == 64
+#define WIDEST 4
+#define MANY_ROWS(X) (X == 4 ? 4 : 8)
+#else
+#define WIDEST 2
+#define MANY_ROWS(X) 4
+#endif
+
+#define COLUMNS(X)                                             \
+    for (; vectors >= X; vectors -= X, c += X * LANES, b += X * LANES) { \
+        int64_t i = 0;                                         \
+        MULTIPLY(MANY_ROWS(X), X)                              \
+        MULTIPLY(1, X)                                         \
+    }
+
+/* c [rows][vectors] += a [rows][inner] b [inner][vectors]; the rows of c and b start c_row and b_row numbers apart. */
+static void S(multiply)(REAL *restrict c, int64_t c_row, const REAL *restrict a, int64_t row, int64_t column,
+                        const REAL *restrict b, int64_t b_row, int64_t rows, int64_t inner, int64_t vectors) {
+#if WIDEST == 4
+    COLUMNS(4)
+#endif
+    COLUMNS(2)
+    COLUMNS(1)
+}
+
+/* Products with the queries of a block: c [rows][WIDTH] += a [rows][inner] b [inner][WIDTH]. */
+static inline void S(times_queries)(REAL *c, const REAL *a, int64_t row, int64_t column, const REAL *b, int64_t rows,
+                                    int64_t inner) {
+    S(multiply)(c, WIDTH, a, row, column, b, WIDTH, rows, inner, 4);
+}
+
+/* factor x [rows][d] into the columns of t [d][WIDTH]; the columns that are left stay what they are. */
+static inline void S(transpose)(REAL *t, const REAL *x, int64_t rows, int64_t d, REAL factor) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t c = 0; c < d; c++) t[c * WIDTH + i] = factor * x[i * d + c];
+}
+
+/* Writes `value` over what may not be seen in a tile of `count` keys: key j by the first `hidden` + j queries, and what the mask
+ * says; its rows, one per query, are `stride` apart. */
+static inline void S(hide)(REAL *tile, REAL value, int64_t rows, int64_t count, int64_t hidden, const uint8_t *mask, int64_t stride) {
+    for (int64_t j = 0; j < count; j++, tile += WIDTH) {
+        for (int64_t i = 0; i < min64(WIDTH, hidden + j); i++) tile[i] = value;
+        if (mask && stride)
+            for (int64_t i = 0; i < rows; i++) tile[i] = mask[i * stride + j] ? tile[i] : value;
+        else if (mask && !mask[j])
+            for (int64_t i = 0; i < WIDTH; i++) tile[i] = value;
+    }
+}

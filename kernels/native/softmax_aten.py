@@ -1,0 +1,179 @@
+"""Softmax attention on CPU without C of our own: torch's own fused forward and backward, and a tangent in blocks of queries.
+
+torch's kernels know neither grouped heads, nor values of another width, nor a causal offset, nor empty inputs (they crash on
+those); what follows lays such calls out as ones that they do know. Keys that every query sees and keys on the diagonal are
+attended to apart and merged by their log-sum-exp, so no mask table is made for a causal offset.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Scores that the tangent holds at once.
+BLOCK = 1 << 19
+
+# b batch, h query heads, g key heads, r = h / g, n queries, m keys, d width of q and k, e width of v.
+# mask: bool [b or 1, h or 1, n or 1, m]; start: position of the first query, None if not causal.
+
+
+def _segments(n: int, m: int, start: int | None) -> list[tuple[int, int, int, bool]]:
+    """(first row, first key, end of keys, causal from the corner): together, every visible pair once."""
+    if start is None:
+        return [(0, 0, m, False)] if n and m else []
+    first = max(0, -start)  # earlier rows see nothing
+    start, rows = max(0, start), n - first
+    if rows <= 0 or m == 0:
+        return []
+    if rows == 1 or start + 1 >= m:
+        return [(first, 0, min(m, start + 1) if rows == 1 else m, False)]
+    diagonal = (first, start, min(m, start + rows), True)
+    return [(first, 0, start, False), diagonal] if start else [diagonal]
+
+
+def _dense(t: Tensor, width: int) -> Tensor:
+    """t with its last axis padded to `width` and rows that a matrix product can stride over."""
+    if t.shape[-1] < width:
+        return pad(t, (0, width - t.shape[-1]))
+    return t if t.stride(-1) == 1 and t.stride(-2) >= width else t.contiguous()
+
+
+def _cut(mask: Tensor | None, first: int, begin: int, end: int) -> Tensor | None:
+    if mask is None:
+        return None
+    return mask[:, :, first if mask.shape[2] > 1 else 0:, begin:end]
+
+
+def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask.logical_not(), -torch.inf)
+
+
+def _empty_rows(mask: Tensor | None, n: int, causal: bool) -> Tensor | None:
+    """Rows of a segment without a visible key, [b or 1, h or 1, n or 1]."""
+    if mask is None:
+        return None
+    seen = mask.byte()
+    if not causal:
+        return seen.amax(-1) == 0
+    return (seen.amax(-1) == 0) | (seen.argmax(-1) > torch.arange(n))
+
+
+def _groups(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> list[tuple[slice, slice]]:
+    """Query heads and key heads that one call serves: a single key head is shared by a stride of zero, never copied."""
+    h, g = q.shape[1], k.shape[1]
+    if g in (1, h):
+        return [(slice(0, h), slice(0, g))]
+    return [(slice(j * h // g, (j + 1) * h // g), slice(j, j + 1)) for j in range(g)]
+
+
+def _heads(mask: Tensor | None, part: slice) -> Tensor | None:
+    return mask if mask is None or mask.shape[1] == 1 else mask[:, part]
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """One segment; rows that see nothing get 0 and log-sum-exp -inf."""
+    e, width = v.shape[3], max(q.shape[3], v.shape[3])
+    q, k, v = (_dense(t, width) for t in (q, k, v))
+    added, outs = _added(mask, q.dtype), []
+    for heads, keys in _groups(q, k, mask, causal):
+        q_g, r = q[:, heads], heads.stop - heads.start
+        k_g, v_g = (t[:, keys] if keys.stop - keys.start == r else t[:, keys].expand(-1, r, -1, -1) for t in (k, v))
+        outs.append(_FORWARD(q_g, k_g, v_g, 0.0, causal, attn_mask=_heads(added, heads), scale=scale))
+    out, lse = outs[0] if len(outs) == 1 else (torch.cat(parts, 1) for parts in zip(*outs))
+    out = out[..., :e]
+    empty = _empty_rows(mask, q.shape[2], causal)
+    if empty is not None:
+        out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+    return out, lse
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
+    (b, h, n, _), e = q.shape, v.shape[3]
+    segments = _segments(n, k.shape[2], start) if b * h * e else []
+    if not segments:
+        return q.new_zeros(b, h, n, e), q.new_zeros(b, h, n)
+    parts = [_forward(q[:, :, first:], k[:, :, begin:end], v[:, :, begin:end], _cut(mask, first, begin, end), causal, scale)
+             for first, begin, end, causal in segments]
+    out, lse = parts[0]
+    for out_p, lse_p in parts[1:]:
+        total = torch.logaddexp(lse, lse_p)
+        safe = total.masked_fill(total == -torch.inf, 0.0)
+        out = out * (lse - safe).exp_()[..., None] + out_p * (lse_p - safe).exp_()[..., None]
+        lse = total
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    first = segments[0][0]
+    if first:
+        out, lse = pad(out, (0, 0, first, 0)), pad(lse, (first, 0))
+    return out.contiguous(), lse.contiguous()
+
+
+def attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor,
+                     start: int | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    (b, h, n, d), e = q.shape, v.shape[3]
+    grads = torch.zeros_like(q, memory_format=torch.contiguous_format), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    if not b * h * e:
+        return grads
+    width, lse = max(d, e), lse.contiguous()
+    q, k, v, g, out = (_dense(t, width) for t in (q, k, v, g, out))
+    dq, dk, dv = grads
+    for first, begin, end, causal in _segments(n, k.shape[2], start):
+        piece = _cut(mask, first, begin, end)
+        added = _added(piece, q.dtype)
+        for heads, keys in _groups(q, k, piece, causal):
+            r, shared = heads.stop - heads.start, keys.stop - keys.start != heads.stop - heads.start
+            k_g, v_g = (t[:, keys, begin:end].expand(-1, r, -1, -1) for t in (k, v))
+            rows = (slice(None), heads, slice(first, None))
+            dq_g, dk_g, dv_g = _BACKWARD(g[rows], q[rows], k_g, v_g, out[rows], lse[rows], 0.0, causal,
+                                         attn_mask=_heads(added, heads), scale=scale)
+            if shared:
+                dk_g, dv_g = dk_g.sum(1, keepdim=True), dv_g.sum(1, keepdim=True)
+            dq[rows] += dq_g[..., :d]
+            dk[:, keys, begin:end] += dk_g[..., :d]
+            dv[:, keys, begin:end] += dv_g[..., :e]
+    return grads
+
+
+def tangent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, tq: Tensor | None,
+            tk: Tensor | None, tv: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
+    b, h, n, _ = q.shape
+    rows = max(1, BLOCK // max(1, b * h * k.shape[2]))
+    t_out, t_lse = torch.zeros_like(out), torch.zeros_like(lse)
+    for i in range(0, n, rows):
+        here = slice(i, i + rows)
+        blocks = [t if t is None else t[:, :, here] for t in (q, out, lse, tq)]
+        t_out[:, :, here], t_lse[:, :, here] = _tangent_rows(
+            *blocks, k, v, tk, tv, mask if mask is None or mask.shape[2] == 1 else mask[:, :, here],
+            None if start is None else start + i, scale)
+    return t_out, t_lse
+
+
+def _tangent_rows(q, out, lse, tq, k, v, tk, tv, mask, start, scale):
+    """The tangent for a block of queries; every table is [b, g, r, rows, m]."""
+    g, m, rows = k.shape[1], k.shape[2], q.shape[2]
+    q, out, lse, tq = (None if t is None else t.unflatten(1, (g, -1)) for t in (q, out, lse, tq))
+
+    def by_keys(x, y):
+        return torch.einsum("bgrid,bgjd->bgrij", x, y)
+
+    hidden = torch.zeros((), dtype=torch.bool)
+    if mask is not None:
+        hidden = ~(mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (g, -1)))
+    if start is not None:
+        hidden = hidden | (torch.arange(m) > start + torch.arange(rows)[:, None])
+    p = (by_keys(q, k) * scale - lse[..., None]).masked_fill(hidden, -torch.inf).exp()
+    moved = torch.zeros_like(p)
+    if tq is not None:
+        moved += by_keys(tq, k)
+    if tk is not None:
+        moved += by_keys(q, tk)
+    moved *= p * scale
+    t_lse = moved.sum(-1)
+    t_out = torch.einsum("bgrij,bgje->bgrie", moved, v) - t_lse[..., None] * out
+    if tv is not None:
+        t_out = t_out + torch.einsum("bgrij,bgje->bgrie", p, tv)
+    return t_out.flatten(1, 2), t_lse.flatten(1, 2)
