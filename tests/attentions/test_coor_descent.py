@@ -191,8 +191,9 @@ def theirs_ff(module, x, cfg):
                                  eps_init=cfg.coor_descent_eps_init, eps_decay=cfg.coor_descent_eps_decay))
 
 
-@pytest.mark.parametrize("options", [dict(), dict(use_coor_descent=True),
-                                     dict(use_coor_descent=True, coor_descent_sparsity_k=5, mult=3), dict(use_coor_descent=True, coor_descent_iters=7, coor_descent_eps=0.4)], ids=str)
+@pytest.mark.parametrize("options", [
+    dict(), dict(use_coor_descent=True), dict(use_coor_descent=True, coor_descent_sparsity_k=5, mult=3),
+    dict(use_coor_descent=True, coor_descent_iters=7, coor_descent_eps=0.4)], ids=str)
 def test_the_feed_forward_equals_upstream(options):
     cfg = ff.Config(dim=7, **options)
     cls = upstream("coordinate_descent_attention.coordinate_descent_attention").FeedForward

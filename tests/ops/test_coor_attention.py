@@ -70,7 +70,8 @@ def with_gradients(args, **options):
 def test_the_kernel_has_the_gradients_of_plain_torch(solver, poisoned_empty):
     for size, masked, extra in itertools.product(SIZES, (False, True), EXTRAS):
         args, options = inputs(*size), dict(keep=hidden(size[0], size[4]) if masked else None, **extra, **solver)
-        for mine, plain in zip(with_gradients(args, impl="native", **options), with_gradients(args, impl="reference", **options)):
+        native, reference = (with_gradients(args, impl=impl, **options) for impl in ("native", "reference"))
+        for mine, plain in zip(native, reference):
             assert_close(mine, plain)
 
 
