@@ -68,6 +68,11 @@ def with_gradients(fn, args, cotangent_seed=9):
     return (*outs, *torch.autograd.grad(outs, [a for a in leaves if a is not None and a.requires_grad], given))
 
 
+def swapped(fn, args, at, x):
+    """fn of args with x in place `at`."""
+    return fn(*args[:at], x, *args[at + 1:])
+
+
 def slope(outs):
     return sum((o + 0.3).sin().sum() for o in outs)
 
@@ -343,7 +348,7 @@ def test_the_tangent_of_each_argument_alone_is_right(impl, kind, causal):
 
     for moved in range(len(args)):
         def along(fn, at=moved):
-            part = lambda x: fn(*args[:at], x, *args[at + 1:])  # noqa: E731
+            part = functools.partial(swapped, fn, args, at)
             return torch.func.jvp(part, (args[at],), (args[at].cos(),))[1]
 
         for a, x in zip(along(call(taylor, impl=impl)), along(call(dense))):

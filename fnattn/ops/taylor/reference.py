@@ -48,15 +48,7 @@ def gradients(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, sums: Tensor
     g_den = torch.where(den >= eps, -(grad * (num / safe)).sum(-1, keepdim=True), 0.0)
     g_rows = _query_chunks(torch.cat((grad, g_den), -1) / safe, g, causal, chunk)  # g'
 
-    after = features(queries, False).mT @ g_rows  # [b, g, c, F, e + 1]: what each chunk's queries ask of earlier keys
-    last = torch.zeros_like(after.sum(2)) if grad_sums is None else grad_sums
-    if causal:
-        after = torch.cat((after, last.unsqueeze(2)), 2).flip(2).cumsum(2).flip(2)
-        first, after = after.split([1, after.shape[2] - 1], 2)
-        d_sums = first.squeeze(2)
-    else:
-        d_sums = after.squeeze(2) + last
-        after = d_sums.unsqueeze(2)
+    after, d_sums = _from_later(features(queries, False).mT @ g_rows, grad_sums, causal)
     d_queries = features_back(queries, g_rows @ states.mT, False)
     d_keys = features_back(keys, values @ after.mT, True)
     d_values = features(keys, True) @ after
@@ -93,40 +85,15 @@ def tangents(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, sums: Tensor 
     (_, h, n, _), (_, g, _, e) = q.shape, v.shape
     chunk = _chunk_for(n, chunk) if causal else chunk
     repeat = h // g if g else 1
-    tq, tk, tv = (torch.zeros_like(x) if t is None else t for x, t in ((q, tq), (k, tk), (v, tv)))
     queries, keys, values = _operands(scale * q, k, v, keep, hard, causal, chunk)
     acc, states, _ = _accumulate(queries, keys, values, sums, repeat, causal, chunk)
-    one, _ = torch.ones_like(k).split([1, k.shape[3] - 1], -1)
-    moved = torch.cat((tv, torch.zeros_like(one)), -1)
-    if keep is not None:
-        weight = keep[:, None, :, None]
-        if hard:
-            tk, moved = torch.where(weight != 0, tk, 0.0), torch.where(weight != 0, moved, 0.0)
-        else:
-            moved = weight * moved
-            if tkeep is not None:
-                moved = moved + tkeep[:, None, :, None] * torch.cat((v, one), -1)
-    t_queries = _query_chunks(scale * tq, g, causal, chunk)
-    t_keys, t_values = _key_chunks(tk, causal, chunk), _key_chunks(moved, causal, chunk)
-
-    added = features_along(keys, t_keys, True).mT @ values + features(keys, True).mT @ t_values
-    start = torch.zeros_like(added.sum(2)) if tsums is None else tsums
-    t_states = torch.cat((start.unsqueeze(2), added), 2).cumsum(2)
-    if causal:
-        t_states, t_total = t_states.split([added.shape[2], 1], 2)
-    else:
-        _, t_states = t_states.split([1, 1], 2)
-        t_total = t_states
-    t_acc = features(queries, False) @ t_states + features_along(queries, t_queries, False) @ states
-    if causal:
-        scores = queries @ keys.mT
-        t_scores = t_queries @ keys.mT + queries @ t_keys.mT
-        t_acc = t_acc + _past((1 + scores) * t_scores, repeat) @ values + _past(polynomial(scores), repeat) @ t_values
+    moves = _operands_along(q, k, v, keep, tq, tk, tv, tkeep, scale, hard, causal, chunk)
+    t_acc, _, t_total = _accumulate_along((queries, keys, values), moves, states, tsums, repeat, causal)
     num, den = _join(acc, h, n).split([e, 1], -1)
     t_num, t_den = _join(t_acc, h, n).split([e, 1], -1)
     safe = den.clamp_min(eps)
     t_out = (t_num - torch.where(den >= eps, t_den, 0.0) * (num / safe)) / safe
-    return t_out, t_den.squeeze(-1), t_total.squeeze(2)
+    return t_out, t_den.squeeze(-1), t_total
 
 
 # ----------------------------------------------------------------------------------------------------------- features
@@ -162,6 +129,12 @@ def features_back(x: Tensor, grad: Tensor, weighted: bool) -> Tensor:
     """Gradient of x [..., d] from that of its features [..., F]: every product feeds both its factors."""
     d = x.shape[-1]
     _, linear, second = grad.split([1, d, grad.shape[-1] - d - 1], -1)
+    return linear + pairs_back(x, second, weighted)
+
+
+def pairs_back(x: Tensor, second: Tensor, weighted: bool) -> Tensor:
+    """The part of features_back that comes from the products, [..., d (d + 1) / 2]; bilinear."""
+    d = x.shape[-1]
     i, j = pairs(d, x)
     if not weighted:
         second = torch.where(i == j, 2 * second, second)
@@ -169,7 +142,7 @@ def features_back(x: Tensor, grad: Tensor, weighted: bool) -> Tensor:
     low, high = torch.minimum(at[:, None], at), torch.maximum(at[:, None], at)
     place = low * d - low * (low - 1) // 2 + high - low  # of x_low x_high among the products
     table = second.index_select(-1, place.flatten()).unflatten(-1, (d, d))
-    return linear + (table @ x.unsqueeze(-1)).squeeze(-1)
+    return (table @ x.unsqueeze(-1)).squeeze(-1)
 
 
 def polynomial(scores: Tensor) -> Tensor:
@@ -244,3 +217,49 @@ def _accumulate(queries, keys, values, sums, repeat, causal, chunk):
         acc = polynomial(queries @ keys.mT) @ values
         return (acc if sums is None else acc + features(queries, False) @ sums.unsqueeze(2)), total.unsqueeze(2), total
     return features(queries, False) @ total.unsqueeze(2), total.unsqueeze(2), total
+
+
+def _from_later(added: Tensor, last: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    """Sums of phi(q) g'^T [b, g, c, F, e + 1] over the chunks after each, and over all; `last` comes after all of them."""
+    last = torch.zeros_like(added.sum(2)) if last is None else last
+    if not causal:
+        total = added.squeeze(2) + last
+        return total.unsqueeze(2), total
+    after = torch.cat((added, last.unsqueeze(2)), 2).flip(2).cumsum(2).flip(2)
+    first, after = after.split([1, added.shape[2]], 2)
+    return after, first.squeeze(2)
+
+
+# ------------------------------------------------------------------------------------------------------------ tangents
+
+
+def _operands_along(q, k, v, keep, tq, tk, tv, tkeep, scale, hard, causal, chunk):
+    """Change of _operands; a tangent of None is zero."""
+    tq, tk, tv = (torch.zeros_like(x) if t is None else t for x, t in ((q, tq), (k, tk), (v, tv)))
+    one, _ = torch.ones_like(k).split([1, k.shape[3] - 1], -1)
+    moved = torch.cat((tv, torch.zeros_like(one)), -1)
+    if keep is not None:
+        weight = keep[:, None, :, None]
+        if hard:
+            tk, moved = torch.where(weight != 0, tk, 0.0), torch.where(weight != 0, moved, 0.0)
+        else:
+            moved = weight * moved
+            if tkeep is not None:
+                moved = moved + tkeep[:, None, :, None] * torch.cat((v, one), -1)
+    return (_query_chunks(scale * tq, k.shape[1], causal, chunk), _key_chunks(tk, causal, chunk),
+            _key_chunks(moved, causal, chunk))
+
+
+def _accumulate_along(operands, moves, states, tsums, repeat, causal):
+    """Change of _accumulate's three results."""
+    (queries, keys, values), (t_queries, t_keys, t_values) = operands, moves
+    added = features_along(keys, t_keys, True).mT @ values + features(keys, True).mT @ t_values
+    start = torch.zeros_like(added.sum(2)) if tsums is None else tsums
+    t_states, t_total = torch.cat((start.unsqueeze(2), added), 2).cumsum(2).split([added.shape[2], 1], 2)
+    if not causal:
+        t_states = t_total
+    t_acc = features(queries, False) @ t_states + features_along(queries, t_queries, False) @ states
+    if causal:
+        scores, t_scores = queries @ keys.mT, t_queries @ keys.mT + queries @ t_keys.mT
+        t_acc = t_acc + _past((1 + scores) * t_scores, repeat) @ values + _past(polynomial(scores), repeat) @ t_values
+    return t_acc, t_states, t_total.squeeze(2)
