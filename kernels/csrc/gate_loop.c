@@ -49,4 +49,5 @@
 #include "gate_loop_wide.h"
 #include "gate_loop_wide_backward.h"
 #include "gate_loop_tangent.h"
+#include "gate_loop_narrow_hessian.h"
 #endif

@@ -38,10 +38,10 @@ void S(simple_gate_loop_tangent)(const REAL *q, const REAL *x, const REAL *a, co
     }
 }
 
-/* `logs` [b, c, 2]: the sum of lambda, which is the tangent of log(product). */
+/* `logs` [b, c, 2]: the sum of lambda, which is the tangent of log(product). t_marks: tangents of the forward pass's marks. */
 void S(gate_loop_narrow_tangent)(const REAL *q, const REAL *k, const REAL *v, const REAL *a, const REAL *h0, const REAL *tq,
                                  const REAL *tk, const REAL *tv, const REAL *ta, const REAL *th0, REAL *tout, REAL *tlast, REAL *logs,
-                                 int64_t b, int64_t n, int64_t c, int64_t q_batch, int64_t q_row, int64_t k_batch, int64_t k_row,
+                                 REAL *t_marks, int64_t b, int64_t n, int64_t c, int64_t q_batch, int64_t q_row, int64_t k_batch, int64_t k_row,
                                  int64_t v_batch, int64_t v_row, int64_t a_batch, int64_t a_row, int64_t tq_batch, int64_t tq_row,
                                  int64_t tk_batch, int64_t tk_row, int64_t tv_batch, int64_t tv_row, int64_t ta_batch,
                                  int64_t ta_row, int64_t threads) {
@@ -54,6 +54,11 @@ void S(gate_loop_narrow_tangent)(const REAL *q, const REAL *k, const REAL *v, co
         if (h0) S(split_pairs)(h0 + 2 * (i * c + from), h.hr, h.hi, width);
         if (th0) S(split_pairs)(th0 + 2 * (i * c + from), th.hr, th.hi, width);
         for (int64_t t = 0; t < n; t++) {
+            if (t % EVERY == 0) {
+                REAL *mark = t_marks + (i * ((n + EVERY - 1) / EVERY) + t / EVERY) * 2 * c + from;
+                memcpy(mark, th.hr, (size_t)width * sizeof(REAL));
+                memcpy(mark + c, th.hi, (size_t)width * sizeof(REAL));
+            }
             const REAL *q_t = ROW(q, i, t) + from, *k_t = ROW(k, i, t) + from, *v_t = ROW(v, i, t) + from;
             const REAL *a_t = ROW(a, i, t) + 2 * from, *ta_t = TANGENT_ROW(ta, i, t, 2 * from);
             const REAL *tq_t = TANGENT_ROW(tq, i, t, from), *tk_t = TANGENT_ROW(tk, i, t, from), *tv_t = TANGENT_ROW(tv, i, t, from);

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..contracts import Operator
 from .call import address, function, threads
-from .gate_loop import GATE, _heads, _like_rows, _packed, _strides, _strides3
+from .gate_loop import EVERY, GATE, _heads, _narrow_backward_fake, _like_rows, _packed, _strides, _strides3
 from .scan import rows
 
 
@@ -34,20 +34,37 @@ def _simple_fake(q, *rest) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2])
 
 
-def _narrow(q, k, v, a, h0, tq, tk, tv, ta, th0) -> tuple[Tensor, Tensor, Tensor]:
+def _narrow(q, k, v, a, h0, tq, tk, tv, ta, th0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, tq, tk, tv = (_rows(t, 1) for t in (q, k, v, tq, tk, tv))
     a, ta, h0, th0 = _rows(a, 2), _rows(ta, 2), _packed(h0), _packed(th0)
     b, n, c = q.shape
-    out, last, logs = (torch.empty(s, dtype=q.dtype) for s in ((b, n, c), (b, c, 2), (b, c, 2)))
-    function("gate_loop", "gate_loop_narrow_tangent", q.dtype, "p" * 13 + "i" * 20)(
-        *map(address, (q, k, v, a, h0, tq, tk, tv, ta, th0, out, last, logs)), b, n, c,
+    shapes = (b, n, c), (b, c, 2), (b, c, 2), (b, -(-n // EVERY), 2, c)
+    out, last, logs, marks = (torch.empty(s, dtype=q.dtype) for s in shapes)
+    function("gate_loop", "gate_loop_narrow_tangent", q.dtype, "p" * 14 + "i" * 20)(
+        *map(address, (q, k, v, a, h0, tq, tk, tv, ta, th0, out, last, logs, marks)), b, n, c,
         *_strides(q, k, v, a, tq, tk, tv, ta), threads(2 * GATE * out.numel()))
-    return out, last, logs
+    return out, last, logs, marks
 
 
-def _narrow_fake(q, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def _narrow_fake(q, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, n, c = q.shape
-    return q.new_empty(b, n, c), q.new_empty(b, c, 2), q.new_empty(b, c, 2)
+    return (q.new_empty(b, n, c), q.new_empty(b, c, 2), q.new_empty(b, c, 2),
+            q.new_empty(b, (n + EVERY - 1) // EVERY, 2, c))
+
+
+def _narrow_hessian(q, k, v, a, h0, marks, product, g, g_last, g_product,
+                    tq, tk, tv, ta, th0, t_marks, t_product, tg, tg_last, tg_product) -> tuple[Tensor, ...]:
+    q, k, v, g, tq, tk, tv, tg = (_rows(t, 1) for t in (q, k, v, g, tq, tk, tv, tg))
+    a, ta = _rows(a, 2), _rows(ta, 2)
+    marks, product, g_last, g_product = (_packed(t) for t in (marks, product, g_last, g_product))
+    t_marks, t_product, tg_last, tg_product = (_packed(t) for t in (t_marks, t_product, tg_last, tg_product))
+    b, n, c = q.shape
+    grads = tuple(torch.empty(s, dtype=q.dtype) for s in (*((b, n, c),) * 3, (b, n, c, 2), (b, c, 2)))
+    pointers = (q, k, v, a, marks, product, g, g_last, g_product, tq, tk, tv, ta, t_marks, t_product, tg, tg_last, tg_product)
+    function("gate_loop", "gate_loop_narrow_hessian", q.dtype, "p" * 23 + "i" * 24)(
+        *map(address, (*pointers, *grads)), b, n, c, *_strides(q, k, v, a, g, tq, tk, tv, ta, tg),
+        threads(4 * GATE * q.numel()))
+    return grads
 
 
 def _wide(q, k, v, a, h0, tq, tk, tv, ta, th0) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,5 +87,14 @@ _FIVE = "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0, Tensor? tq, Tensor
 simple = Operator("simple_gate_loop_tangent_native", 1,
                   "(Tensor q, Tensor x, Tensor a, Tensor? h0, Tensor? tq, Tensor? tx, Tensor? ta, Tensor? th0, bool reverse)"
                   " -> (Tensor, Tensor)", fake=_simple_fake, cpu=_simple)
-narrow = Operator("gate_loop_narrow_tangent_native", 1, _FIVE + " -> (Tensor, Tensor, Tensor)", fake=_narrow_fake, cpu=_narrow)
+# Also gives the tangents of the marks, which the Hessian-vector product starts from.
+narrow = Operator("gate_loop_narrow_tangent_native", 1, _FIVE + " -> (Tensor, Tensor, Tensor, Tensor)", fake=_narrow_fake,
+                  cpu=_narrow)
+# The arguments of gate_loop_narrow_backward, then one tangent each.
+narrow_hessian = Operator(
+    "gate_loop_narrow_hessian_native", 1,
+    "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0, Tensor marks, Tensor product, Tensor? g, Tensor? g_last,"
+    " Tensor? g_product, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? ta, Tensor? th0, Tensor? t_marks, Tensor? t_product,"
+    " Tensor? tg, Tensor? tg_last, Tensor? tg_product) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_narrow_backward_fake, cpu=_narrow_hessian)
 wide = Operator("gate_loop_wide_tangent_native", 1, _FIVE + " -> (Tensor, Tensor, Tensor)", fake=_wide_fake, cpu=_wide)

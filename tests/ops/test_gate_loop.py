@@ -269,6 +269,28 @@ def test_tangents_and_hessian_products_are_those_of_the_loop_and_not_zero(ours, 
 
 @both_impls
 @all_cases
+def test_third_derivatives_in_mixed_modes_are_those_of_the_loop(ours, theirs, args, impl):
+    args = [t[:, :, :35] if t.ndim > 2 and t.shape[2] == 67 else t[:, :35] if t.shape[1] == 67 else t for t in args]
+    push = [torch.randn_like(t) for t in args]
+    jvp, grad = torch.func.jvp, torch.func.grad
+
+    def along(fn):
+        return lambda s: jvp(fn, (s,), (torch.ones_like(s),))[1]
+
+    results = []
+    for run in (lambda *z: ours(*z, impl), theirs):
+        line = lambda s: sum((t * t.roll(1, 1)).sum() for t in run(*(x + s * u for x, u in zip(args, push))))  # noqa: B023, E731
+        modes = (grad(along(along(line))), along(grad(along(line))), along(along(grad(line))), grad(grad(along(line))),
+                 grad(along(grad(line))), along(grad(grad(line))), along(along(along(line))))
+        results.append([mode(torch.zeros((), dtype=torch.float64)) for mode in modes])
+    for u, v in zip(*results):
+        assert_close(u, v)
+        assert_close(u, results[0][0])
+        assert u != 0
+
+
+@both_impls
+@all_cases
 def test_vmap_is_a_loop_and_so_are_gradients_under_it(ours, theirs, args, impl):
     args = [t[:, :, :9] if t.ndim > 2 and t.shape[2] == 67 else t[:, :9] if t.shape[1] == 67 else t for t in args]
     fn = lambda *z: ours(*z, impl)  # noqa: E731

@@ -128,9 +128,28 @@ def run_native(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) ->
 
 
 def _narrow_jvp(args, outs, tangents):
-    out, last, logs = native_tangent.narrow(*args, *tangents)
-    # The marks only ever reach the backward kernel, whose derivative does not read them.
-    return out, last, complex_times(outs[2], logs), torch.zeros_like(outs[3])
+    out, last, logs, marks = native_tangent.narrow(*args, *tangents)
+    return out, last, complex_times(outs[2], logs), marks
+
+
+def _narrow_tangent_reference(q, *rest):
+    # Marks only ever reach the kernels of backward, whose own derivatives do not read them: no derivative here.
+    b, n, c = q.shape
+    return *tangent.narrow(q, *rest), q.new_zeros(b, -(-n // native.EVERY), 2, c)
+
+
+def _narrow_backward_jvp(args, outs, tangents):
+    return native_tangent.narrow_hessian(*args, *tangents)
+
+
+def _narrow_hessian_reference(*args):
+    def filled(part):
+        q, k, v, a, h0, _, _, g, g_last, g_product = part
+        like = args[0], args[1], args[2], args[3], state, args[0], state, state
+        return [_zeros(t, x) for t, x in zip((q, k, v, a, h0, g, g_last, g_product), like)]
+
+    state = args[3][:, 0]
+    return tangent.narrow_backward(*filled(args[:10]), *filled(args[10:]))
 
 
 def _wide_jvp(args, outs, tangents):
@@ -193,9 +212,12 @@ def like_rows(t: Tensor) -> Tensor:
 
 native.narrow.derive(vjp=_narrow_vjp, jvp=_narrow_jvp)
 native.wide.derive(vjp=_wide_vjp, jvp=_wide_jvp)
-_derive_from(native.narrow_backward, _narrow_backward_reference, 0)
+native.narrow_backward.derive(
+    vjp=lambda needs, args, outs, cotangents: reference_vjp(_narrow_backward_reference, needs, args, cotangents),
+    jvp=_narrow_backward_jvp, save_outputs=False)
 _derive_from(native.wide_backward, _wide_backward_reference, 4)
-_derive_from(native_tangent.narrow, tangent.narrow, 0)
+_derive_from(native_tangent.narrow, _narrow_tangent_reference, 0)
+_derive_from(native_tangent.narrow_hessian, _narrow_hessian_reference, 0)
 _derive_from(native_tangent.wide, tangent.wide, 1)
 
 KERNELS = (Kernel("native", run_native, lambda *args: native_reason("gate_loop", *args)),)

@@ -10,8 +10,10 @@ import torch
 from fnattn_kernels.native import scan as native_scan
 from torch import Tensor
 
-from ..scan import before, complex_times
+from ..scan import before, complex_times, conjugate
+from .backward import to_raw
 from .reference import chunks, decays, gate, over_chunks, polar, split, states
+from .reference import product as product_of
 
 
 def log_gate(a: Tensor, ta: Tensor) -> Tensor:
@@ -34,6 +36,51 @@ def narrow(q, k, v, a, h0, tq, tk, tv, ta, th0) -> tuple[Tensor, Tensor, Tensor]
     push = torch.stack((tk * v + k * tv, torch.zeros_like(kv)), -1)
     th = run(push + complex_times(complex_times(alpha, change), before(h, 1, h0)), th0)
     return q * th[..., 0] + tq * h[..., 0], th[:, -1], change.sum(1)
+
+
+def to_raw_tangent(a: Tensor, ta: Tensor, logs: Tensor, t_logs: Tensor) -> Tensor:
+    """Tangent of backward.to_raw(a, logs) [..., 2]: a' moves the length m and turns the direction u."""
+    m, direction, inverse, zero = polar(a)
+    away = (direction * ta).sum(-1)
+    size = torch.sigmoid(m)
+    slow, across = torch.where(zero, torch.zeros_like(m), 1 - size), inverse * logs[..., 1]
+    t_along = slow * (t_logs[..., 0] - size * away * logs[..., 0])
+    t_across = inverse * (t_logs[..., 1] - away * across)
+    turned = complex_times(direction, torch.stack((t_along, t_across), -1))
+    raw = to_raw(a, logs[..., 0], logs[..., 1])
+    angle = log_gate(a, ta)[..., 1]
+    return turned + torch.stack((-raw[..., 1] * angle, raw[..., 0] * angle), -1)
+
+
+def narrow_backward(q, k, v, a, h0, g, g_state, g_product, tq, tk, tv, ta, th0, tg, tg_state,
+                    tg_product) -> tuple[Tensor, ...]:
+    """Tangents of the gradients that backward.narrow gives; no argument is None."""
+    alpha, change, kv, none = gate(a), log_gate(a, ta), k * v, torch.zeros_like(q)
+    t_kv = tk * v + k * tv
+
+    def run(x: Tensor, start: Tensor | None, reverse: bool = False) -> Tensor:
+        return native_scan.scan(alpha, x, start, reverse, True, reverse, reverse)
+
+    def at_end(x: Tensor, end: Tensor) -> Tensor:
+        return torch.cat((x[:, :-1], (x[:, -1] + end)[:, None]), 1)
+
+    h = run(torch.stack((kv, none), -1), h0)
+    moved = complex_times(alpha, before(h, 1, h0))  # what each step carries over
+    th = run(torch.stack((t_kv, none), -1) + complex_times(change, moved), th0)
+    total = run(at_end(torch.stack((q * g, none), -1), g_state), None, True)
+    sent = complex_times(conjugate(alpha), total)
+    later = before(complex_times(conjugate(change), sent), 1, None, True)
+    t_total = run(at_end(torch.stack((tq * g + q * tg, none), -1), tg_state) + later, None, True)
+    t_sent = complex_times(conjugate(alpha), t_total) + complex_times(conjugate(change), sent)
+
+    whole = product_of(alpha, 1)
+    t_whole = complex_times(whole, change.sum(1))
+    t_moved = th - torch.stack((t_kv, none), -1)
+    logs = complex_times(conjugate(moved), total) + complex_times(g_product, conjugate(whole))[:, None]
+    t_logs = (complex_times(conjugate(t_moved), total) + complex_times(conjugate(moved), t_total)
+              + (complex_times(tg_product, conjugate(whole)) + complex_times(g_product, conjugate(t_whole)))[:, None])
+    return (tg * h[..., 0] + g * th[..., 0], tv * total[..., 0] + v * t_total[..., 0],
+            tk * total[..., 0] + k * t_total[..., 0], to_raw_tangent(a, ta, logs, t_logs), t_sent[:, 0])
 
 
 def wide(q, k, v, a, h0, tq, tk, tv, ta, th0) -> tuple[Tensor, Tensor, Tensor]:
