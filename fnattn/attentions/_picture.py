@@ -153,7 +153,8 @@ def _check(who: str, cfg: Any, x: Tensor, state: State | Empty, mask: Tensor | N
               remedy="Make it with init_state(params, batch, capacity=...).")
         used = peek_int(state.pos)
     check((used or 0) + n <= cfg.seq_len + 1,
-          who + ".apply: x has {} positions{}, but cfg allows {} = text_len {} + image_size^2 {}.", n, f" after {used}" if used else "", cfg.seq_len + 1, text_len(cfg), cfg.image_size ** 2,
+          who + ".apply: x has {} positions{}, but cfg allows {} = text_len {} + image_size^2 {}.", n,
+          f" after {used}" if used else "", cfg.seq_len + 1, text_len(cfg), cfg.image_size ** 2,
           remedy="Shorten x, or build the Config with a larger seq_len.")
     return used
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .softmax import TABLE, softmax_attention, weights
+from .softmax import softmax_attention, weights
 
 # b batch, h query heads, g key heads, r = h / g, n positions, t text positions, d width of q and k, e width of v
 # S image_size, a lines, y place of a query in its line, x place of a key in its line
+TABLE = 1 << 20  # scores held at once: blocks that stay in the cache are as fast as larger ones, and small
 
 
 def check_picture(who: str, n: int, text_len: int, image_size: int) -> None:

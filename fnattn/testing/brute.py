@@ -145,3 +145,38 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, *, b
     n = q.shape[2]
     mask = layout.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :n, :n]
     return softmax_attention(q, k, v, mask=mask[None])
+
+
+def _picture_mask(n: int, text_len: int, image_size: int, sees) -> Tensor:
+    """Text sees its past; a pixel sees all text, and the pixels for which sees(rows back, columns back)."""
+    allowed = torch.zeros(n, n, dtype=torch.bool)
+    for i in range(n):
+        for j in range(i + 1):
+            if i < text_len or j < text_len:
+                allowed[i, j] = True
+            else:
+                (row, column), (row_j, column_j) = divmod(i - text_len, image_size), divmod(j - text_len, image_size)
+                allowed[i, j] = sees(row - row_j, column - column_j)
+    return allowed
+
+
+def _masked_picture(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, text_len: int, mask: Tensor | None, text_sees_all: bool,
+                    scale: float | None) -> Tensor:
+    if mask is not None:
+        ignores = torch.arange(q.shape[2])[:, None] < (text_len if text_sees_all else 0)
+        allowed = allowed & (mask[:, None, None, :] | ignores)
+    return softmax_attention(q, k, v, mask=allowed, scale=scale)
+
+
+def conv_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, text_len: int, image_size: int,
+                   kernel_size: int = 5, dilation: int = 1, text_sees_all: bool = False, scale: float | None = None) -> Tensor:
+    window = [i * dilation for i in range(kernel_size)]
+    allowed = _picture_mask(q.shape[2], text_len, image_size, lambda row, column: row in window and column in window)
+    return _masked_picture(q, k, v, allowed, text_len, mask, text_sees_all, scale)
+
+
+def axial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, text_len: int, image_size: int, axis: int = 0,
+                    text_sees_all: bool = False, scale: float | None = None) -> Tensor:
+    allowed = _picture_mask(q.shape[2], text_len, image_size,
+                            lambda row, column: (column if axis else row) == 0 and row >= 0 and column >= 0)
+    return _masked_picture(q, k, v, allowed, text_len, mask, text_sees_all, scale)
