@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from .. import ops, random, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config, peek_int, refuse
-from ..ops.coor_attention import coor_descent_attention
 from ._heads import layer_norm, linear_init, merge_heads, ones_init, split_heads
 
 # b batch, h heads, n positions, d width of a head, z null keys
@@ -185,7 +184,7 @@ def _with_nulls(params: Params, k: Tensor, v: Tensor, visible: Tensor | None) ->
 def _choose(cfg, q, k, v, sparsity_k, visible, offset, impl):
     if cfg.normalize:
         v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
-    out = coor_descent_attention(
+    out = ops.coor_descent_attention(
         q, k, v, sparsity_k, eps=cfg.coor_descent_eps, eps_init=cfg.coor_descent_eps_init, eps_decay=cfg.coor_descent_eps_decay,
         n_iters=cfg.coor_descent_iters, keep=visible, nulls=cfg.attn_null_kv, offset=offset, solver=cfg.solver, impl=impl)
     if not cfg.normalize:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import taps
+from .. import ops, taps
 from ..attentions._heads import layer_norm, linear_init, ones_init, uniform_init
 from ..core import check, check_input, config
-from ..ops.coor_descent import coor_descent
 
 # b batch, n positions, hidden = int(dim * mult)
 
@@ -42,8 +41,8 @@ def activate(cfg: CoorDescent, hidden: Tensor, impl: str = "auto") -> Tensor:
     k = hidden.shape[-1] // 10 if cfg.sparsity_k is None else cfg.sparsity_k
     check(k > 0, "feedforward_coor_descent: sparsity_k must be above 0; got {} for {} hidden units.", k, hidden.shape[-1],
           remedy="Give sparsity_k; the default is a tenth of the hidden units, rounded down.")
-    return coor_descent(hidden, k, eps=cfg.eps, eps_init=cfg.eps_init, eps_decay=cfg.eps_decay, n_iters=cfg.iters,
-                        solver=cfg.solver, impl=impl)
+    return ops.coor_descent(hidden, k, eps=cfg.eps, eps_init=cfg.eps_init, eps_decay=cfg.eps_decay, n_iters=cfg.iters,
+                            solver=cfg.solver, impl=impl)
 
 
 @config

@@ -5,6 +5,8 @@ from .axial_attention import axial_attention as axial_attention
 from .block_sparse import block_sparse_attention as block_sparse_attention
 from .causal_dot import causal_dot as causal_dot
 from .conv_attention import conv_attention as conv_attention
+from .coor_attention import coor_descent_attention as coor_descent_attention
+from .coor_descent import coor_descent as coor_descent
 from .gate_loop import gate_loop as gate_loop
 from .gate_loop import simple_gate_loop as simple_gate_loop
 from .heinsen import heinsen_gate_loop as heinsen_gate_loop
@@ -12,6 +14,9 @@ from .rotary import lang_freqs as lang_freqs
 from .rotary import pixel_freqs as pixel_freqs
 from .rotary import rotary as rotary
 from .rotary import rotate as rotate
+from .routing import route as route
+from .routing import route_back as route_back
+from .routing import topk as topk
 from .scan import associative_scan as associative_scan
 from .scan import scan as scan
 from .softmax import softmax_attention as softmax_attention
