@@ -63,8 +63,8 @@ def save(path: str | Path, params: Any, *, opt_state: Any = EMPTY, key: Tensor |
     if key is not None:
         flat["key"] = key
     wrong = [name for name, leaf in flat.items() if not isinstance(leaf, Tensor)]
-    check(not wrong, "checkpoint.save: expected tensors only; got something else at {}.", wrong, remedy="Turn numbers into tensors.",
-          error=TypeError)
+    check(not wrong, "checkpoint.save: expected tensors only; got something else at {}.", wrong,
+          remedy="Turn numbers into tensors.", error=TypeError)
     # Copies: safetensors refuses leaves that share memory, as expanded ones do.
     flat = {name: leaf.detach().cpu().clone(memory_format=torch.contiguous_format) for name, leaf in flat.items()}
     about = {"format": FORMAT, "config": to_json(params.cfg), "step": int(step), "members": members, "extra": extra or {}}
@@ -105,7 +105,7 @@ def load(path: str | Path, *, cfg: Any = None, device: object = None) -> Checkpo
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}
             # Copies, so that nothing hangs on the file.
-            flat = {name: file.get_tensor(name).clone().to(device) for name in file.keys()}  # noqa: SIM118
+            flat = {name: file.get_tensor(name).clone().to(device) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"checkpoint.load: expected a whole safetensors file at {path}; got a damaged or truncated one "
                          f"({error}).\n  Restore it from a copy, or train again.") from None

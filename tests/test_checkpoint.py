@@ -115,7 +115,8 @@ def test_a_truncated_file_is_named(part, path, params):
     checkpoint.save(path, params)
     whole = path.read_bytes()
     path.write_bytes(whole[:int(len(whole) * part)])
-    with pytest.raises(ValueError, match="expected a whole safetensors file at .*checkpoint.safetensors; got a damaged or truncated"):
+    with pytest.raises(ValueError,
+                       match="expected a whole safetensors file at .*checkpoint.safetensors; got a damaged or truncated"):
         checkpoint.load(path)
 
 

@@ -164,7 +164,8 @@ def test_nothing_given_is_written_to(key):
 def test_a_torch_optim_class_works_through_the_bridge(name, key):
     cls = getattr(torch.optim, name)
     params, x = params_of(key), random.normal(random.fold_in(key, "x"), (7, 3), torch.float64)
-    tree.map(assert_close, train(optim.from_torch(cls, lr=1e-2), params, x, 6), torch_train(lambda p: cls(p, lr=1e-2), params, x, 6))
+    ours = train(optim.from_torch(cls, lr=1e-2), params, x, 6)
+    tree.map(assert_close, ours, torch_train(lambda p: cls(p, lr=1e-2), params, x, 6))
 
 
 def test_a_torchopt_transformation_works_through_the_bridge(key):

@@ -1,7 +1,7 @@
-"""The command line: `fnattn COMMAND` or `python -m fnattn COMMAND`. Each command is a module here with HELP, add_arguments, run.
+"""The command line: `fnattn COMMAND` or `python -m fnattn COMMAND`.
 
-A command is imported when it is asked for, so that `--help` does not wait for torch. A user's mistake ends in one message on
-stderr and exit code 2; FNATTN_TRACEBACK=1 shows where it was raised.
+Each command is a module here with HELP, add_arguments(parser) and run(args), imported when it is asked for. A user's mistake
+ends in one message on stderr and exit code 2; FNATTN_TRACEBACK=1 shows where it was raised.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0 fine, 2 a user's mistake, 130 interrupted."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [*(sys.argv[1:] if argv is None else argv)]  # list is the name of a command here
     try:
         return _run(argv)
     except SystemExit as stop:  # argparse, after it has printed its message
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="fnattn", description="Functional attention: train, generate, inspect. Every command explains itself: fnattn COMMAND --help.")
+        prog="fnattn", description="Functional attention: train, generate, inspect.",
+        epilog="Every command explains itself: fnattn COMMAND --help")
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     chosen = next((word for word in argv if not word.startswith("-")), None)
@@ -77,8 +78,6 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 def _text(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, FileNotFoundError | PermissionError):
-        return f"{error.strerror}: {error.filename}"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}\n  Check the name and who may read and write there."
+        return f"{error.strerror}: {error.filename}\n  Check the name, and who may read and write there."
     return str(error) or type(error).__name__

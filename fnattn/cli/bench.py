@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit code."""
     names = args.op or list(cases.CASES)
     for name in names:
-        check(name in cases.CASES, "bench: expected an operator; got {!r}.", name, remedy="Choose from: " + ", ".join(cases.CASES) + ".")
+        check(name in cases.CASES, "bench: expected an operator; got {!r}.", name,
+              remedy="Choose from: " + ", ".join(cases.CASES) + ".")
     for name, least in (("b", 1), ("h", 1), ("d", 2), ("repeats", 1)):
         check(getattr(args, name) >= least, "bench: --{} must be at least {}; got {}.", name, least, getattr(args, name),
               remedy="Give a larger number.")
@@ -60,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
           remedy="Choose one of those.")
     if args.threads:
         torch.set_num_threads(args.threads)
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine(), "device": args.device,
-               "threads": torch.get_num_threads(), "dtype": "float32", "repeats": args.repeats}
+    machine = {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine(),
+               "device": args.device, "threads": torch.get_num_threads(), "dtype": "float32", "repeats": args.repeats}
     print(", ".join(f"{k} {v}" for k, v in machine.items()))
     print(f"{'operator':<18}{'n':>6}  {'impl':<24}{'forward ms':>11}{'x ref':>7}{'with gradient ms':>18}{'x ref':>7}")
     results, failed = [], False
@@ -150,9 +151,9 @@ def disagreement(name: str, sizes: dict, device: str, impl: str) -> str | None:
     small = {**sizes, "n": min(sizes["n"], 128)}
     wide = torch.float32 if device == "mps" else torch.float64
     given = inputs(cases.CASES[name], small, device, torch.float32)
-    truth = tree.leaves(gradients(function(name, REFERENCE), tree.map(lambda x: x.to(wide) if _floating(x) else x, given)))
+    truth = tree.leaves(gradients(function(name, REFERENCE), _cast(given, wide)))
     for dtype, tolerance in TOLERANCE.items():
-        args = tree.map(lambda x: x.to(dtype) if _floating(x) else x, given)  # noqa: B023 - used at once
+        args = _cast(given, dtype)
         try:
             found = tree.leaves(gradients(function(name, impl), args))
         except KernelUnavailable:  # not in this precision: nothing to compare
@@ -163,8 +164,8 @@ def disagreement(name: str, sizes: dict, device: str, impl: str) -> str | None:
     return None
 
 
-def _floating(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
+def _cast(given: tuple, dtype: torch.dtype) -> tuple:
+    return tree.map(lambda x: x.to(dtype) if tree.is_differentiable(x) else x, given)
 
 
 def _median(fn: Callable, repeats: int, device: str) -> float:

@@ -21,8 +21,8 @@ import torch
 from .. import data, random
 from . import html, loop, plots
 from .generate import load_member
-from .settings import merge
 from .settings import make as make_settings
+from .settings import merge
 from .train import add_settings, given, train
 
 HELP = "train on Python's own sources and write a report, all in one"
@@ -63,12 +63,13 @@ def write(folder: Path, prompt: str, seconds: float) -> None:
     sample = _sample(folder, prompt)
     (folder / "sample.txt").write_text(sample + "\n")
     (folder / "loss.png").write_bytes(plots.losses(entries, plots.ALONE))
+    threads = torch.get_num_threads()
     page = html.page(
         title=f"{settings.family}: {_last(entries):.3f} nats per byte",
-        intro=f"A byte-level language model of {settings.depth} blocks of {settings.family} attention at width {settings.dim}, trained "
-              f"for {found.step} steps of {settings.batch} x {settings.length} bytes in {seconds:.0f} s on "
-              f"{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}. Text: {text.source}, {len(text.train) / 1e6:.1f} MB, and {len(text.valid) / 1e6:.1f} MB of "
-              f"other files for validation.",
+        intro=f"A byte-level language model of {settings.depth} blocks of {settings.family} attention at width {settings.dim}, "
+              f"trained for {found.step} steps of {settings.batch} x {settings.length} bytes in {seconds:.0f} s on "
+              f"{threads} CPU thread{'s' * (threads > 1)}. Text: {text.source}, {len(text.train) / 1e6:.1f} MB, and "
+              f"{len(text.valid) / 1e6:.1f} MB of other files for validation.",
         figures=[
             ("Loss during training", "Nats per byte; a model that knows nothing has ln 256 = 5.55.",
              plots.losses(entries, plots.LIGHT), plots.losses(entries, plots.DARK)),

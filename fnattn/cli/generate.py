@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of a training, or its checkpoint.safetensors")
     parser.add_argument("--prompt", default="\n", help="text to continue; '-' reads it from stdin")
     parser.add_argument("--tokens", type=int, default=500, metavar="N", help="bytes to generate")
-    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 bolder about what is probable; 0 takes the most probable")
+    parser.add_argument("--temperature", type=float, default=0.8,
+                        help="below 1 keeps to what is probable; 0 takes the most probable")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K most probable bytes only; 0 for all")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
                         help="draw among the most probable bytes that together reach this probability")
@@ -64,8 +65,9 @@ def run(args: argparse.Namespace) -> int:
 def load_member(path: Path, member: int) -> lm.Params:
     """The parameters of one model in the checkpoint at a folder or file."""
     found = checkpoint.load(path / CHECKPOINT if path.is_dir() else path)
-    check(isinstance(found.cfg, lm.Config) and found.cfg.num_tokens == 256, "generate: {} does not hold a language model over bytes; "
-          "got {}.", path, type(found.cfg).__module__, remedy="Train one with `fnattn train`.")
+    check(isinstance(found.cfg, lm.Config) and found.cfg.num_tokens == 256,
+          "generate: {} does not hold a language model over bytes; got {}.", path, type(found.cfg).__module__,
+          remedy="Train one with `fnattn train`.")
     check(0 <= member < max(1, found.members), "generate: {} has {} members; got --member {}.", path, max(1, found.members), member,
           remedy="Count from 0.")
     # Small operators on a busy machine run faster alone.

@@ -57,21 +57,16 @@ def about(family: Family) -> str:
 
 
 def option_texts(config: type) -> dict[str, str]:
-    """What the docstring of a Config says about each field: lines `name: text`, continued by deeper lines."""
-    names = {f.name for f in dataclasses.fields(config)}
-    found: dict[str, str] = {}
-    last: list[str] = []
-    for line in (inspect.getdoc(config) or "").splitlines():
-        match = re.match(r"([\w, ]+):\s+(.*)", line)
-        heads = [n.strip() for n in match[1].split(",")] if match else []
-        if heads and set(heads) <= names:
-            last = heads
-            found.update(dict.fromkeys(heads, match[2].strip()))
-        elif line.startswith(" ") and last:
-            found.update({n: f"{found[n]} {line.strip()}" for n in last})
-        else:
-            last = []
-    return found
+    """What the docstring of a Config says about each field: `name: text`, at the start of a line or after a full stop.
+
+    A field without an entry has that of the field which mentions it.
+    """
+    names = [f.name for f in dataclasses.fields(config)]
+    one = "|".join(names)
+    heads = rf"(?:^\s*|(?<=[.;] ))((?:{one})(?:,\s+(?:{one}))*):\s"
+    pieces = re.split(heads, inspect.getdoc(config) or "", flags=re.MULTILINE)[1:]
+    found = {name: " ".join(text.split()) for given, text in zip(pieces[::2], pieces[1::2]) for name in re.split(r",\s+", given)}
+    return {name: found.get(name) or next((f"see {other}" for other, text in found.items() if name in text), "") for name in names}
 
 
 def _default(f: dataclasses.Field) -> Any:
@@ -98,8 +93,8 @@ def _table(families: list[Family]) -> None:
         table.add_row(family.name, *_words(family).values(), about(family))
     console = _console()
     console.print(table)
-    console.print("\nstate: streams, so `fnattn train --family` takes it; mask, context: apply accepts it; combine: states of segments add "
-                  "up.\n`fnattn list FAMILY` shows the options of one.", soft_wrap=True)
+    console.print("\nstate: streams, so `fnattn train --family` takes it; mask, context: apply accepts it; combine: states of "
+                  "segments add up.\n`fnattn list FAMILY` shows the options of one.", soft_wrap=True)
 
 
 def _show(family: Family) -> None:
@@ -115,4 +110,5 @@ def _show(family: Family) -> None:
         table.add_row(option["name"], option["type"], str(option["default"]), option["about"])
     console.print(table)
     if facts["train"]:
-        console.print("\n`fnattn train` starts from " + ", ".join(f"{k}={v}" for k, v in facts["train"].items()) + ".", soft_wrap=True)
+        console.print("\n`fnattn train` starts from " + ", ".join(f"{k}={v}" for k, v in facts["train"].items()) + ".",
+                      soft_wrap=True)

@@ -137,7 +137,8 @@ def steps(run: Run, text: data.Text) -> Iterator[tuple[Run, Report]]:
         began = time.perf_counter()
         if members:
             ids = torch.stack([draw(key) for key in run.keys])
-            new = tree.vmap(one, in_axes=(0, 0, 0, 0, None, 0))(run.params, run.opt_state, run.keys, ids, run.step, rates.expand(members))
+            new = tree.vmap(one, in_axes=(0, 0, 0, 0, None, 0))(run.params, run.opt_state, run.keys, ids, run.step,
+                                                                rates.expand(members))
         else:
             new = one(run.params, run.opt_state, run.keys, draw(run.keys), run.step, rates[0])
         params, opt_state, loss, norm = new

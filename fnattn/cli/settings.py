@@ -73,8 +73,8 @@ class Settings:
 
 
 TABLES = {  # the tables of a TOML file
-    "model": ("family", "dim", "depth", "ff_mult", "norm", "norm_attention", "post_norm", "seq_len", "tied", "logits_bias", "dropout",
-              "remat"),
+    "model": ("family", "dim", "depth", "ff_mult", "norm", "norm_attention", "post_norm", "seq_len", "tied", "logits_bias",
+              "dropout", "remat"),
     "attention": (),  # the options of the family
     "optimizer": ("optimizer", "learning_rate", "betas", "momentum", "weight_decay", "clip", "schedule", "warmup"),
     "train": ("steps", "batch", "length", "seed", "ensemble", "data", "eval_every", "eval_windows", "save_every", "impl",
@@ -128,7 +128,8 @@ def make(*layers: dict) -> Settings:
     merged = merge(*layers)
     kinds = {f.name: f for f in dataclasses.fields(Settings)}
     for name, value in merged.items():
-        check(name in kinds, "settings: there is no setting {!r}; there are {}.", name, ", ".join(kinds), remedy="Check the spelling.")
+        check(name in kinds, "settings: there is no setting {!r}; there are {}.", name, ", ".join(kinds),
+              remedy="Check the spelling.")
         if isinstance(value, list):
             merged[name] = tuple(value)
         if name != "learning_rate":
@@ -139,8 +140,8 @@ def make(*layers: dict) -> Settings:
         check(getattr(made, name) >= least, "settings: {} must be at least {}; got {}.", name, least, getattr(made, name),
               remedy="`fnattn train --help` explains it.")
     for name, allowed in (("optimizer", ("adam", "adamw", "sgd")), ("schedule", ("constant", "cosine"))):
-        check(getattr(made, name) in allowed, "settings: {} must be one of {}; got {!r}.", name, ", ".join(allowed), getattr(made, name),
-              remedy="Check the spelling.")
+        check(getattr(made, name) in allowed, "settings: {} must be one of {}; got {!r}.", name, ", ".join(allowed),
+              getattr(made, name), remedy="Check the spelling.")
     check(made.optimizer == "adamw" or made.weight_decay == 0, "settings: weight_decay belongs to adamw; got {} with {}.",
           made.weight_decay, made.optimizer, remedy="Use --optimizer adamw.")
     check(made.optimizer == "sgd" or made.momentum == 0, "settings: momentum belongs to sgd; got {} with {}.", made.momentum,
@@ -159,8 +160,8 @@ def _check_type(who: str, name: str, kind: str, value: Any) -> None:
     if not all(part in allowed for part in parts):
         return
     fits = any(isinstance(value, allowed[part]) and (part == "bool" or not isinstance(value, bool)) for part in parts)
-    check(fits, "{}: {} must be {}; got {!r}.", who, name, kind, value, remedy="Check the value; text needs no quotes, true and false do not "
-          "either.")
+    check(fits, "{}: {} must be {}; got {!r}.", who, name, kind, value,
+          remedy="Check the value; in a TOML file text has quotes and numbers have none.")
 
 
 def learning_rates(settings: Settings) -> tuple[float, ...]:

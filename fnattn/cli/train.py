@@ -71,7 +71,8 @@ def given(args: argparse.Namespace) -> dict:
     if "attention" in found:
         pairs = [text.partition("=") for text in found["attention"]]
         wrong = [name for name, equals, _ in pairs if not equals]
-        check(not wrong, "train: --attention must be NAME=VALUE; got {}.", " ".join(wrong), remedy="For example --attention heads=4.")
+        check(not wrong, "train: --attention must be NAME=VALUE; got {}.", " ".join(wrong),
+              remedy="For example --attention heads=4.")
         found["attention"] = {name: parse_value(value) for name, _, value in pairs}
     return found
 
@@ -96,26 +97,25 @@ def train(folder: Path, wanted: Settings, changes: dict, *, resume: bool = False
     if resume:
         source = changes.get("data", loop.checkpoint.load(path).extra.get("settings", {}).get("data", ""))
         text = data.load(source or None)
-        state = loop.resume(path, changes, text)
+        first = loop.resume(path, changes, text)
     else:
         settings_module.model_config(wanted)  # before anything is read or written
         text = data.load(wanted.data or None)
-        state = loop.start(wanted)
+        first = loop.start(wanted)
     folder.mkdir(parents=True, exist_ok=True)
-    if settings_module.threads(state.settings):
-        torch.set_num_threads(settings_module.threads(state.settings))
-    show = _Silent() if quiet else _display(state.settings)
-    with loop.interruptible() as asked, loop.open_metrics(folder, state.step) as metrics, show:
-        show.say(f"{describe(state)}; text: {text.source}, {len(text.train) / 1e6:.1f} MB and {len(text.valid) / 1e6:.1f} MB "
+    if settings_module.threads(first.settings):
+        torch.set_num_threads(settings_module.threads(first.settings))
+    show = _Silent() if quiet else _display(first.settings)
+    with loop.interruptible() as asked, loop.open_metrics(folder, first.step) as metrics, show:
+        show.say(f"{describe(first)}; text: {text.source}, {len(text.train) / 1e6:.1f} MB and {len(text.valid) / 1e6:.1f} MB "
                  f"for validation")
-        began, last, saved = time.perf_counter(), None, state.step
-        for state, report in loop.steps(state, text):
+        began, state, last = time.perf_counter(), first, None
+        for state, report in loop.steps(first, text):
             metrics.write(loop.metrics_line(report, state.settings))
             show.step(report, state.settings)
             last = report.valid or last
             if state.step % state.settings.save_every == 0 or state.step == state.settings.steps or asked():
                 loop.save(folder, state, text)
-                saved = state.step
             if asked():
                 break
     if asked() and state.step < state.settings.steps:
@@ -123,7 +123,7 @@ def train(folder: Path, wanted: Settings, changes: dict, *, resume: bool = False
               f"  Continue with: fnattn train --out {folder} --resume", file=sys.stderr)
         return INTERRUPTED
     if last is None:
-        print(f"nothing to do: {path} is of step {saved}, and --steps is {state.settings.steps}")
+        print(f"nothing to do: {path} is of step {state.step}, and --steps is {state.settings.steps}")
         return 0
     print(f"validation loss {', '.join(f'{x:.4f}' for x in last)} nats/byte after {state.step} steps, "
           f"{time.perf_counter() - began:.0f} s; saved {path}")
@@ -205,4 +205,5 @@ def _mean(values: list[float]) -> float:
 def _numbers(report: loop.Report, settings: Settings) -> str:
     valid = f", validation {_mean(report.valid):.4f}" if report.valid else ""
     rate = settings.batch * settings.length * max(1, settings.ensemble) / report.seconds
-    return f"step {report.step}/{settings.steps}: loss {_mean(report.loss):.4f}{valid}" + ("" if valid else f", {rate:,.0f} bytes/s")
+    speed = "" if valid else f", {rate:,.0f} bytes/s"  # a step with a measurement says nothing about it
+    return f"step {report.step}/{settings.steps}: loss {_mean(report.loss):.4f}{valid}{speed}"

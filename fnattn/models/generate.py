@@ -55,8 +55,8 @@ def sample(key: Tensor, logits: Tensor, *, temperature: float | Tensor = 1.0, to
 
 def prefill(params: lm.Params, prompt: Tensor, *, capacity: int, impl: str = "auto") -> tuple[Tensor, lm.State]:
     """Reads a prompt [b, n]: the logits [b, v] for the token after it, and the state with room for `capacity` tokens in all."""
-    check(prompt.ndim == 2 and prompt.shape[1] >= 1, "generate.prefill: prompt must be [batch, at least 1]; got {}.", list(prompt.shape),
-          remedy="Start with at least one token, for example a newline.")
+    check(prompt.ndim == 2 and prompt.shape[1] >= 1, "generate.prefill: prompt must be [batch, at least 1]; got {}.",
+          list(prompt.shape), remedy="Start with at least one token, for example a newline.")
     check(capacity >= prompt.shape[1], "generate.prefill: the state must have room for the prompt of {} tokens; got capacity={}.",
           prompt.shape[1], capacity, remedy="Use a capacity of prompt and new tokens together.")
     logits, state = lm.apply(params, prompt, lm.init_state(params, prompt.shape[0], capacity=capacity), impl=impl)
@@ -79,11 +79,13 @@ def stream(params: lm.Params, prompt: Tensor, steps: int, *, key: Tensor, temper
     needed = prompt.shape[-1] + max(steps - 1, 0)
     room = needed if capacity is None else capacity
     check(room >= needed, "generate.stream: the state must have room for {} tokens, {} of the prompt and {} new ones; got "
-          "capacity={}.", needed, prompt.shape[-1], needed - prompt.shape[-1], room, remedy="Use a larger capacity, or fewer tokens.")
+          "capacity={}.", needed, prompt.shape[-1], needed - prompt.shape[-1], room,
+          remedy="Use a larger capacity, or fewer tokens.")
     return _stream(params, prompt, steps, key, room, impl, dict(temperature=temperature, top_k=top_k, top_p=top_p))
 
 
-def _stream(params: lm.Params, prompt: Tensor, steps: int, key: Tensor, capacity: int, impl: str, options: dict) -> Iterator[Tensor]:
+def _stream(params: lm.Params, prompt: Tensor, steps: int, key: Tensor, capacity: int, impl: str,
+            options: dict) -> Iterator[Tensor]:
     # The reading of the caller's code between two tokens must not happen with gradients off: only each step does.
     state: Any = EMPTY
     token = prompt

@@ -77,7 +77,8 @@ class Config:
         for name in ("depth", "num_tokens"):
             check(getattr(self, name) >= 1, "lm.Config: {} must be at least 1; got {}.", name, getattr(self, name),
                   remedy="Give a positive number.")
-        check(self.seq_len >= 0, "lm.Config: seq_len must be at least 0; got {}.", self.seq_len, remedy="Use 0 for no learned positions.")
+        check(self.seq_len >= 0, "lm.Config: seq_len must be at least 0; got {}.", self.seq_len,
+              remedy="Use 0 for no learned positions.")
         check(int(self.dim * self.ff_mult) >= 1, "lm.Config: ff_mult must leave at least one hidden channel; got {}.", self.ff_mult,
               remedy="4 is usual.")
         check(0.0 <= self.dropout <= 1.0, "lm.Config: dropout must lie in [0, 1]; got {}.", self.dropout,
@@ -122,7 +123,8 @@ def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32,
                                 attn_norm=cfg.norm if cfg.norm_attention else "none", **kind) for i in range(cfg.depth)),
         norm=EMPTY if cfg.post_norm else norm_init(cfg.norm, cfg.dim, **kind),
         to_logits=EMPTY if cfg.tied else linear_init(params_key, "to_logits", cfg.num_tokens, cfg.dim, **kind),
-        logits_bias=uniform_init(params_key, "logits_bias", (cfg.num_tokens,), cfg.dim ** -0.5, **kind) if cfg.logits_bias else EMPTY,
+        logits_bias=(uniform_init(params_key, "logits_bias", (cfg.num_tokens,), cfg.dim ** -0.5, **kind)
+                     if cfg.logits_bias else EMPTY),
         positions=_normal(params_key, "positions", (cfg.seq_len, cfg.dim), 1.0, **kind) if cfg.seq_len else EMPTY)
 
 
@@ -250,7 +252,8 @@ def dropout_chances(cfg: Config) -> dict[str, float]:
 def _check_ids(who: str, ids: Tensor, mask: Tensor | None) -> None:
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"{who}: ids must be an int64 tensor of token numbers; got {got}.\n  Convert it: torch.as_tensor(ids).long().")
+        raise TypeError(f"{who}: ids must be an int64 tensor of token numbers; got {got}.\n"
+                        f"  Convert it: torch.as_tensor(ids).long().")
     check(ids.ndim == 2, "{}: ids must be [batch, seq]; got {}.", who, list(ids.shape),
           remedy="A single sequence needs a batch axis: ids[None].")
     if mask is not None:

@@ -5,6 +5,7 @@ Nothing is guessed: for a typical call on each device, every kernel of the opera
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -87,12 +88,16 @@ def rows(dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Iterator[Answer]
         kernels = importlib.import_module(f"{__package__}.{case.module}").KERNELS
         for device in devices():
             for dtype in dtypes:
-                asked = case.asked(*case.call(lambda *shape: torch.zeros(shape, dtype=dtype, device=device), SIZES))
+                asked = case.asked(*case.call(functools.partial(_zeros, dtype, device), SIZES))
                 answers = [(k.name, k.why_not(*asked), k.worth(*asked)) for k in kernels]
                 chosen = next((impl for impl, reason, worth in answers if reason is None and worth), REFERENCE)
                 short = str(dtype).removeprefix("torch.")
                 yield from (Answer(name, device, short, impl, reason, impl == chosen) for impl, reason, _ in answers)
                 yield Answer(name, device, short, REFERENCE, None, chosen == REFERENCE)
+
+
+def _zeros(dtype: torch.dtype, device: str, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def report(file: TextIO | None = None) -> None:

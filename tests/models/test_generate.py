@@ -11,8 +11,8 @@ from fnattn.models import lm
 from fnattn.models.generate import generate, prefill, sample, stream
 
 CONFIGS = {
-    "taylor": lm.Config(attention=taylor.Config(dim=6, heads=2, dim_head=4, causal=True, rotary_emb=True, shift_tokens=True), depth=2,
-                        num_tokens=11),
+    "taylor": lm.Config(attention=taylor.Config(dim=6, heads=2, dim_head=4, causal=True, rotary_emb=True, shift_tokens=True),
+                        depth=2, num_tokens=11),
     "gate_loop": lm.Config(attention=gate_loop.Config(dim=6), depth=2, num_tokens=11),
     "full": lm.Config(attention=full.Config(dim=6, seq_len=13, heads=2, dim_head=4), depth=2, num_tokens=11),
 }
@@ -112,7 +112,8 @@ def test_what_it_refuses_it_refuses_with_the_reason(key, prompt):
     refused("generate.stream: steps must be at least 0; got -2.", lambda: stream(params, prompt, -2, key=key))
     refused("generate.stream: the state must have room for 11 tokens, 5 of the prompt and 6 new ones; got capacity=10.",
             lambda: stream(params, prompt, 7, key=key, capacity=10))
-    refused("generate.prefill: prompt must be [batch, at least 1]; got [3, 0].", lambda: generate(params, prompt[:, :0], 2, key=key))
+    refused("generate.prefill: prompt must be [batch, at least 1]; got [3, 0].",
+            lambda: generate(params, prompt[:, :0], 2, key=key))
     refused("generate.prefill: the state must have room for the prompt of 5 tokens; got capacity=4.",
             lambda: prefill(params, prompt, capacity=4))
     _, state = prefill(params, prompt, capacity=5)

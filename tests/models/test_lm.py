@@ -121,7 +121,8 @@ def test_masked_tokens_are_neither_seen_nor_counted(key, ids):
 
 
 def test_parameters_are_drawn_by_name(key):
-    small, large = (lm.init(key, lm.Config(attention=TAYLOR, depth=d, num_tokens=11, logits_bias=b)) for d, b in ((1, False), (3, True)))
+    small, large = (lm.init(key, lm.Config(attention=TAYLOR, depth=depth, num_tokens=11, logits_bias=bias))
+                    for depth, bias in ((1, False), (3, True)))
     large = tree.to_flat(large)
     for name, leaf in tree.to_flat(small).items():
         assert torch.equal(leaf, large[name]), name
@@ -165,25 +166,30 @@ def test_what_it_refuses_it_refuses_with_the_reason(key, ids):
     attention = gate_loop.Config(dim=6)
     refused("lm.Config: attention must be causal; got Config(dim=6, ",
             lambda: lm.Config(attention=taylor.Config(dim=6, causal=False), depth=1))
-    refused("lm.Config: attention must be causal", lambda: lm.Config(attention=linformer.Config(dim=6, seq_len=13, heads=2), depth=1))
-    refused("lm.Config: attention must give back dim", lambda: lm.Config(attention=taylor.Config(dim=6, causal=True, combine_heads=False), depth=1))
+    refused("lm.Config: attention must be causal",
+            lambda: lm.Config(attention=linformer.Config(dim=6, seq_len=13, heads=2), depth=1))
+    refused("lm.Config: attention must give back dim",
+            lambda: lm.Config(attention=taylor.Config(dim=6, causal=True, combine_heads=False), depth=1))
     refused("lm.Config: dim must equal attention.dim=6; got 7.", lambda: lm.Config(attention=attention, depth=1, dim=7))
     refused("lm.Config: depth must be at least 1; got 0.", lambda: lm.Config(attention=attention, depth=0))
     refused("lm.Config: norm must be one of 'rms', 'layer'", lambda: lm.Config(attention=attention, depth=1, norm="batch"))
     refused("lm.Config: dropout must lie in [0, 1]; got 2.", lambda: lm.Config(attention=attention, depth=1, dropout=2.0))
-    refused("lm.Config: ff must be the config of an activation; got 'gelu'.", lambda: lm.Config(attention=attention, depth=1, ff="gelu"),
-            TypeError)
+    refused("lm.Config: ff must be the config of an activation; got 'gelu'.",
+            lambda: lm.Config(attention=attention, depth=1, ff="gelu"), TypeError)
     refused("fnattn: expected the Config of a family", lambda: lm.Config(attention=7, depth=1), TypeError)
     refused("lm.apply: ids must be [batch, seq]; got [13].", lambda: lm.apply(params, ids[0]))
-    refused("lm.apply: ids must be an int64 tensor of token numbers; got torch.float32.", lambda: lm.apply(params, ids.float()), TypeError)
+    refused("lm.apply: ids must be an int64 tensor of token numbers; got torch.float32.", lambda: lm.apply(params, ids.float()),
+            TypeError)
     refused("lm.apply: mask must be [batch, seq] = [3, 13], describing ids; got [3, 12].",
             lambda: lm.apply(params, ids, mask=torch.ones(3, 12, dtype=torch.bool)))
     refused("lm.apply: mask must be bool", lambda: lm.apply(params, ids, mask=torch.ones(3, 13)), TypeError)
-    refused("lm.nll: ids must be [batch, seq] with at least 2 tokens, one to predict; got [3, 1].", lambda: lm.loss(params, ids[:, :1]))
+    refused("lm.nll: ids must be [batch, seq] with at least 2 tokens, one to predict; got [3, 1].",
+            lambda: lm.loss(params, ids[:, :1]))
     refused("lm.init_state: capacity must be at most the 13 learned positions (cfg.seq_len); got 14.",
             lambda: lm.init_state(params, 3, capacity=14))
     refused("lm.apply: ids must fit the 13 learned positions (cfg.seq_len); got 14 after 0.",
             lambda: lm.apply(params, torch.cat((ids, ids[:, :1]), 1)))
-    dropping = lm.init(key, lm.Config(attention=taylor.Config(dim=6, causal=True, dropout=0.25), depth=1, dropout=0.5, num_tokens=11))
+    dropping = lm.init(key, lm.Config(attention=taylor.Config(dim=6, causal=True, dropout=0.25), depth=1, dropout=0.5,
+                                      num_tokens=11))
     refused("lm.loss: dropout_key must be given, because cfg.dropout=0.5 and cfg.attention.dropout=0.25; got None.",
             lambda: lm.loss(dropping, ids))
