@@ -55,7 +55,7 @@ def _run(argv: list[str]) -> int:
         if name != chosen:
             commands.add_parser(name, help=text)
             continue
-        module = importlib.import_module(f"{__name__}.{name}")
+        module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
         one = commands.add_parser(name, help=text, description=module.__doc__, formatter_class=_Formatter)
         module.add_arguments(one)
         one.set_defaults(run=module.run)

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit code."""
-    changes = merge({"eval_every": 50}, given(args))
+    changes = merge({"eval_every": 60}, given(args))
     settings = make_settings(changes)
     began = time.perf_counter()
     code = train(args.out, settings, changes, overwrite=True)
@@ -53,17 +53,17 @@ def run(args: argparse.Namespace) -> int:
 
 def write(folder: Path, prompt: str, seconds: float) -> None:
     """The plot, the sample and the page, from what a training left in its folder."""
+    threads = torch.get_num_threads()
     found = loop.checkpoint.load(folder / loop.CHECKPOINT)
     settings = make_settings(found.extra["settings"])
     text = data.load(settings.data or None)
     entries = [json.loads(line) for line in (folder / loop.METRICS).read_text().splitlines()]
     state = loop.Run(settings, found.params, (), found.key, found.step)
-    by_position = loop.evaluate(state, text).reshape(-1, settings.length)
+    by_position = loop.evaluate(state, text, settings.eval_windows).reshape(-1, settings.length)
     by_position = by_position.unflatten(0, (max(1, settings.ensemble), -1)).mean((0, 1)).tolist()
     sample = _sample(folder, prompt)
     (folder / "sample.txt").write_text(sample + "\n")
     (folder / "loss.png").write_bytes(plots.losses(entries, plots.ALONE))
-    threads = torch.get_num_threads()
     page = html.page(
         title=f"{settings.family}: {_last(entries):.3f} nats per byte",
         intro=f"A byte-level language model of {settings.depth} blocks of {settings.family} attention at width {settings.dim}, "

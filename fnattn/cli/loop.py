@@ -146,15 +146,16 @@ def steps(run: Run, text: data.Text) -> Iterator[tuple[Run, Report]]:
         check(all(math.isfinite(x) for x in losses), "train: the loss of step {} is {}, no longer a number.", run.step + 1,
               losses if members else losses[0], remedy="Use a smaller --learning-rate; the last checkpoint is as it was.")
         run = run._replace(params=params, opt_state=opt_state, step=run.step + 1)
+        windows = settings.final_windows if run.step == settings.steps else settings.eval_windows
         measured = run.step % settings.eval_every == 0 or run.step == settings.steps
-        valid = evaluate(run, text).mean((-2, -1)).reshape(-1).tolist() if measured else None
+        valid = evaluate(run, text, windows).mean((-2, -1)).reshape(-1).tolist() if measured else None
         yield run, Report(run.step, losses, valid, norm.reshape(-1).tolist(), time.perf_counter() - began)
 
 
-def evaluate(run: Run, text: data.Text, windows: int | None = None) -> Tensor:
+def evaluate(run: Run, text: data.Text, windows: int) -> Tensor:
     """-log p of every byte in evenly spaced validation windows: [windows, length], with members in front for an ensemble."""
     settings = run.settings
-    ids = data.windows(text.valid, settings.length + 1, windows or settings.eval_windows)
+    ids = data.windows(text.valid, settings.length + 1, windows)
 
     def one(params, part):
         return lm.nll(params, part, impl=settings.impl)

@@ -67,6 +67,7 @@ class Settings:
     data: str = _setting("", "file or folder of text; empty for the sources of Python's standard library")
     eval_every: int = _setting(100, "steps between measurements on the validation text")
     eval_windows: int = _setting(256, "sequences in such a measurement")
+    final_windows: int = _setting(4096, "sequences in the last measurement, for the figure that counts; all, where there are fewer")
     save_every: int = _setting(100, "steps between checkpoints")
     impl: str = _setting("auto", "implementation of the operators: see `fnattn report`")
     threads: int = _setting(0, "CPU threads; 0 for one with a small model, else torch's choice")
@@ -77,12 +78,12 @@ TABLES = {  # the tables of a TOML file
               "dropout", "remat"),
     "attention": (),  # the options of the family
     "optimizer": ("optimizer", "learning_rate", "betas", "momentum", "weight_decay", "clip", "schedule", "warmup"),
-    "train": ("steps", "batch", "length", "seed", "ensemble", "data", "eval_every", "eval_windows", "save_every", "impl",
+    "train": ("steps", "batch", "length", "seed", "ensemble", "data", "eval_every", "eval_windows", "final_windows", "save_every", "impl",
               "threads"),
 }
 SMALL = 1 << 20  # entries of one layer's activations up to which one thread is enough
 # What may differ when a training continues; everything else must be as it was.
-FREE = ("steps", "eval_every", "eval_windows", "save_every", "impl", "threads")
+FREE = ("steps", "eval_every", "eval_windows", "final_windows", "save_every", "impl", "threads")
 
 
 def from_toml(path: Path) -> dict:
@@ -135,7 +136,7 @@ def make(*layers: dict) -> Settings:
         if name != "learning_rate":
             _check_type("settings", name, kinds[name].type, merged[name])
     made = Settings(**merged)
-    for name, least in (("steps", 1), ("batch", 1), ("length", 1), ("ensemble", 0), ("eval_every", 1), ("eval_windows", 1),
+    for name, least in (("steps", 1), ("batch", 1), ("length", 1), ("ensemble", 0), ("eval_every", 1), ("eval_windows", 1), ("final_windows", 1),
                         ("save_every", 1), ("warmup", 0), ("clip", 0), ("seed", 0), ("threads", 0)):
         check(getattr(made, name) >= least, "settings: {} must be at least {}; got {}.", name, least, getattr(made, name),
               remedy="`fnattn train --help` explains it.")
