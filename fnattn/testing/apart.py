@@ -1,8 +1,8 @@
 """Runs checks in a separate process, where a failure cannot spoil later ones.
 
-A failure of torch.compile inside a torch.func transform leaves the process's stack of transform levels dirty, and correct
-eager calls made afterwards fail. One fresh interpreter imports torch once and forks a child for the checks; a child that
-meets a failure reports it and ends, and the next child goes on with the remaining checks from a clean start.
+A failure of torch.compile inside a torch.func transform leaves the process's stack of transform levels dirty, and
+correct eager calls made afterwards fail. One fresh interpreter imports torch once and forks a child for the checks; a
+child that meets a failure reports it and ends, and the next one goes on with the remaining checks from a clean start.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def run_apart(worker: str, what: Any, names: Sequence[str], *, limit_s: float = 
     if not names:
         return
     try:
-        payload = pickle.dumps((worker, what, list(names)))
+        payload = pickle.dumps(what)
     except Exception as error:
         raise ValueError(f"testing: checks in a separate process need functions that can be imported; got {error}.\n"
                          f'  Move the function to the top level of a module, or pass it as "module:function".') from None
     if b"__main__" in payload:
-        raise ValueError("testing: checks in a separate process need functions that can be imported; got one from __main__.\n"
+        raise ValueError("testing: checks in a separate process need functions that can be imported; got one of __main__.\n"
                          "  Move the function to a module of its own, or pass compile=False.")
     with tempfile.TemporaryDirectory(prefix="fnattn-check-") as folder:
         source, answers = os.path.join(folder, "what"), os.path.join(folder, "answers")
         with open(source, "wb") as file:
-            file.write(payload)
+            pickle.dump((worker, list(names), payload), file)
         environment = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=os.path.join(folder, "cache"), PYTHONWARNINGS="ignore",
                            PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
         log = os.path.join(folder, "log")
@@ -84,28 +84,27 @@ def _read(path: str) -> dict[str, Any]:
 
 def _serve(source: str, answers: str) -> None:
     with open(source, "rb") as file:
-        raw = file.read()
+        worker, names, payload = pickle.load(file)
     import torch._dynamo  # noqa: F401 - once, before forking: most of the time of a first compile goes into imports
 
     _warm_up()
-    worker, what, names = pickle.loads(raw)
     function = resolve(worker)
     while names:
         child = os.fork()
         if child == 0:
-            _work(function, what, names, answers)
+            _work(function, payload, names, answers)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         done = _read(answers)
         rest = [name for name in names if name not in done]
-        if len(rest) == len(names) or status != 0:  # the child died inside a check
-            if rest:
-                _write(answers, rest[0], f"the process died with status {status}")
-                rest = rest[1:]
+        if rest and (len(rest) == len(names) or status != 0):  # the child died inside a check
+            _write(answers, rest[0], f"the process died with status {status}")
+            rest = rest[1:]
         names = rest
 
 
-def _work(function: Callable, what: Any, names: Sequence[str], answers: str) -> None:
+def _work(function: Callable, payload: bytes, names: Sequence[str], answers: str) -> None:
+    what = pickle.loads(payload)  # here and not before the fork: tensors on a GPU do not survive one
     for name in names:
         try:
             answer = function(what, name)

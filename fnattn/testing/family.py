@@ -44,10 +44,11 @@ def _flat(origin: Any, cfg: Any, impl: str) -> Flat:
     return Flat(origin, cfg, impl)
 
 
-def family_subject(family: Family, cfg: Any, impl: str, key: Tensor | None = None, batch: int = 1, length: int = 3) -> Subject:
+def family_subject(family: Family, cfg: Any, impl: str, key: Tensor | None = None, batch: int = 1, length: int = 3,
+                   device: str = "cpu") -> Subject:
     """A small float64 Subject for this family: all params and x are differentiated."""
     key = random.key(SEED) if key is None else key
-    args = (*tree.leaves(make_params(family, cfg, key)), make_x(cfg, key, batch, length))
+    args = tuple(t.to(device) for t in (*tree.leaves(make_params(family, cfg, key)), make_x(cfg, key, batch, length)))
     fn = Flat(family, cfg, impl)
     with torch.no_grad():
         pulls = (ripple(fn(*args), 7),)

@@ -89,13 +89,13 @@ def takes(family: Family, params: Any, x: Tensor, impl: str, **keyword: Any) -> 
     return True
 
 
-def implementations(family: Family, cfg: Any, key: Tensor) -> dict[str, str | None]:
+def implementations(family: Family, cfg: Any, key: Tensor, device: str = "cpu") -> dict[str, str | None]:
     """Every implementation that some operator has: None if it serves this config here, else why not."""
     names = ["reference"]
     for module in cases.modules():
         names += [kernel for kernel in cases.kernels(module) if kernel not in names]
     found: dict[str, str | None] = {}
-    params, x = make_params(family, cfg, key), make_x(cfg, key)
+    params, x = tree.map(lambda t: t.to(device), make_params(family, cfg, key)), make_x(cfg, key).to(device)
     for name in names:
         try:
             with torch.no_grad():
