@@ -21,12 +21,13 @@
 #define TILE 6
 #endif
 #define CHUNK 32
+#define AT(x, offset) ((x) ? (x) + (offset) : NULL)
 #define BLOCK_FEATURES 192
 #define STEPS 8 /* up to so many positions are taken one by one */
 typedef int32_t vi32 __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
 typedef int64_t vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
 
-enum { FORWARD = 8, BACKWARD = 15, TANGENT = 20 }; /* how many parts of a workspace a pass uses */
+enum { FORWARD = 8, BACKWARD = 15, TANGENT = 20, SECOND = 27 }; /* how many parts of a workspace a pass uses */
 
 #define REAL float
 #define S(x) PASTE(fnattn_, x, _, f32)
@@ -57,7 +58,7 @@ typedef struct {
     REAL *kk, *qq, *v1, *g1;    /* rows of one chunk: keys and queries doubled, values, gradients */
     REAL *qT, *kT, *v1T, *g1T;  /* lanes */
     REAL *s, *ds, *phi, *acc, *dx;
-    REAL *dkk, *dqq, *dv1, *dqT, *dS; /* tangents */
+    REAL *dkk, *dqq, *dv1, *dqT, *dS, *dR, *dg1, *dkT, *dv1T, *dg1T, *ts, *tu; /* tangents */
     void *memory;
 } S(work);
 
@@ -70,10 +71,12 @@ static int S(work_new)(S(work) *w, int64_t d, int64_t e, int count) {
     w->stride = (F + LANES - 1) / LANES * LANES + LANES;
     int64_t block = max64(BLOCK_FEATURES, d) + 2 * d + 1 + LANES;
     REAL **parts[] = {&w->S, &w->kk, &w->qq, &w->v1, &w->qT, &w->s, &w->phi, &w->acc, &w->R, &w->g1, &w->kT, &w->v1T, &w->g1T,
-                      &w->ds, &w->dx, &w->dkk, &w->dqq, &w->dv1, &w->dqT, &w->dS};
+                      &w->ds, &w->dx, &w->dkk, &w->dqq, &w->dv1, &w->dqT, &w->dS, &w->dR,
+                      &w->dg1, &w->dkT, &w->dv1T, &w->dg1T, &w->ts, &w->tu};
     int64_t sizes[] = {w->e1 * w->stride, 2 * d * c, 2 * d * c, w->ldv * c, d * c, c * c, block * c, w->e1 * c,
                        w->e1 * w->stride, w->ldv * c, d * c, w->e1 * c, w->e1 * c, c * c, d * c,
-                       2 * d * c, 2 * d * c, w->ldv * c, d * c, w->e1 * w->stride};
+                       2 * d * c, 2 * d * c, w->ldv * c, d * c, w->e1 * w->stride,
+                       w->e1 * w->stride, w->ldv * c, d * c, w->e1 * c, w->e1 * c, c * c, c * c};
     size_t total = 0;
     for (int i = 0; i < count; i++) total += S(bytes)(sizes[i]);
     if (!(w->memory = scratch(total))) return 1;
@@ -177,4 +180,5 @@ int S(try_taylor_forward)(const REAL *q, const REAL *k, const REAL *v, const REA
 
 #include "taylor_backward.h"
 #include "taylor_tangent.h"
+#include "taylor_second.h"
 #endif

@@ -251,13 +251,29 @@ static void S(add_state)(REAL *state, int64_t stride, const REAL *xx, const REAL
 }
 
 /* out[i][lane] += d(sum_f phi_f(x) sum_c y_c state[c][f]) / dx_i, with y [e1][CHUNK] in lanes. */
-static void S(read_state_back)(REAL *out, const REAL *xT, const REAL *yT, const REAL *state, int64_t stride, int64_t d, int64_t e1,
-                               int64_t L, REAL *W) {
+static void S(read_state_back)(REAL *out, const REAL *xT, const REAL *yT, const REAL *state, int64_t stride, int64_t d,
+                               int64_t e1, int64_t L, REAL *W) {
     int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
     S(mac)(out, CHUNK, yT, CHUNK, state + quadratic, 1, stride, d, e1, L, 0);
     for (int64_t r = 0; r < total; r += step) {
         int64_t r1 = min64(total, r + step), size = min64(r1 * d, quadratic) - r * d;
         S(mac)(W, CHUNK, yT, CHUNK, state + r * d, 1, stride, size, e1, L, 1);
         S(features_back)(out, W, xT, d, r, r1, L);
+    }
+}
+
+/* The change of that when x, y and the state move along dx, dy and dstate. */
+static void S(read_state_back_along)(REAL *out, const REAL *xT, const REAL *dxT, const REAL *yT, const REAL *dyT, const REAL *state,
+                                     const REAL *dstate, int64_t stride, int64_t d, int64_t e1, int64_t L, REAL *W) {
+    int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
+    S(mac)(out, CHUNK, dyT, CHUNK, state + quadratic, 1, stride, d, e1, L, 0);
+    S(mac)(out, CHUNK, yT, CHUNK, dstate + quadratic, 1, stride, d, e1, L, 0);
+    for (int64_t r = 0; r < total; r += step) {
+        int64_t r1 = min64(total, r + step), size = min64(r1 * d, quadratic) - r * d;
+        S(mac)(W, CHUNK, dyT, CHUNK, state + r * d, 1, stride, size, e1, L, 1);
+        S(mac)(W, CHUNK, yT, CHUNK, dstate + r * d, 1, stride, size, e1, L, 0);
+        S(features_back)(out, W, xT, d, r, r1, L);
+        S(mac)(W, CHUNK, yT, CHUNK, state + r * d, 1, stride, size, e1, L, 1);
+        S(features_back)(out, W, dxT, d, r, r1, L);
     }
 }

@@ -85,8 +85,6 @@ static void S(group_tangent)(S(work) *w, const S(tangent) *a) {
     S(from_state)(a->tsums, w->dS, w->stride, d, w->e1, 1);
 }
 
-#define AT(x, offset) ((x) ? (x) + (offset) : NULL)
-
 int S(try_taylor_tangent)(const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, const REAL *out,
                           const REAL *den, const REAL *tq, const REAL *tk, const REAL *tv, const REAL *tkeep, const REAL *tsums0,
                           REAL *tout, REAL *tden, REAL *tsums, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d,
@@ -114,4 +112,3 @@ int S(try_taylor_tangent)(const REAL *q, const REAL *k, const REAL *v, const REA
     }
     return failed;
 }
-#undef AT

@@ -1,4 +1,4 @@
-"""C kernels of Taylor linear attention: forward, backward, tangent; see csrc/taylor.c and the headers it includes.
+"""C kernels of Taylor linear attention: forward, backward and the tangents of both; see csrc/taylor.c and the headers it includes.
 
 Arguments of all: q [b, h, n, d], k [b, g, m, d], v [b, g, m, e], keep [b, m] in the same dtype or None, sums
 [b, g, F, e+1] or None; hard: keep is 0 or 1 and keys with 0 may hold anything, NaN included.
@@ -69,6 +69,21 @@ def _tangent_fake(q, k, v, keep, sums, out, den, tq, tk, tv, tkeep, tsums, hard,
     return tuple(q.new_empty(s) for s in _forward_shapes(q, k, v))
 
 
+def _second(q, k, v, keep, sums, out, den, grad, grad_sums, tout, tden, tq, tk, tv, tsums, tgrad, tgrad_sums, hard: bool,
+            causal: bool, scale: float, eps: float):
+    inputs = _plain(q, k, v, keep, sums, out, den, grad, grad_sums, tout, tden, tq, tk, tv, tsums, tgrad, tgrad_sums)
+    q, k, v, _, sums = inputs[:5]
+    outs = [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None if sums is None else torch.empty_like(sums)]
+    if q.shape[0] and k.shape[1]:
+        _run("second", [*inputs, *outs], hard, causal, scale, eps)
+    return (*outs[:3], q.new_empty(q.shape[0], 0, 0, 0) if sums is None else outs[3])
+
+
+def _second_fake(q, k, v, keep, sums, *rest):
+    return (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape),
+            q.new_empty(q.shape[0], 0, 0, 0) if sums is None else sums.new_empty(sums.shape))
+
+
 def _forward_fake(q, k, v, keep, sums, hard, causal, scale, eps):
     return tuple(q.new_empty(s) for s in _forward_shapes(q, k, v))
 
@@ -97,3 +112,10 @@ tangent = Operator(
     "taylor_tangent_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, Tensor out, Tensor den, "
     f"Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tkeep, Tensor? tsums, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=_tangent_fake, cpu=_tangent)
+# tangents of backward's results dq, dk, dv, dsums when q, k, v, sums, grad and grad_sums move (None: do not move); tout and
+# tden are those of out and den. keep must be None or hard
+second = Operator(
+    "taylor_second_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, Tensor out, Tensor den, "
+    "Tensor grad, Tensor? grad_sums, Tensor tout, Tensor tden, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tsums, "
+    f"Tensor? tgrad, Tensor? tgrad_sums, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_second_fake, cpu=_second)

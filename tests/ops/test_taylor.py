@@ -249,24 +249,34 @@ def test_first_and_second_derivatives_pass_numerical_checks(impl):
     assert torch.autograd.gradgradcheck(run, (q, k, v, sums, keep), check_fwd_over_rev=True)
 
 
+def hessian_products(fn, args, along):
+    """Hessian times `along`, forward over reverse and reverse over reverse."""
+    gradient = torch.func.grad(lambda *a: slope(fn(*a)), tuple(range(len(args))))
+    return torch.func.jvp(gradient, args, along)[1] + torch.func.vjp(gradient, *args)[1](along)
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("kind", [None, "mask", "weights", "sums", "mask and sums"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_second_derivatives_are_right_across_chunks(impl, causal):
-    args = inputs(1, 2, 1, 71, 3, 2)
-    direction = inputs(1, 2, 1, 71, 3, 2, seed=13)
+def test_second_derivatives_are_right_across_chunks(impl, kind, causal):
+    keep = None if kind in (None, "sums") else weights_of(kind.split()[0], 1, 71)
+    args, last = inputs(1, 4, 2, 71, 17, 3), ()
+    if kind == "weights":
+        last = (keep,)
+    elif kind is not None and "sums" in kind:
+        last = (earlier(1, 2, 17, 3),)
 
-    def product(fn):
-        first = lambda *a: torch.func.grad(lambda *x: slope(fn(*x)), (0, 1, 2))(*a)  # noqa: E731
-        forward = torch.func.jvp(first, args, direction)[1]
-        reverse = torch.func.vjp(first, *args)[1](direction)
-        return forward, reverse
+    def call(fn, **options):
+        def of(q, k, v, x=None):
+            weights, sums = (x, None) if kind == "weights" else (keep, x)
+            return fn(q, k, v, keep=weights, sums=sums, causal=causal, **options)
+        return of
 
-    mine = product(lambda *a: taylor(*a, causal=causal, impl=impl))
-    exact = product(lambda *a: dense(*a, causal=causal))
-    for got, want in zip(mine, exact):
-        for a, x in zip(got, want):
-            assert a.abs().max() > 1e-3
-            assert_close(a, x)
+    args += last
+    along = tuple(a.cos() for a in args)
+    for a, x in zip(hessian_products(call(taylor, impl=impl), args, along), hessian_products(call(dense), args, along)):
+        assert a.abs().max() > 1e-6
+        assert_close(a, x)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

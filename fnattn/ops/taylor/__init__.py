@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._door import Kernel, check_heads, choose, compute_dtype, native_reason, no_autocast
 from .reference import CHUNK, EPS, gradients, reference, tangents
+from .second import gradient_tangents
 
 # b batch, h query heads, g key heads, r = h / g, n queries, m keys, d width of q and k, e width of v,
 # F = 1 + d + d (d + 1) / 2 features
@@ -122,10 +123,37 @@ def _from_reference(fn) -> dict:
                 jvp=lambda args, outs, moves: reference_jvp(fn, args, moves), save_outputs=False)
 
 
+def _backward_vjp(needs, args, outs, cotangents):
+    """Hessian times vector: backward is a gradient, so its transposed derivative is its derivative."""
+    q, k, v, keep, sums, out, den, grad, grad_sums, *options = args
+    cq, ck, cv, _, csums = cotangents
+    if keep is not None and not options[0]:
+        return reference_vjp(gradients, needs, args, cotangents)
+    csums = None if sums is None else csums
+    tout, tden, ttotal = native.tangent(q, k, v, keep, sums, out, den, cq, ck, cv, None, csums, *options)
+    dq, dk, dv, dsums = native.second(q, k, v, keep, sums, out, den, grad, grad_sums, tout, tden, cq, ck, cv, csums, None,
+                                      None, *options)
+    grads = (dq, dk, dv, None, dsums, None, None, tout, ttotal)
+    return (*(g if need else None for g, need in zip(grads, needs)), *(None for _ in options))
+
+
+def _backward_jvp(args, outs, moves):
+    q, k, v, keep, sums, out, den, grad, grad_sums, *options = args
+    tq, tk, tv, _, tsums, tout, tden, tgrad, tgrad_sums = moves[:9]
+    if keep is not None and not options[0]:
+        return reference_jvp(gradients, args, moves)
+    if tout is None or tden is None:
+        tout, tden, _ = native.tangent(q, k, v, keep, sums, out, den, tq, tk, tv, None, tsums, *options)
+    dq, dk, dv, dsums = native.second(q, k, v, keep, sums, out, den, grad, grad_sums, tout, tden, tq, tk, tv, tsums, tgrad,
+                                      tgrad_sums, *options)
+    return dq, dk, dv, q.new_empty(q.shape[0], 0), dsums
+
+
 native.forward.derive(vjp=_vjp, jvp=_jvp)
+native.backward.derive(vjp=_backward_vjp, jvp=_backward_jvp, save_outputs=False)
 # The references of the operators that are given out and den compute them from q, k, v again: what forward saved is a
 # function of those, and derivatives must not be lost there.
-native.backward.derive(**_from_reference(gradients))
 native.tangent.derive(**_from_reference(tangents))
+native.second.derive(**_from_reference(gradient_tangents))
 
 KERNELS = (Kernel("native", native.forward, lambda q, k, v: native_reason("taylor", q, k, v)),)
