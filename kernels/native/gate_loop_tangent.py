@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..contracts import Operator
 from .call import address, function, threads
-from .gate_loop import EVERY, GATE, _heads, _narrow_backward_fake, _like_rows, _packed, _strides, _strides3
+from .gate_loop import EVERY, GATE, _heads, _like_rows, _narrow_backward_fake, _packed, _strides, _strides3
 from .scan import rows
 
 

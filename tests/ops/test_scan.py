@@ -132,7 +132,8 @@ def test_the_tangent_is_a_difference_quotient_and_not_zero(impl):
 @both_ways
 def test_vmap_is_a_loop_and_so_are_gradients_under_it(reverse, impl):
     a, x, _ = inputs(3, 9, 5)
-    a, h0 = a[None].expand(4, -1, -1, -1) * torch.linspace(0.5, 1, 4, dtype=a.dtype)[:, None, None, None], torch.randn(3, 5, 4).double()
+    a = a * torch.linspace(0.5, 1, 4, dtype=a.dtype)[:, None, None, None]
+    h0 = torch.randn(3, 5, 4, dtype=a.dtype)
 
     def fn(a, x, h0):
         return scan(a, x, h0, reverse=reverse, impl=impl)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 from ..scan import before, complex_times
 from ..scan import reference as scan_reference
 

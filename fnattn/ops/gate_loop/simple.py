@@ -12,7 +12,6 @@ from fnattn_kernels.native import gate_loop_tangent as native_tangent
 from fnattn_kernels.native import scan as native_scan
 from torch import Tensor
 
-
 from .._door import Kernel, choose, native_reason, no_autocast, widen
 from ..scan import before
 from ..scan import reference as scan_reference
