@@ -77,6 +77,27 @@ def iterate_back(s: Tensor, log_k: Tensor, g: Tensor, eps: float, eps_init: floa
     return ds, (dlogk - mu * epsilons[0]).squeeze(-1)
 
 
+def iterate_tangent(s: Tensor, log_k: Tensor, ds: Tensor, dlogk: Tensor, eps: float, eps_init: float, eps_decay: float,
+                    n_iters: int) -> Tensor:
+    """The tangent of `iterate` along ds and dlogk.
+
+        m_1' = -eps_1 dlogk      m_t' = sum_j w_tj (ds_j if s_j <= m_{t-1} else m_{t-1}') - eps_t dlogk
+        y_j' = y_j (ds_j - m_T') / eps_{T+1} [s_j <= m_T]
+    """
+    s, there, counted = _entries(s)
+    ds, log_k, dlogk = torch.where(there, ds, 0.0), log_k.unsqueeze(-1), dlogk.unsqueeze(-1)
+    epsilons = schedule(eps, eps_init, eps_decay, n_iters)
+    m = _thresholds(s, counted, log_k, epsilons)
+    dm = -epsilons[0] * dlogk
+    for t in range(1, n_iters):
+        below = s <= m[t - 1]
+        exponent = (torch.where(below, s, m[t - 1]) - m[t]) / epsilons[t] - log_k
+        w = torch.where(counted, torch.where(counted, exponent, 0.0).exp(), 0.0)
+        dm = (w * torch.where(below, ds, dm)).sum(-1, keepdim=True) - epsilons[t] * dlogk
+    active = there & (s <= m[-1])
+    return torch.where(active, (torch.where(active, s - m[-1], 0.0) / epsilons[-1]).exp() * (ds - dm) / epsilons[-1], 0.0)
+
+
 # ------------------------------------------------------------------------------------------------ the fixed point
 
 
@@ -138,3 +159,11 @@ def exact_back(s: Tensor, k: Tensor, cut: Tensor, g: Tensor, eps: float) -> tupl
     weight = y.sum(-1, keepdim=True)
     dk = (y * g).sum(-1, keepdim=True) / torch.where(weight > 0, weight, 1.0)
     return y / eps * (g - dk), dk.squeeze(-1)
+
+
+def exact_tangent(s: Tensor, k: Tensor, cut: Tensor, ds: Tensor, dk: Tensor, eps: float) -> Tensor:
+    """The tangent of `exact`: y_a' = y_a (ds_a - m') / eps with m' = (sum y_a ds_a - eps dk) / sum y_a; 0 where capped."""
+    y = _closed(s, k, cut, eps)[1]
+    weight = y.sum(-1, keepdim=True)
+    dm = ((y * ds).sum(-1, keepdim=True) - eps * dk.unsqueeze(-1)) / torch.where(weight > 0, weight, 1.0)
+    return y / eps * (ds - dm)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import coor_attention as native
-from fnattn_kernels.native.coor_descent import SOURCE
+from fnattn_kernels.native import coor_descent as rowwise
 from torch import Tensor
 
 from . import _coor_math as math
@@ -31,7 +31,7 @@ def coor_descent_attention(q: Tensor, k: Tensor, v: Tensor, sparsity_k: float | 
 
         out_i = sum_j y_ij v_j        y_i = coor_descent(scale q_i . k_j over the visible j, sparsity_k_i)
 
-    Time grows with n m (d + e + n_iters). "native" makes no [n, m] table.
+    Time grows with n m (d + e + n_iters). "native" makes no [n, m] table for the value and the gradient.
 
     Args:
         q: [b, h, n, d], floating point.
@@ -141,14 +141,6 @@ def _scores(q, k, keep, start, nulls, scale):
 # formulas that compute them anew: so they pass no gradient, and their tangent is never read.
 
 
-def _tangent_formula(q, k, v, log_or_k, keep, start, marks, nulls, scale, exact, *schedule):
-    if not exact:
-        return _attend(q, k, v, log_or_k, keep, start, nulls, scale, exact, *schedule)
-    s, grouped = _scores(q, k, keep, start, nulls, scale)
-    y = math.exact_at(s, grouped(log_or_k), grouped(marks[..., 0].detach()), schedule[0])
-    return torch.einsum("bgrij,bgje->bgrie", y, v).flatten(1, 2)
-
-
 def _backward_formula(q, k, v, log_or_k, keep, start, marks, g, nulls, scale, exact, *schedule):
     s, grouped = _scores(q, k, keep, start, nulls, scale)
     level, g = grouped(log_or_k), grouped(g)
@@ -174,8 +166,22 @@ def _vjp(needs, args, outs, cotangents):
 
 
 def _jvp(args, outs, tangents):
-    tangent = reference_jvp(_tangent_formula, (*args[:6], outs[1], *args[6:]), (*tangents[:6], None, *tangents[6:]))
-    return tangent, torch.zeros_like(outs[1])
+    """Along the rows of a table of scores: the tangent is not fused."""
+    q, k, v, log_or_k, keep, start, nulls, scale, exact, *schedule = args
+    tq, tk, tv, tlog_or_k = tangents[:4]
+    s, grouped = _scores(q, k, keep, start, nulls, scale)
+    ts = torch.zeros_like(s)
+    for left, right in ((tq, k), (q, tk)):
+        if left is not None and right is not None:
+            ts = ts + torch.einsum("bgrid,bgjd->bgrij", grouped(left) * scale, right)
+    rows, level = s.flatten(0, 3), log_or_k.flatten()
+    ty = rowwise.tangent(rows, level, outs[1].flatten(0, 2), ts.masked_fill(s == -torch.inf, 0.0).flatten(0, 3),
+                         torch.zeros_like(level) if tlog_or_k is None else tlog_or_k.flatten(), exact, *schedule)
+    tangent = torch.einsum("bgrij,bgje->bgrie", ty.view(s.shape), v)
+    if tv is not None:
+        y = (rowwise.exact(rows, level, schedule[0]) if exact else rowwise.iterate(rows, level, *schedule))[0]
+        tangent = tangent + torch.einsum("bgrij,bgje->bgrie", y.view(s.shape), tv)
+    return tangent.flatten(1, 2), torch.zeros_like(outs[1])
 
 
 native.attention.derive(vjp=_vjp, jvp=_jvp)
@@ -188,4 +194,4 @@ def _native(*args):
     return native.attention(*args)[0]
 
 
-KERNELS = (Kernel("native", _native, lambda *tensors: native_reason(SOURCE, *tensors)),)
+KERNELS = (Kernel("native", _native, lambda *tensors: native_reason(rowwise.SOURCE, *tensors)),)

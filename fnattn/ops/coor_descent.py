@@ -156,7 +156,19 @@ def _iterate_vjp(needs, args, outs, cotangents):
 
 
 def _iterate_jvp(args, outs, tangents):
-    return reference_jvp(math.iterate, args, tangents), torch.zeros_like(outs[1])
+    (s, log_k), m = args[:2], outs[1]
+    return native.tangent(s, log_k, m, *_both(s, log_k, tangents), False, *args[2:]), torch.zeros_like(m)
+
+
+def _both(s, log_k, tangents):
+    """The tangents of s and log_k, 0 where there is none."""
+    return (torch.zeros_like(x) if t is None else t for x, t in zip((s, log_k), tangents))
+
+
+def _tangent_formula(s, log_or_k, m, ts, tlog_or_k, exact, *schedule):
+    if exact:
+        return math.exact_tangent(s, log_or_k, m[:, 0].detach(), ts, tlog_or_k, schedule[0])
+    return math.iterate_tangent(s, log_or_k, ts, tlog_or_k, *schedule)
 
 
 def _without(fn, *places):
@@ -183,10 +195,14 @@ def _exact_vjp(needs, args, outs, cotangents):
 
 def _exact_jvp(args, outs, tangents):
     s, k, eps = args
-    tangent = reference_jvp(math.exact_at, (s, k, outs[1], eps), (*tangents[:2], None, None))
-    return tangent, torch.zeros_like(outs[1]), torch.zeros_like(outs[2])
+    _, cut, m = outs
+    tangent = native.tangent(s, k, torch.stack((cut, m), 1), *_both(s, k, tangents), True, eps, eps, 1.0, 1)
+    return tangent, torch.zeros_like(cut), torch.zeros_like(m)
 
 
+native.tangent.derive(
+    vjp=lambda needs, args, outs, cotangents: reference_vjp(_tangent_formula, needs, args, cotangents),
+    jvp=lambda args, outs, tangents: reference_jvp(_tangent_formula, args, tangents), save_outputs=False)
 native.exact.derive(vjp=_exact_vjp, jvp=_exact_jvp)
 native.exact_back.derive(
     vjp=lambda needs, args, outs, cotangents: reference_vjp(_exact_back, needs, args, cotangents),

@@ -49,6 +49,7 @@ typedef int64_t coor_vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)))
 
 #include "coor_tile.h"
 #include "coor_exact.h"
+#include "coor_tangent.h"
 
 /* tile[j][l] = rows[l][j] for l < count; the other lanes repeat `fill`. */
 static void S(gather)(const REAL *rows, int64_t count, int64_t n, VF *tile, REAL fill) {
@@ -158,6 +159,31 @@ void S(coor_exact_back)(const REAL *s, const REAL *cut, const REAL *m, const REA
             VF gradient_k = S(exact_back)(tile, grad, E, NULL, n, (REAL)eps, edge, level);
             S(scatter)(grad, count, n, ds + first * n);
             S(scatter)(&gradient_k, count, 1, dk + first);
+        }
+        free(tile);
+    }
+}
+
+/* ds (log_k, dlogk: k and k' if exact) -> dy; m [rows, T], or [rows, 2] with cut and threshold if exact. */
+void S(coor_tangent)(const REAL *s, const REAL *log_k, const REAL *m, const REAL *ds, const REAL *dlogk, REAL *dy, int64_t rows,
+                     int64_t n, int64_t exact, const double *eps, int64_t T, int64_t threads) {
+    int64_t blocks = (rows + LANES - 1) / LANES, count_m = exact ? 2 : T;
+    if (!rows || !n) return;
+#pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
+    {
+        VF *tile = S(tiles)(3, n, count_m), *tangent = tile + n, *spare = tangent + n, *marks = spare + n;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < blocks; i++) {
+            int64_t first = i * LANES, count = min64(LANES, rows - first);
+            VF lk, dlk;
+            S(gather)(log_k + first, count, 1, &lk, 0);
+            S(gather)(dlogk + first, count, 1, &dlk, 0);
+            S(gather)(s + first * n, count, n, tile, 0);
+            S(gather)(ds + first * n, count, n, tangent, 0);
+            S(gather)(m + first * count_m, count, count_m, marks, 0);
+            if (exact) S(exact_tangent)(tile, tangent, spare, n, dlk, (REAL)eps[T], marks[0], marks[1]);
+            else S(iterate_tangent)(tile, tangent, spare, n, lk, dlk, eps, T, marks);
+            S(scatter)(tangent, count, n, dy + first * n);
         }
         free(tile);
     }

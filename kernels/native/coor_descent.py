@@ -68,6 +68,18 @@ def _exact_back(s: Tensor, k: Tensor, cut: Tensor, m: Tensor, g: Tensor, eps: fl
     return ds, dk if n else dk.zero_()
 
 
+def _tangent(s: Tensor, log_k: Tensor, m: Tensor, ts: Tensor, tlog_k: Tensor, exact: bool, eps: float, eps_init: float,
+             eps_decay: float, n_iters: int) -> Tensor:
+    s, log_k, m, ts, tlog_k = s.contiguous(), log_k.contiguous(), m.contiguous(), ts.contiguous(), tlog_k.contiguous()
+    rows, n = s.shape
+    ty = torch.empty_like(s)
+    values = c_schedule(eps, eps_init, eps_decay, n_iters)
+    function(SOURCE, "coor_tangent", s.dtype, "pppppp" + "iii" + "p" + "ii")(
+        address(s), address(log_k), address(m), address(ts), address(tlog_k), address(ty), rows, n, int(exact),
+        ctypes.addressof(values), n_iters, threads(s.numel() * n_iters))
+    return ty
+
+
 _SCHEDULE = "float eps, float eps_init, float eps_decay, int n_iters"
 
 # s [rows, n] with -inf for entries that are not there, log_k [rows] -> y [rows, n], thresholds of all iterations [rows, n_iters].
@@ -84,3 +96,7 @@ exact = Operator("coor_exact_native", 1, "(Tensor s, Tensor k, float eps) -> (Te
 exact_back = Operator("coor_exact_back_native", 1,
                       "(Tensor s, Tensor k, Tensor cut, Tensor m, Tensor g, float eps) -> (Tensor, Tensor)", cpu=_exact_back,
                       fake=lambda s, k, cut, m, g, eps: (torch.empty_like(s), torch.empty_like(k)))
+# s, log_k (k if exact), m [rows, n_iters] (cut and threshold [rows, 2] if exact), tangents of s and log_k (k) -> tangent of y.
+tangent = Operator(
+    "coor_tangent_native", 1, f"(Tensor s, Tensor log_k, Tensor m, Tensor ts, Tensor tlog_k, bool exact, {_SCHEDULE}) -> Tensor",
+    cpu=_tangent, fake=lambda s, *others: torch.empty_like(s))

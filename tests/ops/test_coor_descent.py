@@ -221,6 +221,18 @@ def test_every_transform_agrees_with_plain_torch_and_is_not_zero(options, impl):
             assert x.abs().max() > 1e-6
 
 
+@pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+@pytest.mark.parametrize("options", [*SCHEDULES, dict(n_iters=60, eps=0.05), dict(solver="exact")], ids=str)
+def test_the_kernel_has_the_tangents_of_plain_torch(options, poisoned_empty):
+    for shape in SHAPES:
+        primals, tangents = (scores(shape), levels(shape[:-1])), (scores(shape, seed=13), scores((*shape[:-1], 1), seed=14)[..., 0])
+        mask = some(shape)
+        mine, plain = (jvp(lambda s, k: coor_descent(s, k, mask=mask, impl=impl, **options), primals, tangents)[1]  # noqa: B023
+                       for impl in ("native", "reference"))
+        assert_close(mine, plain)
+        assert shape != (3, 67) or mine.abs().max() > 0
+
+
 def test_compiled_functions_equal_plain_ones():
     s, k = scores((3, 7)), levels((3,))
     for options in SOLVERS:
@@ -286,7 +298,9 @@ def test_thresholds_that_wander_far_are_followed():
     s = scores((17, 23)) * 30
     for k, n_iters in itertools.product((1e-20, 1e-9, 0.5, 22.5), (3, 20, 200)):
         k = torch.full((17,), k, dtype=torch.float64)
-        a, b = (with_gradients(coor_descent, s, k, n_iters=n_iters, impl=impl) for impl in ("native", "reference"))
+        a, b = ((*with_gradients(coor_descent, s, k, n_iters=n_iters, impl=impl),
+                 jvp(lambda s: coor_descent(s, k, n_iters=n_iters, impl=impl), (s,), (s.sin(),))[1])  # noqa: B023
+                for impl in ("native", "reference"))
         for x, y in zip(a, b):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
 
