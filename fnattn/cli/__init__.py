@@ -15,6 +15,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a language model over any causal family of attention",
     "generate": "stream text from a checkpoint",
+    "train-images": "train a text-to-image transformer on handwritten digits",
+    "generate-images": "draw digits from their names",
     "list": "families of attention, their options, and what each supports",
     "report": "which kernel would run where, and why not the others",
     "check": "verify derivatives and print the derivative table",
