@@ -54,8 +54,14 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """LayerNorm over the last axis, eps 1e-5, biased variance."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias)
+    """LayerNorm over the last axis, eps 1e-5, biased variance.
+
+    Not F.layer_norm: in torch 2.13 the derivative of vmap(grad) through it is silently wrong, and with it hessian.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    return (normed * weight + bias).to(x.dtype)
 
 
 def shift_tokens(x: Tensor, last: Tensor | None = None) -> Tensor:
