@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import assert_close
 from fnattn_kernels.contracts import KernelUnavailable
+from fnattn_kernels.native import build
 from torch.autograd import gradcheck, gradgradcheck
 from upstream import upstream
 
@@ -16,8 +17,12 @@ from fnattn.ops import lang_freqs, pixel_freqs, rotary, rotate
 
 F64, F32 = torch.float64, torch.float32
 PACKAGE = "rotary_embedding_torch"
-IMPLS = ["reference", "native", pytest.param(PACKAGE, marks=pytest.mark.skipif(
-    importlib.util.find_spec(PACKAGE) is None, reason="rotary-embedding-torch is not installed"))]
+NO_KERNEL, NO_PACKAGE = build.why_not("rotary") is not None, importlib.util.find_spec(PACKAGE) is None
+IMPLS = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(NO_KERNEL, reason="the C kernel cannot be built here")),
+    pytest.param(PACKAGE, marks=pytest.mark.skipif(NO_PACKAGE, reason="rotary-embedding-torch is not installed")),
+]
 
 
 def normal(*shape, dtype=F64, seed=0):
@@ -126,7 +131,7 @@ def test_all_implementations_agree_with_the_package_and_its_frequencies():
     assert torch.equal(lang.freqs, lang_freqs(32)) and torch.equal(pixel.freqs, pixel_freqs(20))
     assert torch.equal(module(7, theta=500.0, cache_if_possible=False).freqs, lang_freqs(7, theta=500.0))
     x = normal(2, 3, 997, 37, dtype=F32)
-    for impl in ("reference", "native", PACKAGE):
+    for impl in ("reference", "auto", PACKAGE):
         assert_close(rotary(x, torch.tensor(0), lang_freqs(32), impl=impl), lang.rotate_queries_or_keys(x).detach())
 
 

@@ -134,7 +134,7 @@ def test_a_row_that_sees_nothing_is_zero_with_finite_derivatives(impl, causal):
     mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
     mask[0] = False
     mask[1, 0, 3] = False
-    found = all_of(lambda *a: softmax_attention(*a, mask=mask, causal=causal, impl=impl), (q, k * 30, v))
+    found = all_of(lambda *a: softmax_attention(*a, mask=mask, causal=causal, impl=impl), (q, 3 * k, v))
     assert all(t.isfinite().all() for t in found)
     for t in (found[0], found[1], *found[4:]):  # the value, the gradient in q, the tangents
         assert (t[0] == 0).all() and (t[1, :, 3] == 0).all() and (t[1, :, 4] != 0).any()
