@@ -6,6 +6,7 @@ The default text is on every machine: the sources of Python's own standard libra
 from __future__ import annotations
 
 import sysconfig
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import random
 from .core import check
 
-VALID_EVERY = 10  # one file of so many is for validation; of a single file, the last tenth
+VALID_EVERY = 10  # one file of about so many is for validation; of a single file, the last tenth
 
 
 class Text(NamedTuple):
@@ -34,28 +35,28 @@ class Text(NamedTuple):
 def load(path: str | Path | None = None) -> Text:
     """The text of a file, of all files in a folder and its subfolders, or (None) of the standard library's sources.
 
-    A folder is split by file: in alphabetical order every tenth file is for validation. Of a single file the last tenth is.
-    Folders skip what is hidden, what is empty, and what does not read as UTF-8.
+    A folder is split by file: a file whose crc32(name) is a multiple of ten is for validation, so that it stays on its side
+    whatever lies beside it. Of a single file the last tenth is. Folders skip what is hidden, what is empty, and what does not
+    read as UTF-8; the standard library without _sysconfigdata*, which are not sources but a table made on each machine.
 
     Raises:
         FileNotFoundError: nothing there. ValueError: nothing in it to learn from.
     """
     if path is None:
         folder = Path(sysconfig.get_paths()["stdlib"])
-        files = sorted(folder.glob("*.py"), key=lambda p: p.name)
+        files = sorted((p for p in folder.glob("*.py") if not p.name.startswith("_sysconfigdata")), key=lambda p: p.name)
         check(bool(files), "data.load: expected the standard library's sources in {}; got no .py files.", folder,
               remedy="This Python comes without them; name a file or folder of text.")
-        return _split(files, f"the sources of Python's standard library ({len(files)} files)")
+        return _split(folder, files, f"the sources of Python's standard library ({len(files)} files)")
     path = Path(path)
     if path.is_file():
         text = path.read_bytes()
         check(bool(text), "data.load: expected text in {}; got an empty file.", path, remedy="Name a file with something in it.")
-        cut = len(text) - len(text) // VALID_EVERY
-        return Text(_tensor(text[:cut]), _tensor(text[cut:]), str(path), 1)
+        return _cut(text, str(path))
     if path.is_dir():
         files = sorted((p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path))),
                        key=lambda p: p.relative_to(path).as_posix())
-        return _split(files, str(path))
+        return _split(path, files, str(path))
     raise FileNotFoundError(f"data.load: expected a file or folder; got {path}, where there is nothing.\n"
                             f"  Check the name, or leave it out to use the standard library's sources.")
 
@@ -64,17 +65,22 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
-def _split(files: Sequence[Path], source: str) -> Text:
-    texts = [text for file in files if (text := _read(file))]
+def _split(folder: Path, files: Sequence[Path], source: str) -> Text:
+    texts = {file.relative_to(folder).as_posix(): text for file in files if (text := _read(file))}
     check(bool(texts), "data.load: expected text in {}; got {} files, none of them text.", source, len(files),
           remedy="Name a folder with UTF-8 files in it.")
     if len(texts) == 1:
-        cut = len(texts[0]) - len(texts[0]) // VALID_EVERY
-        return Text(_tensor(texts[0][:cut]), _tensor(texts[0][cut:]), source, 1)
-    # The last of each ten: a folder of fewer than ten still has one, its last.
-    held = {i for i in range(len(texts)) if i % VALID_EVERY == VALID_EVERY - 1} or {len(texts) - 1}
-    return Text(_tensor(b"".join(t for i, t in enumerate(texts) if i not in held)),
-                _tensor(b"".join(t for i, t in enumerate(texts) if i in held)), source, len(texts))
+        return _cut(*texts.values(), source)
+    held = {name for name in texts if zlib.crc32(name.encode()) % VALID_EVERY == 0}
+    # Both sides of a small folder have at least one file.
+    held = held if 0 < len(held) < len(texts) else {list(texts)[-1]}
+    return Text(_tensor(b"".join(text for name, text in texts.items() if name not in held)),
+                _tensor(b"".join(text for name, text in texts.items() if name in held)), source, len(texts))
+
+
+def _cut(text: bytes, source: str) -> Text:
+    at = len(text) - len(text) // VALID_EVERY
+    return Text(_tensor(text[:at]), _tensor(text[at:]), source, 1)
 
 
 def _read(file: Path) -> bytes:
