@@ -149,21 +149,20 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, *, b
 
 def _picture_mask(n: int, text_len: int, image_size: int, sees) -> Tensor:
     """Text sees its past; a pixel sees all text, and the pixels for which sees(rows back, columns back)."""
-    allowed = torch.zeros(n, n, dtype=torch.bool)
-    for i in range(n):
-        for j in range(i + 1):
-            if i < text_len or j < text_len:
-                allowed[i, j] = True
-            else:
-                (row, column), (row_j, column_j) = divmod(i - text_len, image_size), divmod(j - text_len, image_size)
-                allowed[i, j] = sees(row - row_j, column - column_j)
-    return allowed
+    def allowed(i: int, j: int) -> bool:
+        if j > i or i < text_len or j < text_len:
+            return j <= i
+        (row, column), (row_j, column_j) = divmod(i - text_len, image_size), divmod(j - text_len, image_size)
+        return sees(row - row_j, column - column_j)
+
+    return torch.tensor([[allowed(i, j) for j in range(n)] for i in range(n)])
 
 
 def _masked_picture(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, text_len: int, mask: Tensor | None, text_sees_all: bool,
                     scale: float | None) -> Tensor:
+    allowed = allowed.to(q.device)
     if mask is not None:
-        ignores = torch.arange(q.shape[2])[:, None] < (text_len if text_sees_all else 0)
+        ignores = torch.arange(q.shape[2], device=q.device)[:, None] < (text_len if text_sees_all else 0)
         allowed = allowed & (mask[:, None, None, :] | ignores)
     return softmax_attention(q, k, v, mask=allowed, scale=scale)
 
