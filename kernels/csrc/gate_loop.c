@@ -28,6 +28,8 @@
 #define GATE_LOOP_ONCE
 #define CHANNELS 512 /* channels of one task: rows stream through the first cache, 32 of them fit the second */
 #define EVERY 32     /* steps between the saved states from which the backward pass starts again */
+/* Rows of saved states: enough, and never 1, so that a tracer need not treat short sequences apart. */
+#define MARKS(n) ((n) / EVERY + 2)
 #define AHEAD 6      /* rows to prefetch */
 #define VECTORS (CHANNELS / LANES)
 

@@ -1,7 +1,7 @@
 /* H_t = alpha_t H_{t-1} + k_t v_t, out_t = q_t Re H_t, one complex number per channel. Included once per precision.
  *
  * q, k, v: rows of c channels; a: rows of c pairs; any batch and row stride. Results contiguous: out [b, n, c], states and
- * products of gates [b, c, 2]. marks [b, ceil(n / EVERY), 2, c]: real and imaginary parts before every EVERY-th step. */
+ * products of gates [b, c, 2]. marks [b, MARKS(n), 2, c]: real and imaginary parts before every EVERY-th step. */
 
 typedef struct {
     VF hr[VECTORS], hi[VECTORS], pr[VECTORS], pi[VECTORS];
@@ -54,7 +54,7 @@ void S(gate_loop_narrow)(const REAL *q, const REAL *k, const REAL *v, const REAL
                          REAL *product, REAL *marks, int64_t b, int64_t n, int64_t c, int64_t q_batch, int64_t q_row,
                          int64_t k_batch, int64_t k_row, int64_t v_batch, int64_t v_row, int64_t a_batch, int64_t a_row,
                          int64_t threads) {
-    int64_t blocks = (c + CHANNELS - 1) / CHANNELS, tasks = b * blocks, segments = (n + EVERY - 1) / EVERY;
+    int64_t blocks = (c + CHANNELS - 1) / CHANNELS, tasks = b * blocks;
 #pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(static) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t i = task / blocks, from = task % blocks * CHANNELS, width = min64(CHANNELS, c - from), full = width / LANES * LANES;
@@ -66,7 +66,7 @@ void S(gate_loop_narrow)(const REAL *q, const REAL *k, const REAL *v, const REAL
         for (int64_t t = 0; t < n; t++) {
             S(narrow_state) *now = st + t % 2, *next = st + (t + 1) % 2;
             if (t % EVERY == 0) {
-                REAL *mark = marks + (i * segments + t / EVERY) * 2 * c + from;
+                REAL *mark = marks + (i * MARKS(n) + t / EVERY) * 2 * c + from;
                 memcpy(mark, now->hr, (size_t)width * sizeof(REAL));
                 memcpy(mark + c, now->hi, (size_t)width * sizeof(REAL));
             }
@@ -154,7 +154,7 @@ void S(gate_loop_narrow_backward)(const REAL *q, const REAL *k, const REAL *v, c
                 }
             for (int64_t segment = segments - 1; segment >= 0; segment--) {
                 int64_t start = segment * EVERY, steps = min64(EVERY, n - start);
-                const REAL *mark = marks + (i * segments + segment) * 2 * c + from;
+                const REAL *mark = marks + (i * MARKS(n) + segment) * 2 * c + from;
                 memcpy(mark_re, mark, (size_t)width * sizeof(REAL));
                 memcpy(mark_im, mark + c, (size_t)width * sizeof(REAL));
                 for (int64_t s = 0; s < steps; s++) {

@@ -106,7 +106,7 @@ void S(gate_loop_narrow_hessian)(const REAL *q, const REAL *k, const REAL *v, co
             S(add_logs)(st->twr, st->twi, AT_PAIRS(tg_product), AT_PAIRS(product), width);
             S(add_logs)(st->twr, st->twi, AT_PAIRS(g_product), AT_PAIRS(t_product), width);
             for (int64_t segment = segments - 1; segment >= 0; segment--) {
-                int64_t start = segment * EVERY, steps = min64(EVERY, n - start), mark = (i * segments + segment) * 2 * c + from;
+                int64_t start = segment * EVERY, steps = min64(EVERY, n - start), mark = (i * MARKS(n) + segment) * 2 * c + from;
                 size_t bytes = (size_t)width * sizeof(REAL);
                 memcpy(st->mr, marks + mark, bytes), memcpy(st->mi, marks + mark + c, bytes);
                 if (t_marks) memcpy(st->tmr, t_marks + mark, bytes), memcpy(st->tmi, t_marks + mark + c, bytes);

@@ -1,7 +1,7 @@
 /* h_t = sigmoid(a_t) h_{t-1} + x_t, out_t = q_t h_t, per channel and real. Included once per precision.
  *
  * Rows of c channels with any batch and row stride; results contiguous. `reverse` visits the rows from the last to the
- * first. marks [b, ceil(n / EVERY), c]: the state before every EVERY-th step, counted in the direction of travel. */
+ * first. marks [b, MARKS(n), c]: the state before every EVERY-th step, counted in the direction of travel. */
 
 INLINE void S(simple_step)(const REAL *q, const REAL *x, const REAL *a, REAL *out, VF *h, int64_t count) {
     *h = S(sigmoid)(S(load)(a, count)) * *h + S(load)(x, count);
@@ -11,7 +11,7 @@ INLINE void S(simple_step)(const REAL *q, const REAL *x, const REAL *a, REAL *ou
 void S(simple_gate_loop)(const REAL *q, const REAL *x, const REAL *a, const REAL *h0, REAL *out, REAL *last, REAL *marks,
                          int64_t b, int64_t n, int64_t c, int64_t q_batch, int64_t q_row, int64_t x_batch, int64_t x_row,
                          int64_t a_batch, int64_t a_row, int64_t reverse, int64_t threads) {
-    int64_t blocks = (c + CHANNELS - 1) / CHANNELS, tasks = b * blocks, segments = (n + EVERY - 1) / EVERY;
+    int64_t blocks = (c + CHANNELS - 1) / CHANNELS, tasks = b * blocks;
     int64_t one = reverse ? -1 : 1, first = reverse ? n - 1 : 0;
 #pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(static) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
@@ -20,7 +20,7 @@ void S(simple_gate_loop)(const REAL *q, const REAL *x, const REAL *a, const REAL
         if (h0) memcpy(h, h0 + i * c + from, (size_t)width * sizeof(REAL));
         for (int64_t s = 0; s < n; s++) {
             int64_t t = first + one * s;
-            if (s % EVERY == 0) memcpy(marks + (i * segments + s / EVERY) * c + from, h, (size_t)width * sizeof(REAL));
+            if (s % EVERY == 0) memcpy(marks + (i * MARKS(n) + s / EVERY) * c + from, h, (size_t)width * sizeof(REAL));
             const REAL *q_t = ROW(q, i, t) + from, *x_t = ROW(x, i, t) + from, *a_t = ROW(a, i, t) + from;
             REAL *out_t = out + (i * n + t) * c + from;
 #define CALL(count)                                                                                                   \
@@ -68,7 +68,7 @@ void S(simple_gate_loop_backward)(const REAL *q, const REAL *x, const REAL *a, c
             if (g_last) memcpy(carry, g_last + i * c + from, (size_t)width * sizeof(REAL));
             for (int64_t segment = segments - 1; segment >= 0; segment--) {
                 int64_t start = segment * EVERY, steps = min64(EVERY, n - start);
-                memcpy(h, marks + (i * segments + segment) * c + from, (size_t)width * sizeof(REAL));
+                memcpy(h, marks + (i * MARKS(n) + segment) * c + from, (size_t)width * sizeof(REAL));
                 memcpy(states, h, sizeof h);
                 for (int64_t s = 0; s < steps; s++) {
                     int64_t t = first + one * (start + s);

@@ -55,7 +55,7 @@ void S(gate_loop_narrow_tangent)(const REAL *q, const REAL *k, const REAL *v, co
         if (th0) S(split_pairs)(th0 + 2 * (i * c + from), th.hr, th.hi, width);
         for (int64_t t = 0; t < n; t++) {
             if (t % EVERY == 0) {
-                REAL *mark = t_marks + (i * ((n + EVERY - 1) / EVERY) + t / EVERY) * 2 * c + from;
+                REAL *mark = t_marks + (i * MARKS(n) + t / EVERY) * 2 * c + from;
                 memcpy(mark, th.hr, (size_t)width * sizeof(REAL));
                 memcpy(mark + c, th.hi, (size_t)width * sizeof(REAL));
             }

@@ -13,7 +13,9 @@ from ..contracts import Operator
 from .call import address, function, threads
 from .scan import rows
 
-EVERY = 32  # as in the C source: steps between saved states
+# As in the C source: steps between saved states. Their number, n // EVERY + 2, is never 1, so that a tracer need not treat
+# short sequences apart.
+EVERY = 32
 # Multiply-adds that one gate costs, for the choice of threads.
 GATE = 16
 
@@ -32,7 +34,7 @@ def _packed(t: Tensor | None) -> Tensor | None:
 def _simple(q: Tensor, x: Tensor, a: Tensor, h0: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     q, x, a, h0 = rows(q, 1), rows(x, 1), rows(a, 1), _packed(h0)
     b, n, c = q.shape
-    out, last, marks = (torch.empty(s, dtype=q.dtype) for s in ((b, n, c), (b, c), (b, -(-n // EVERY), c)))
+    out, last, marks = (torch.empty(s, dtype=q.dtype) for s in ((b, n, c), (b, c), (b, n // EVERY + 2, c)))
     function("gate_loop", "simple_gate_loop", q.dtype, "ppppppp" + "i" * 11)(
         *map(address, (q, x, a, h0, out, last, marks)), b, n, c, *_strides(q, x, a), int(reverse), threads(GATE * out.numel()))
     return out, last, marks
@@ -40,7 +42,7 @@ def _simple(q: Tensor, x: Tensor, a: Tensor, h0: Tensor | None, reverse: bool) -
 
 def _simple_fake(q: Tensor, x: Tensor, a: Tensor, h0: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     b, n, c = q.shape
-    return q.new_empty(b, n, c), q.new_empty(b, c), q.new_empty(b, (n + EVERY - 1) // EVERY, c)
+    return q.new_empty(b, n, c), q.new_empty(b, c), q.new_empty(b, n // EVERY + 2, c)
 
 
 def _simple_backward(q: Tensor, x: Tensor, a: Tensor, h0: Tensor | None, marks: Tensor, g: Tensor | None,
@@ -74,7 +76,7 @@ simple_backward = Operator(
 def _narrow(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, a, h0 = rows(q, 1), rows(k, 1), rows(v, 1), rows(a, 2), _packed(h0)
     b, n, c = q.shape
-    shapes = (b, n, c), (b, c, 2), (b, c, 2), (b, -(-n // EVERY), 2, c)
+    shapes = (b, n, c), (b, c, 2), (b, c, 2), (b, n // EVERY + 2, 2, c)
     out, last, product, marks = (torch.empty(s, dtype=q.dtype) for s in shapes)
     function("gate_loop", "gate_loop_narrow", q.dtype, "p" * 9 + "i" * 12)(
         *map(address, (q, k, v, a, h0, out, last, product, marks)), b, n, c, *_strides(q, k, v, a),
@@ -85,7 +87,7 @@ def _narrow(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tu
 def _narrow_fake(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, n, c = q.shape
     return (q.new_empty(b, n, c), q.new_empty(b, c, 2), q.new_empty(b, c, 2),
-            q.new_empty(b, (n + EVERY - 1) // EVERY, 2, c))
+            q.new_empty(b, n // EVERY + 2, 2, c))
 
 
 def _narrow_backward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None, marks: Tensor, product: Tensor,

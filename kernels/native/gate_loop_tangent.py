@@ -38,7 +38,7 @@ def _narrow(q, k, v, a, h0, tq, tk, tv, ta, th0) -> tuple[Tensor, Tensor, Tensor
     q, k, v, tq, tk, tv = (_rows(t, 1) for t in (q, k, v, tq, tk, tv))
     a, ta, h0, th0 = _rows(a, 2), _rows(ta, 2), _packed(h0), _packed(th0)
     b, n, c = q.shape
-    shapes = (b, n, c), (b, c, 2), (b, c, 2), (b, -(-n // EVERY), 2, c)
+    shapes = (b, n, c), (b, c, 2), (b, c, 2), (b, n // EVERY + 2, 2, c)
     out, last, logs, marks = (torch.empty(s, dtype=q.dtype) for s in shapes)
     function("gate_loop", "gate_loop_narrow_tangent", q.dtype, "p" * 14 + "i" * 20)(
         *map(address, (q, k, v, a, h0, tq, tk, tv, ta, th0, out, last, logs, marks)), b, n, c,
@@ -49,7 +49,7 @@ def _narrow(q, k, v, a, h0, tq, tk, tv, ta, th0) -> tuple[Tensor, Tensor, Tensor
 def _narrow_fake(q, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, n, c = q.shape
     return (q.new_empty(b, n, c), q.new_empty(b, c, 2), q.new_empty(b, c, 2),
-            q.new_empty(b, (n + EVERY - 1) // EVERY, 2, c))
+            q.new_empty(b, n // EVERY + 2, 2, c))
 
 
 def _narrow_hessian(q, k, v, a, h0, marks, product, g, g_last, g_product,

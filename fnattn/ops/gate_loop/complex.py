@@ -135,7 +135,7 @@ def _narrow_jvp(args, outs, tangents):
 def _narrow_tangent_reference(q, *rest):
     # Marks only ever reach the kernels of backward, whose own derivatives do not read them: no derivative here.
     b, n, c = q.shape
-    return *tangent.narrow(q, *rest), q.new_zeros(b, -(-n // native.EVERY), 2, c)
+    return *tangent.narrow(q, *rest), q.new_zeros(b, n // native.EVERY + 2, 2, c)
 
 
 def _narrow_backward_jvp(args, outs, tangents):
