@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -344,6 +345,15 @@ def test_report_names_one_choice_per_operator_and_device(capsys):
     assert "softmax_attention" in capsys.readouterr().out
 
 
+def test_report_knows_every_operator_that_has_kernels():
+    from fnattn import ops
+    from fnattn.ops.report import CASES
+    folder = Path(ops.__file__).parent
+    found = {str(path.relative_to(folder).with_suffix("")).replace(os.sep, ".").removesuffix(".__init__")
+             for path in folder.rglob("*.py") if re.search(r"^KERNELS\b", path.read_text(), re.MULTILINE)}
+    assert found == {case.module for case in CASES.values()}
+
+
 def test_bench_times_after_checking_and_writes_json(tmp_path, capsys):
     out = tmp_path / "new" / "bench.json"
     assert main(["bench", "--op", "scan", "causal_dot", "--n", "7", "--h", "2", "--d", "4", "--repeats", "1",
@@ -362,9 +372,9 @@ def test_bench_refuses_to_time_what_is_wrong(monkeypatch, capsys):
     from fnattn.cli import bench
     true = bench.function
 
-    def worse(name, impl):
+    def worse(name, impl, sizes):
         factor = 1.0 if impl == "reference" else 1.01
-        return lambda *args: true(name, impl)(*args) * factor
+        return lambda *args: true(name, impl, sizes)(*args) * factor
 
     monkeypatch.setattr(bench, "function", worse)
     code = main(["bench", "--op", "scan", "--n", "7", "--repeats", "1"])

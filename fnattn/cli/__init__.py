@@ -76,7 +76,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Keeps the line breaks of descriptions and shows every default that is not None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        shown = action.default in (None, False) or "(default" in (action.help or "")
+        return action.help if shown else super()._get_help_string(action)
 
 
 def _text(error: BaseException) -> str:

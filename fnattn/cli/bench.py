@@ -24,8 +24,8 @@ from torch import Tensor
 
 from .. import checkpoint, random, tree
 from ..core import KernelUnavailable, check
-from ..ops import report as cases
 from ..ops._door import REFERENCE
+from ..ops.report import CASES, Case, devices
 
 HELP = "time every operator and implementation against its reference"
 # Largest error as a part of the largest entry. float64 catches wrong mathematics, also in packages that compute inside in
@@ -35,36 +35,35 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which operators, at which sizes."""
-    parser.add_argument("--op", nargs="+", metavar="NAME", help=f"operators (default: all): {', '.join(cases.CASES)}")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help=f"operators (default: all): {', '.join(CASES)}")
     parser.add_argument("--b", type=int, default=2, help="batch")
     parser.add_argument("--h", type=int, default=8, help="heads")
     parser.add_argument("--n", type=int, nargs="+", default=[256, 1024], help="lengths")
     parser.add_argument("--d", type=int, default=16, help="width of a head")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; several are worth it on an idle machine only")
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit code."""
-    names = args.op or list(cases.CASES)
+    names = args.op or list(CASES)
     for name in names:
-        check(name in cases.CASES, "bench: expected an operator; got {!r}.", name,
-              remedy="Choose from: " + ", ".join(cases.CASES) + ".")
-    for name, least in (("b", 1), ("h", 1), ("d", 2), ("repeats", 1)):
+        check(name in CASES, "bench: expected an operator; got {!r}.", name,
+              remedy="Choose from: " + ", ".join(CASES) + ".")
+    for name, least in (("b", 1), ("h", 1), ("d", 2), ("repeats", 1), ("threads", 1)):
         check(getattr(args, name) >= least, "bench: --{} must be at least {}; got {}.", name, least, getattr(args, name),
               remedy="Give a larger number.")
     check(all(n >= 1 for n in args.n), "bench: --n must be at least 1; got {}.", args.n, remedy="Give positive lengths.")
     check(args.d % 2 == 0, "bench: --d must be even, for rotary; got {}.", args.d, remedy="Give an even width.")
-    check(args.device in cases.devices(), "bench: this machine has {}; got --device {}.", ", ".join(cases.devices()), args.device,
+    check(args.device in devices(), "bench: this machine has {}; got --device {}.", ", ".join(devices()), args.device,
           remedy="Choose one of those.")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     machine = {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine(),
                "device": args.device, "threads": torch.get_num_threads(), "dtype": "float32", "repeats": args.repeats}
     print(", ".join(f"{k} {v}" for k, v in machine.items()))
-    print(f"{'operator':<18}{'n':>6}  {'impl':<24}{'forward ms':>11}{'x ref':>7}{'with gradient ms':>18}{'x ref':>7}")
+    print(f"{'operator':<23}{'n':>6}  {'impl':<24}{'forward ms':>11}{'x ref':>7}{'with gradient ms':>18}{'x ref':>7}")
     results, failed = [], False
     for name in names:
         for n in args.n:
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _line(row: dict) -> str:
-    head = f"{row['operator']:<18}{row['n']:>6}  {row['impl']:<24}"
+    head = f"{row['operator']:<23}{row['n']:>6}  {row['impl']:<24}"
     if "forward_ms" not in row:
         return head + (f"WRONG: {row['wrong']}" if "wrong" in row else row["unavailable"])
     return (f"{head}{row['forward_ms']:>11.3f}{row['forward_speedup']:>7.2f}{row['gradient_ms']:>18.3f}"
@@ -90,7 +89,7 @@ def _line(row: dict) -> str:
 
 def measure(name: str, sizes: dict, device: str, repeats: int) -> list[dict]:
     """One row per implementation of an operator at one size; the reference first."""
-    case = cases.CASES[name]
+    case = CASES[name]
     module = importlib.import_module(f"fnattn.ops.{case.module}")
     args = inputs(case, sizes, device, torch.float32)
     rows, base = [], {}
@@ -106,7 +105,7 @@ def measure(name: str, sizes: dict, device: str, repeats: int) -> list[dict]:
         if wrong:
             row["wrong"] = wrong
             continue
-        fn = function(name, impl)
+        fn = function(name, impl, sizes)
         row["forward_ms"] = _median(lambda fn=fn: fn(*args), repeats, device)
         row["gradient_ms"] = _median(lambda fn=fn: gradients(fn, args), repeats, device)
         base = base or row
@@ -115,10 +114,10 @@ def measure(name: str, sizes: dict, device: str, repeats: int) -> list[dict]:
     return rows
 
 
-def function(name: str, impl: str) -> Callable:
+def function(name: str, impl: str, sizes: dict) -> Callable:
     """The operator with one implementation, giving its first result."""
     op = getattr(importlib.import_module("fnattn.ops"), name)
-    options = cases.CASES[name].options
+    options = CASES[name].options(sizes)
 
     def fn(*args):
         out = op(*args, **options, impl=impl)
@@ -127,7 +126,7 @@ def function(name: str, impl: str) -> Callable:
     return fn
 
 
-def inputs(case: cases.Case, sizes: dict, device: str, dtype: torch.dtype) -> tuple:
+def inputs(case: Case, sizes: dict, device: str, dtype: torch.dtype) -> tuple:
     """Normal numbers for a call, the same ones in every run."""
     count = iter(range(1000))
     return case.call(lambda *shape: random.normal(random.fold_in(random.key(0, device=device), next(count)), shape, dtype), sizes)
@@ -150,12 +149,12 @@ def disagreement(name: str, sizes: dict, device: str, impl: str) -> str | None:
     """
     small = {**sizes, "n": min(sizes["n"], 128)}
     wide = torch.float32 if device == "mps" else torch.float64
-    given = inputs(cases.CASES[name], small, device, torch.float32)
-    truth = tree.leaves(gradients(function(name, REFERENCE), _cast(given, wide)))
+    given = inputs(CASES[name], small, device, torch.float32)
+    truth = tree.leaves(gradients(function(name, REFERENCE, small), _cast(given, wide)))
     for dtype, tolerance in TOLERANCE.items():
         args = _cast(given, dtype)
         try:
-            found = tree.leaves(gradients(function(name, impl), args))
+            found = tree.leaves(gradients(function(name, impl, small), args))
         except KernelUnavailable:  # not in this precision: nothing to compare
             continue
         for a, b in zip(found, truth):

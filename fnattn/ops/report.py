@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TextIO
@@ -19,45 +20,76 @@ from ._door import REFERENCE
 # b batch, h heads, n positions, d width of a head, c channels
 
 
+SIZES = {"b": 2, "h": 8, "n": 256, "d": 16}
+Draw = Callable[..., Tensor]  # a float tensor of a shape, on the device and in the dtype in question
+
+
 class Case(NamedTuple):
-    """A typical call of one operator.
+    """A typical call of one operator at sizes like SIZES.
 
     module:  where its reference and KERNELS are.
-    call:    arguments of the public function, from a function that draws float tensors of a shape.
-    options: keyword arguments.
-    asked:   from the call's arguments, those that its kernels are asked about.
+    call:    (draw, sizes) -> positional arguments of the public function.
+    options: sizes -> its keyword arguments.
+    asked:   from the positional arguments, what its kernels are asked about.
     """
 
     module: str
-    call: Callable[[Callable[..., Tensor], dict], tuple]
-    options: dict
+    call: Callable[[Draw, dict], tuple]
+    options: Callable[[dict], dict] = lambda s: {}
     asked: Callable[..., tuple] = lambda *args: args
 
 
-SIZES = {"b": 2, "h": 8, "n": 256, "d": 16}
-
-
-def _qkv(draw: Callable, s: dict) -> tuple[Tensor, Tensor, Tensor]:
+def _qkv(draw: Draw, s: dict) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(draw(s["b"], s["h"], s["n"], s["d"]) for _ in range(3))
 
 
-def _rotary(draw: Callable, s: dict) -> tuple:
+def _gate_loop(draw: Draw, s: dict) -> tuple:
+    return *_qkv(draw, s), draw(s["b"], s["h"], s["n"], 2)
+
+
+def _simple_gate_loop(draw: Draw, s: dict) -> tuple:
+    return tuple(draw(s["b"], s["n"], s["h"] * s["d"]) for _ in range(3))
+
+
+def _scan(draw: Draw, s: dict) -> tuple:
+    a, x, _ = _simple_gate_loop(draw, s)
+    return a.sigmoid(), x
+
+
+def _rotary(draw: Draw, s: dict) -> tuple:
     x = draw(s["b"], s["h"], s["n"], s["d"])
     freqs = 10000.0 ** (-torch.arange(0, s["d"], 2, device=x.device) / s["d"])
     return x, torch.arange(s["n"], device=x.device), freqs.float()
 
 
+def _blocks(draw: Draw, s: dict) -> tuple:
+    """Every second block, and the diagonal."""
+    q, k, v = _qkv(draw, s)
+    i = torch.arange(-(-s["n"] // BLOCK), device=q.device)
+    return q, k, v, ((i[:, None] - i) % 2 == 0)[None]
+
+
+def _picture(s: dict) -> dict:
+    """A quarter of the positions is text, the rest the beginning of a picture."""
+    text = s["n"] // 4
+    return {"text_len": text, "image_size": math.isqrt(max(s["n"] - text - 1, 0)) + 1}
+
+
+BLOCK = 16
 CASES = {
-    "causal_dot": Case("causal_dot", _qkv, {}),
-    "scan": Case("scan", lambda draw, s: (draw(s["b"], s["n"], s["h"] * s["d"]).sigmoid(), draw(s["b"], s["n"], s["h"] * s["d"])),
-                 {}, lambda a, x: (a, x, None)),
-    "taylor": Case("taylor", _qkv, {}),
-    "gate_loop": Case("gate_loop.complex", lambda draw, s: (*_qkv(draw, s), draw(s["b"], s["h"], s["n"], 2)), {},
-                      lambda q, k, v, a: (q, k, v, a, None, None)),
-    "simple_gate_loop": Case("gate_loop.simple", lambda draw, s: tuple(draw(s["b"], s["n"], s["h"] * s["d"]) for _ in range(3)),
-                             {}, lambda q, kv, a: (q, kv, a, None)),
-    "softmax_attention": Case("softmax", _qkv, {"causal": True}),
-    "rotary": Case("rotary", _rotary, {}, lambda x, positions, freqs: (x, freqs)),
+    "causal_dot": Case("causal_dot", _qkv),
+    "scan": Case("scan", _scan, asked=lambda a, x: (a, x, None)),
+    "taylor": Case("taylor", _qkv),
+    "gate_loop": Case("gate_loop.complex", _gate_loop, asked=lambda q, k, v, a: (q, k, v, a, None, None)),
+    "simple_gate_loop": Case("gate_loop.simple", _simple_gate_loop, asked=lambda q, kv, a: (q, kv, a, None)),
+    "softmax_attention": Case("softmax", _qkv, lambda s: {"causal": True}),
+    "rotary": Case("rotary", _rotary, asked=lambda x, positions, freqs: (x, freqs)),
+    "coor_descent": Case("coor_descent", lambda draw, s: (draw(s["b"], s["h"], s["n"]),), lambda s: {"k": 2.0},
+                         asked=lambda x: (x,)),
+    "coor_descent_attention": Case("coor_attention", _qkv, lambda s: {"sparsity_k": 2.0}),
+    "block_sparse_attention": Case("block_sparse", _blocks, lambda s: {"block": BLOCK, "causal": True}),
+    "conv_attention": Case("conv_attention", _qkv, _picture),
+    "axial_attention": Case("axial_attention", _qkv, _picture),
 }
 
 
@@ -108,4 +140,4 @@ def report(file: TextIO | None = None) -> None:
     for answer in rows():
         mark = "*" if answer.chosen else " "
         fact = answer.reason or ("" if answer.chosen else "could run")
-        out.write(f"{answer.operator:<18} {answer.device:<5} {mark} {answer.impl:<24} {fact}".rstrip() + "\n")
+        out.write(f"{answer.operator:<23} {answer.device:<5} {mark} {answer.impl:<24} {fact}".rstrip() + "\n")
