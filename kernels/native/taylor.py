@@ -119,3 +119,16 @@ second = Operator(
     "Tensor grad, Tensor? grad_sums, Tensor tout, Tensor tden, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tsums, "
     f"Tensor? tgrad, Tensor? tgrad_sums, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_second_fake, cpu=_second)
+
+
+def _flops(products_q: int, products_k: int):
+    """A FLOP formula: so many products with the state [F, e + 1] per query and per key."""
+    def formula(q, k, v, *args, **kwargs):
+        return 2 * q[0] * features(q[3]) * (v[3] + 1) * (products_q * q[1] * q[2] + products_k * k[1] * k[2])
+    return formula
+
+
+forward.flops(_flops(1, 1))
+backward.flops(_flops(2, 3))
+tangent.flops(_flops(2, 3))
+second.flops(_flops(6, 8))
