@@ -80,7 +80,7 @@ def _check_mask(keep: Tensor | None, k: Tensor) -> None:
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
         raise TypeError(f"coor_descent_attention: keep must be a bool tensor, True = is there; "
                         f"got {keep.dtype if isinstance(keep, Tensor) else type(keep).__name__}.\n  Cast it: keep.bool().")
-    if tuple(keep.shape) != (k.shape[0], k.shape[2]):
+    if keep.ndim != 2 or keep.shape[0] != k.shape[0] or keep.shape[1] != k.shape[2]:
         raise ValueError(f"coor_descent_attention: keep must be [batch, keys] = [{k.shape[0]}, {k.shape[2]}]; "
                          f"got {list(keep.shape)}.\n  Give one bool for each key, null keys included.")
 
@@ -92,7 +92,7 @@ def _start(who: str, offset: int | Tensor | None, default: int, b: int, device: 
     if isinstance(offset, Tensor):
         if offset.is_floating_point() or offset.dtype == torch.bool or offset.is_complex():
             raise TypeError(f"{who}: offset must be an int or an integer tensor; got {offset.dtype}.\n  Cast it: offset.long().")
-        if offset.ndim > 1 or offset.ndim == 1 and offset.shape[0] not in (1, b):
+        if offset.ndim > 1 or offset.ndim == 1 and offset.shape[0] != 1 and offset.shape[0] != b:
             raise ValueError(f"{who}: offset must be [] or [{b}]; got {list(offset.shape)}.\n  Give one position per sequence.")
         return offset.to(torch.int64).expand(b)
     return torch.full((b,), offset, dtype=torch.int64, device=device)

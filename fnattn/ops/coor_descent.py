@@ -127,7 +127,8 @@ def _kind(x: object) -> str:
 
 
 def _broadcasts(shape, to) -> bool:
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to)))
+    # Spelt out: a tracer compares a size that may vary by ==, but not by `in`.
+    return len(shape) <= len(to) and all(a == 1 or a == b for a, b in zip(reversed(shape), reversed(to)))
 
 
 # ------------------------------------------------------------------------------------------------ the native kernel

@@ -34,7 +34,7 @@ static void S(exact)(const VF *s, VF *restrict y, int64_t n, VF k, REAL eps, VF 
     VI saturated = count <= k;
     VF cut = S(pick)(saturated, S(splat)(-INFINITY), S(splat)(INFINITY));
     VF m = S(threshold)(s, n, cut, capped, top, k, eps);
-    VI moving = ~saturated;
+    VI moving = count > k;
     while (S(any)(moving)) {
         VF now = S(above)(s, n, m, &top);
         /* Rounding may bring the number to k, or back: the row has converged then. */

@@ -60,7 +60,8 @@ def _fake(q, k, v, log_k, keep, start, nulls, scale, exact, eps, eps_init, eps_d
 
 
 def _fake_back(q, k, v, log_k, *others):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(log_k)
+    # Contiguous, whatever the arguments' strides.
+    return tuple(t.new_empty(t.shape) for t in (q, k, v, log_k))
 
 
 # q [b, h, n, d], k [b, g, m, d], v [b, g, m, e], log_k [b, h, n] (k itself if exact), keep [b, m] bool, start [b] int64

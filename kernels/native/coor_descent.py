@@ -80,23 +80,28 @@ def _tangent(s: Tensor, log_k: Tensor, m: Tensor, ts: Tensor, tlog_k: Tensor, ex
     return ty
 
 
+def _new(t: Tensor) -> Tensor:
+    """What the kernels return for t's shape: contiguous, whatever t's strides."""
+    return t.new_empty(t.shape)
+
+
 _SCHEDULE = "float eps, float eps_init, float eps_decay, int n_iters"
 
 # s [rows, n] with -inf for entries that are not there, log_k [rows] -> y [rows, n], thresholds of all iterations [rows, n_iters].
 iterate = Operator("coor_iterate_native", 1, f"(Tensor s, Tensor log_k, {_SCHEDULE}) -> (Tensor, Tensor)", cpu=_iterate,
-                   fake=lambda s, log_k, eps, eps_init, eps_decay, n_iters: (torch.empty_like(s),
+                   fake=lambda s, log_k, eps, eps_init, eps_decay, n_iters: (_new(s),
                                                                              s.new_empty(s.shape[0], n_iters)))
 # -> gradients of s and log_k. m is what `iterate` left; it is a function of s and log_k and carries no gradient of its own.
 iterate_back = Operator("coor_iterate_back_native", 1,
                         f"(Tensor s, Tensor log_k, Tensor m, Tensor g, {_SCHEDULE}) -> (Tensor, Tensor)", cpu=_iterate_back,
-                        fake=lambda s, log_k, m, g, *schedule: (torch.empty_like(s), torch.empty_like(log_k)))
+                        fake=lambda s, log_k, m, g, *schedule: (_new(s), _new(log_k)))
 # s [rows, n], k [rows] -> y, cut [rows] (largest entry that is not capped, or above it), m [rows] (threshold).
 exact = Operator("coor_exact_native", 1, "(Tensor s, Tensor k, float eps) -> (Tensor, Tensor, Tensor)", cpu=_exact,
-                 fake=lambda s, k, eps: (torch.empty_like(s), torch.empty_like(k), torch.empty_like(k)))
+                 fake=lambda s, k, eps: (_new(s), _new(k), _new(k)))
 exact_back = Operator("coor_exact_back_native", 1,
                       "(Tensor s, Tensor k, Tensor cut, Tensor m, Tensor g, float eps) -> (Tensor, Tensor)", cpu=_exact_back,
-                      fake=lambda s, k, cut, m, g, eps: (torch.empty_like(s), torch.empty_like(k)))
+                      fake=lambda s, k, cut, m, g, eps: (_new(s), _new(k)))
 # s, log_k (k if exact), m [rows, n_iters] (cut and threshold [rows, 2] if exact), tangents of s and log_k (k) -> tangent of y.
 tangent = Operator(
     "coor_tangent_native", 1, f"(Tensor s, Tensor log_k, Tensor m, Tensor ts, Tensor tlog_k, bool exact, {_SCHEDULE}) -> Tensor",
-    cpu=_tangent, fake=lambda s, *others: torch.empty_like(s))
+    cpu=_tangent, fake=lambda s, *others: _new(s))
