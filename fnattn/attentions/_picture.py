@@ -192,7 +192,8 @@ def _updated(pattern: Pattern, cfg: Any, state: State, k: Tensor, v: Tensor, mas
         window = image
     else:
         window = tuple(torch.cat((old, x), -1 if x.ndim == 2 else 2) for old, x in zip(state[3:6], (k, v, new)))
-        image = tuple(x.narrow(-1 if x.ndim == 2 else 2, n, pattern.reach) for x in window)
+        # Copies, so that a state does not keep a long chunk alive and always has the same strides.
+        image = tuple(x.narrow(-1 if x.ndim == 2 else 2, n, pattern.reach).contiguous() for x in window)
     return State(*text, *image, state.pos + n), *window
 
 
