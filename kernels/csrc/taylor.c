@@ -122,7 +122,8 @@ static void S(write_out)(S(work) *w, REAL *out, REAL *den, int64_t n, REAL eps) 
     S(transpose)(w->acc, CHUNK, out, e, e, n);
 }
 
-static void S(group_forward)(S(work) *w, const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, REAL *out,
+static void S(group_forward)(S(work) *w, const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0,
+                             REAL *out,
                              REAL *den, REAL *sums, int64_t queries, int64_t n, int64_t m, int64_t e, int hard, int causal,
                              REAL scale, REAL eps) {
     int64_t d = w->d;
@@ -148,7 +149,8 @@ static void S(group_forward)(S(work) *w, const REAL *q, const REAL *k, const REA
     S(from_state)(sums, w->S, w->stride, d, w->e1, 1);
 }
 
-int S(try_taylor_forward)(const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, REAL *out, REAL *den,
+int S(try_taylor_forward)(const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, REAL *out,
+                          REAL *den,
                           REAL *sums, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, int64_t hard,
                           int64_t causal, double scale, double eps, int64_t threads) {
     int64_t queries = g ? h / g : 0, entries = (1 + d + d * (d + 1) / 2) * (e + 1);

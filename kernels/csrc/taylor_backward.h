@@ -6,7 +6,8 @@
  * which belongs to psi(k), is kept inside R, so one routine serves both directions. */
 
 /* g1[t] = [g / den, -(g.out) / den]; where the clamp holds, the normaliser has no gradient. */
-static void S(load_gradient)(S(work) *w, const REAL *grad, const REAL *out, const REAL *den, int64_t n, REAL eps, int64_t ahead) {
+static void S(load_gradient)(S(work) *w, const REAL *grad, const REAL *out, const REAL *den, int64_t n, REAL eps,
+                             int64_t ahead) {
     int64_t e = w->e1 - 1;
     for (int64_t t = 0; t < CHUNK; t++) {
         REAL *row = w->g1 + t * w->ldv;

@@ -146,7 +146,8 @@ static void S(features_lanes)(REAL *phi, const REAL *xT, const REAL *dxT, int64_
 
 /* The same in rows, phi[t][ld] from doubled rows xx, weighted (1/2 on squares); with the linear features and the constant
  * behind them if `last`. The row's end up to ld is zero. Writes behind the last row as load_rows does. */
-static void S(features_rows)(REAL *phi, int64_t ld, const REAL *xx, const REAL *dxx, int64_t n, int64_t d, int64_t r0, int64_t r1,
+static void S(features_rows)(REAL *phi, int64_t ld, const REAL *xx, const REAL *dxx, int64_t n, int64_t d, int64_t r0,
+                             int64_t r1,
                              int last) {
     for (int64_t t = 0; t < n; t++, phi += ld) {
         const REAL *x = xx + t * 2 * d, *dx = dxx ? dxx + t * 2 * d : NULL;
@@ -239,7 +240,8 @@ static void S(read_state)(REAL *out, const REAL *xT, const REAL *dxT, const REAL
 }
 
 /* state[c][f] += sum_t weighted phi_f(x_t) values[t][c]: n positions enter a state; with dxx the change of their features. */
-static void S(add_state)(REAL *state, int64_t stride, const REAL *xx, const REAL *dxx, const REAL *values, int64_t ldv, int64_t n,
+static void S(add_state)(REAL *state, int64_t stride, const REAL *xx, const REAL *dxx, const REAL *values, int64_t ldv,
+                         int64_t n,
                          int64_t d, int64_t e1, REAL *phi) {
     int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
     for (int64_t r = 0; r < total; r += step) {
@@ -263,7 +265,8 @@ static void S(read_state_back)(REAL *out, const REAL *xT, const REAL *yT, const 
 }
 
 /* The change of that when x, y and the state move along dx, dy and dstate. */
-static void S(read_state_back_along)(REAL *out, const REAL *xT, const REAL *dxT, const REAL *yT, const REAL *dyT, const REAL *state,
+static void S(read_state_back_along)(REAL *out, const REAL *xT, const REAL *dxT, const REAL *yT, const REAL *dyT,
+                                     const REAL *state,
                                      const REAL *dstate, int64_t stride, int64_t d, int64_t e1, int64_t L, REAL *W) {
     int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
     S(mac)(out, CHUNK, dyT, CHUNK, state + quadratic, 1, stride, d, e1, L, 0);

@@ -35,14 +35,17 @@ static void S(step)(REAL *sums, const REAL *from, const REAL *k, const REAL *qs,
     for (int64_t i = 0; i < d; i++)
         for (int64_t j = i; j < d; j++, at += e1) {
             for (int64_t r = 0; r < queries; r++) phi[r] = qs[r * d + i] * qs[r * d + j];
-            S(step_row)(sums + at, from ? from + at : NULL, v1, k[i] * k[j] * (i == j ? (REAL)0.5 : 1), acc, phi, queries, e1, ldv);
+            S(step_row)(sums + at, from ? from + at : NULL, v1, k[i] * k[j] * (i == j ? (REAL)0.5 : 1), acc, phi, queries, e1,
+                        ldv);
         }
 }
 
 /* n positions one after the other. `space` holds what step_space says. */
-static inline int64_t S(step_space)(int64_t queries, int64_t d, int64_t ldv) { return queries * (ldv + d + 1) + 2 * d + ldv * CHUNK; }
+static inline int64_t S(step_space)(int64_t queries, int64_t d,
+                                    int64_t ldv) { return queries * (ldv + d + 1) + 2 * d + ldv * CHUNK; }
 
-static void S(group_steps)(REAL *space, const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, REAL *out,
+static void S(group_steps)(REAL *space, const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0,
+                           REAL *out,
                            REAL *den, REAL *sums, int64_t queries, int64_t n, int64_t d, int64_t e, int hard, REAL scale,
                            REAL eps) {
     int64_t ldv = (e + LANES) / LANES * LANES;

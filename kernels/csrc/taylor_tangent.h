@@ -86,7 +86,8 @@ static void S(group_tangent)(S(work) *w, const S(tangent) *a) {
 }
 
 int S(try_taylor_tangent)(const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, const REAL *out,
-                          const REAL *den, const REAL *tq, const REAL *tk, const REAL *tv, const REAL *tkeep, const REAL *tsums0,
+                          const REAL *den, const REAL *tq, const REAL *tk, const REAL *tv, const REAL *tkeep,
+                          const REAL *tsums0,
                           REAL *tout, REAL *tden, REAL *tsums, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d,
                           int64_t e, int64_t hard, int64_t causal, double scale, double eps, int64_t threads) {
     int64_t queries = g ? h / g : 0, entries = (1 + d + d * (d + 1) / 2) * (e + 1);
