@@ -30,7 +30,8 @@ def taylor(q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, sums:
 
         out_i = sum_j p_ij v_j / max(sum_j p_ij, 1e-5)        j <= i if causal
 
-    A query that sees no key gives 0. Time grows with n F (e + 1), memory with n; no [n, n] table is made.
+    A query that sees no key gives 0. Time grows with n F (e + 1), memory with n; only plain torch, and only up to
+    256 positions or in an exported program, makes an [n, n] table.
 
     Args:
         q: [b, h, n, d], floating point.
