@@ -198,7 +198,7 @@ def _check_route(x, routing_tokens, num_tokens, fetch_k_ratio, route_block_size,
     if x.ndim != 3:
         raise ValueError(f"route: x must be [batch, n, d]; got {list(x.shape)}.\n  A single sequence needs a batch axis: x[None].")
     b, n, d = x.shape
-    shape = tuple(routing_tokens.shape)
+    shape = routing_tokens.shape
     if len(shape) not in (2, 3) or shape[-1] != d or len(shape) == 3 and shape[0] != b:
         raise ValueError(f"route: routing_tokens must be [r, {d}] or [{b}, r, {d}]; got {list(shape)}.\n"
                          f"  One token per sequence needs an axis for routes: routing_tokens[:, None].")
@@ -208,6 +208,6 @@ def _check_route(x, routing_tokens, num_tokens, fetch_k_ratio, route_block_size,
     if route_block_size is not None and not 1 <= route_block_size <= n:
         raise ValueError(f"route: route_block_size must lie in [1, {n}], the length of x; got {route_block_size}.\n"
                          f"  Pad x to a whole block, or leave route_block_size out.")
-    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (b, n)):
+    if mask is not None and (mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[0] != b or mask.shape[1] != n):
         raise ValueError(f"route: mask must be bool [{b}, {n}], True = may be chosen; got {mask.dtype} {list(mask.shape)}.\n"
                          f"  Cast it: mask.bool().")

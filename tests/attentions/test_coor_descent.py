@@ -213,3 +213,15 @@ def test_the_feed_forward_turns_about_a_tenth_of_its_units_on():
     assert_close(y.sum(-1), torch.full((2, 11), 5.0, dtype=torch.float64))
     with pytest.raises(ValueError, match="sparsity_k must be above 0; got 0 for 8 hidden units"):
         ff.apply(ff.init(random.key(0), ff.Config(dim=2, use_coor_descent=True)), inputs(2, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("cfg", family.FAMILY.examples[:3], ids=str)
+def test_a_compiled_gradient_equals_the_plain_one(cfg):
+    params, x = family.init(random.key(0), cfg, dtype=torch.float64), inputs(cfg.dim, n=5)
+
+    def slopes(p, x):
+        return tree.grad(lambda p: family.apply(p, x)[0].square().sum())(p)
+
+    compiled = torch.compile(slopes, backend="aot_eager", fullgraph=True)(params, x)
+    for mine, plain in zip(tree.leaves(compiled), tree.leaves(slopes(params, x))):
+        assert_close(mine, plain)
