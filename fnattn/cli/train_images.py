@@ -36,7 +36,7 @@ DRAWN_PER_DIGIT = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model and training settings."""
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder of the checkpoint and the report")
-    parser.add_argument("--steps", type=int, default=1000, help="updates")
+    parser.add_argument("--steps", type=int, default=500, help="updates")
     parser.add_argument("--batch", type=int, default=32, help="pictures per update")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="highest rate of the cosine schedule")
     parser.add_argument("--dim", type=int, default=64, help="width of the model")
