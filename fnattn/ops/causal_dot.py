@@ -11,7 +11,11 @@ Source: Katharopoulos et al. 2020, arXiv 2006.16236 (their phi(Q), phi(K) are ou
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from fnattn_kernels import fast_transformers
+from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import causal_dot as native
 from torch import Tensor
 
@@ -33,7 +37,8 @@ def causal_dot(q: Tensor, k: Tensor, v: Tensor, *, reverse: bool = False, impl: 
         k: [b, g, n, d], h a multiple of g; each key head serves h / g query heads and is not repeated.
         v: [b, g, n, e].
         reverse: sum over the keys from i on instead of those up to i.
-        impl: "reference" is plain torch; "native" insists on the C kernel (CPU); "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "native" insists on the C kernel (CPU), "fast_transformers" on the package's (float32;
+            heads that share keys get copies of them); "auto" chooses. See `ops.report()`.
     Returns:
         [b, h, n, e] in v's dtype, summed in float32, or in float64 if any input is.
     Raises:
@@ -73,24 +78,54 @@ def reference(q: Tensor, k: Tensor, v: Tensor, reverse: bool = False) -> Tensor:
     return torch.cat(outs, 3).flatten(1, 2)
 
 
-# ------------------------------------------------------------------------------------------------ the native kernel
+# ------------------------------------------------------------------------------------------------ the kernels
 
 
-def _vjp(needs, args, outs, cotangents):
+def _rules(dot: Callable) -> dict[str, Callable]:
+    """The derivatives of a kernel `dot(q, k, v, reverse)`, in terms of itself."""
+
+    def vjp(needs, args, outs, cotangents):
+        q, k, v, reverse = args
+        (g,) = cotangents
+        return (dot(g, v, k, reverse) if needs[0] else None,
+                dot(v, g, q, not reverse) if needs[1] else None,
+                dot(k, q, g, not reverse) if needs[2] else None, None)
+
+    def jvp(args, outs, tangents):
+        q, k, v, reverse = args
+        terms = [dot(*(tangents[j] if j == i else args[j] for j in range(3)), reverse)
+                 for i in range(3) if tangents[i] is not None]
+        return sum(terms[1:], terms[0])
+
+    return {"vjp": vjp, "jvp": jvp}
+
+
+native.dot.derive(**_rules(native.dot), save_outputs=False)
+
+# The package has a function for all three gradients at once. It is three products of the same kind: so are its derivatives.
+_ft_rules = _rules(fast_transformers.dot)
+
+
+def _ft_vjp(needs, args, outs, cotangents):
     q, k, v, reverse = args
-    (g,) = cotangents
-    return (native.dot(g, v, k, reverse) if needs[0] else None,
-            native.dot(v, g, q, not reverse) if needs[1] else None,
-            native.dot(k, q, g, not reverse) if needs[2] else None, None)
+    if all(needs[:3]):
+        return *fast_transformers.dot_back(q, k, v, cotangents[0], reverse), None
+    return _ft_rules["vjp"](needs, args, outs, cotangents)
 
 
-def _jvp(args, outs, tangents):
-    q, k, v, reverse = args
-    terms = [native.dot(*(tangents[j] if j == i else args[j] for j in range(3)), reverse)
-             for i in range(3) if tangents[i] is not None]
-    return sum(terms[1:], terms[0])
+def _ft_gradients(q, k, v, g, reverse):
+    return _ft_rules["vjp"]((True,) * 3, (q, k, v, reverse), (), (g,))[:3]
 
 
-native.dot.derive(vjp=_vjp, jvp=_jvp, save_outputs=False)
+fast_transformers.dot.derive(vjp=_ft_vjp, jvp=_ft_rules["jvp"], save_outputs=False)
+fast_transformers.dot_back.derive(
+    vjp=lambda needs, args, outs, cotangents: reference_vjp(_ft_gradients, needs, args, cotangents),
+    jvp=lambda args, outs, tangents: reference_jvp(_ft_gradients, args, tangents), save_outputs=False)
 
-KERNELS = (Kernel("native", native.dot, lambda q, k, v: native_reason("causal_dot", q, k, v)),)
+# "auto" never takes the package. Built with its own flags it takes 3 to 5 times as long as the native kernel on one core, forward
+# and backward (8 heads, n 64 to 4096, d and e 16 to 64); plain torch is faster from widths of 64; and how fast a
+# build is depends on flags that cannot be seen from here. On CUDA it has not been measured.
+KERNELS = (
+    Kernel("native", native.dot, lambda q, k, v: native_reason("causal_dot", q, k, v)),
+    Kernel("fast_transformers", fast_transformers.dot, fast_transformers.why_not, lambda q, k, v: False),
+)
