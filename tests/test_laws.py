@@ -7,11 +7,12 @@ import functools
 import pytest
 import stranger
 import torch
+from fnattn_kernels.contracts import KernelUnavailable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fnattn import attentions, random
-from fnattn.testing import laws, laws_options, laws_values, world
+from fnattn.testing import laws_options, laws_values, world
 from fnattn.testing.laws import COMPILED, LAWS, check_family, compiled_rows
 
 EXAMPLES = [(family, number) for family in attentions.FAMILIES.values() for number in range(len(family.examples))]
@@ -37,6 +38,11 @@ def each(family, number, law, **options):
             law(family, family.examples[number], KEY, impl, **options)
         except world.NotApplicable as reason:
             reasons.append(str(reason))
+        except KernelUnavailable as reason:
+            # "gather" must look into a layout, which vmap hides; any other kernel serves under every transform.
+            if impl != "gather":
+                raise
+            reasons.append(str(reason))
     if len(reasons) == len(able(family.name, number)):
         pytest.skip(reasons[0])
 
@@ -55,7 +61,7 @@ def test_compiled_and_exported_functions_equal_the_function(family):
         # One process for each implementation; the whole list for the first example, its hardest line for the others.
         for impl in impls if number == 0 else impls[-1:]:
             rows = compiled_rows(family, cfg, KEY, impl, COMPILED if number == 0 else COMPILED[:1])
-            broken.update({(number, impl, name): row for name, row in rows.items() if row.status != "ok"})
+            broken.update({(number, impl, name): row for name, row in rows.items() if row.status not in ("ok", "refused")})
     assert not broken
 
 
@@ -123,7 +129,7 @@ def test_a_broken_family_breaks_its_law(broken, law):
 
 
 def test_every_law_has_a_sentence():
-    assert all(law.__doc__ and law.__doc__[0].isupper() | law.__doc__[0].islower() for law in laws.LAWS.values())
+    assert all((law.__doc__ or "").strip().splitlines()[0].endswith(".") for law in LAWS.values())
 
 
 def test_poisoned_memory_is_handed_out_only_inside():

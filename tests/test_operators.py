@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fnattn.testing import CHECKS, check_operator
+from fnattn.attentions import _heads
+from fnattn.testing import CHECKS, brute, check_operator
 from fnattn.testing.cases import CASES, REFERENCE, modules, pairs
 
 FULL = {case.operator: case.name for case in reversed(CASES)}  # the first case of each operator is also compiled and exported
@@ -26,7 +27,9 @@ def test_every_transform_is_right(case, impl):
                             dynamic=case.dynamic, compile=FULL[case.operator] == case.name)
     report.require()
     assert {row.check for row in report.rows if row.status == "torch"} <= TORCH_LIMITS
-    assert not [row for row in report.rows if row.status == "refused" and impl == REFERENCE]
+    # "gather" looks into the layout, which tracing hides; no tensor of the meta device can be computed with.
+    refused = {row.check for row in report.rows if row.status == "refused"}
+    assert not refused or impl == "gather" or (impl != REFERENCE and refused == {"meta device"})
 
 
 def test_every_operator_with_a_choice_of_kernels_has_cases():
@@ -104,3 +107,11 @@ def test_vmap_over_heads_is_the_loop(case, impl):
     leaves = torch.utils._pytree.tree_leaves
     for m, *each in zip(leaves(mapped), *map(leaves, looped)):
         torch.testing.assert_close(m, torch.stack(each), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm, shapes", [("layer_norm", ((3, 5), (5,), (5,))), ("rms_norm", ((3, 5), (5,)))])
+def test_norms_are_right_under_every_transform(norm, shapes):
+    """torch's own F.layer_norm fails ten of these checks in 2.13, with wrong numbers."""
+    source = torch.Generator().manual_seed(3)
+    args = [torch.randn(shape, generator=source, dtype=torch.float64) for shape in shapes]
+    check_operator(getattr(_heads, norm), args, reference=getattr(brute, norm), compile=False).require()

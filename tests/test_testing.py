@@ -9,7 +9,7 @@ import wrong_operators as wrong
 from fnattn.testing import APART, CHECKS, check_operator
 from fnattn.testing.apart import run_apart
 
-ARGS = (torch.linspace(-1.2, 1.5, 6, dtype=torch.float64).reshape(2, 3), torch.linspace(0.4, 2.0, 6, dtype=torch.float64).reshape(2, 3))
+ARGS = tuple(torch.linspace(*ends, 6, dtype=torch.float64).reshape(2, 3) for ends in ((-1.2, 1.5), (0.4, 2.0)))
 EAGER = tuple(name for name in CHECKS if name not in APART)
 
 

@@ -137,7 +137,8 @@ def coor_descent_attention(q: Tensor, k: Tensor, v: Tensor, sparsity_k: Tensor, 
     n, m = q.shape[2], k.shape[2]
     scores = torch.einsum("bhid,bhjd->bhij", q, _heads(q, k)) * q.shape[-1] ** -0.5
     seen = torch.arange(m, device=q.device) <= m - n + torch.arange(n, device=q.device)[:, None]
-    y = coor_descent(scores, sparsity_k.expand(scores.shape[:3]), mask=(seen if causal else seen | True).expand(scores.shape), **options)
+    seen = (seen if causal else seen | True).expand(scores.shape)
+    y = coor_descent(scores, sparsity_k.expand(scores.shape[:3]), mask=seen, **options)
     return torch.einsum("bhij,bhje->bhie", y, _heads(q, v))
 
 
@@ -179,3 +180,13 @@ def axial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
     allowed = _picture_mask(q.shape[2], text_len, image_size,
                             lambda row, column: (column if axis else row) == 0 and row >= 0 and column >= 0)
     return _masked_picture(q, k, v, allowed, text_len, mask, text_sees_all, scale)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    mean = x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = ((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1]
+    return (x - mean) / (variance + 1e-5).sqrt() * weight + bias
+
+
+def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    return x / ((x * x).sum(-1, keepdim=True) / x.shape[-1]).sqrt() * gamma

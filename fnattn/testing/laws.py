@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from fnattn_kernels.contracts import KernelUnavailable
 from torch import Tensor
 
 from .. import random
@@ -63,7 +64,9 @@ def _row(label: str, law: Callable, *args: Any) -> Row:
             law(*args)
     except NotApplicable as reason:
         return Row(label, "n/a", str(reason))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the law is broken
+    except KernelUnavailable as reason:
+        return Row(label, "refused", " ".join(str(reason).split()))
+    except Exception as error:
         text = " ".join(str(error).split())
         return Row(label, "fail", (text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}")[:300])
     return Row(label, "ok")

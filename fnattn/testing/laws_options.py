@@ -14,7 +14,7 @@ from ..core import Family
 from .world import NotApplicable, equal, make_params, make_x, need_state, require, same_bits, streaming, takes
 
 # Fields that make a key's contribution depend on where it stands: removing a key then moves the later ones.
-POSITIONAL = ("rotary_emb", "shift_tokens", "static_mask", "seq_len")
+POSITIONAL = ("rotary_emb", "use_rotary_embed", "shift_tokens", "static_mask", "seq_len")
 
 
 def _need_mask(family: Family, params: Any, x: Tensor, impl: str) -> None:
@@ -129,7 +129,8 @@ def low_precision(family: Family, cfg: Any, key: Tensor, impl: str) -> None:
             size = true.abs().max().item()
             error, allowed = (ours - true).abs().max().item(), 2 * (plain - true).abs().max().item()
             # one rounding of the result is always allowed: plain torch may be lucky
-            require(error <= allowed + torch.finfo(dtype).eps * size, f"{what} in {dtype}: error {error:.1e}, plain torch {allowed / 2:.1e}")
+            require(error <= allowed + torch.finfo(dtype).eps * size,
+                    f"{what} in {dtype}: error {error:.1e}, plain torch {allowed / 2:.1e}")
 
 
 def state_after_mask(family: Family, cfg: Any, key: Tensor, impl: str) -> None:

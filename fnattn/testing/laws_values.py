@@ -51,7 +51,8 @@ def same_key_same_bits(family: Family, cfg: Any, key: Tensor, impl: str) -> None
     drawn = [not torch.equal(a, b) for a, b in zip(tree.leaves(params), tree.leaves(other))]
     require(any(drawn) or not drawn, "init gave the same params for another key")
     x = make_x(cfg, key, dtype=torch.float32)
-    same_bits(family.apply(params, x, impl=impl), family.apply(params, x.clone(), impl=impl), "apply gave other bits for the same call")
+    same_bits(family.apply(params, x, impl=impl), family.apply(params, x.clone(), impl=impl),
+              "apply gave other bits for the same call")
 
 
 def names_are_stable(family: Family, cfg: Any, key: Tensor, impl: str) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .subject import Subject, ripple
 from .transforms import Built
+from .transforms import grad_vmap as grad_vmap_built
+from .transforms import grad_vmap_grad as grad_vmap_grad_built
 
 
 def _leaves(args: Sequence[Tensor], diff: Sequence[int]) -> list[Tensor]:
@@ -82,25 +84,31 @@ def jvp_grad(s: Subject):
     return tuple(g.detach() for g in slopes), _grads(sum((p * t).sum() for p, t in zip(pulled, s.tangents)), pulls)
 
 
+def _members(s: Subject, given: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Leaves of the stacked arguments that `transforms._many` makes, and what each member gets of them."""
+    args = _leaves(given, s.diff)
+    dims = [(i + 1) % (small.ndim + 1) if a.ndim > small.ndim else None for i, (a, small) in enumerate(zip(args, s.args))]
+    count = next(a.shape[d] for a, d in zip(args, dims) if d is not None)
+    return args, [[a if d is None else a.select(d, j) for a, d in zip(args, dims)] for j in range(count)]
+
+
 def looped(one: Callable[[Subject], object], build: Callable[[Subject], Built]) -> Callable[[Subject], object]:
     """`one` on each member of what `build` maps over, stacked."""
     def run(s: Subject):
-        _, args = build(s)
-        dims = [next((d for d in range(big.ndim) if big.ndim > small.ndim and big.shape[:d] + big.shape[d + 1:] == small.shape
-                      and d == (i + 1) % (small.ndim + 1)), None) for i, (big, small) in enumerate(zip(args, s.args))]
-        count = next(a.shape[d] for a, d in zip(args, dims) if d is not None)
-        each = [one(s._replace(args=tuple(a if d is None else a.select(d, j) for a, d in zip(args, dims)))) for j in range(count)]
+        _, members = _members(s, build(s)[1])
+        each = [one(s._replace(args=tuple(a.detach() for a in member))) for member in members]
         return tuple(torch.stack(column) for column in zip(*each))
     return run
 
 
-def grad_of_loop(build: Callable[[Subject], Built]) -> Callable[[Subject], object]:
-    """The gradient of the sine of each member's loss, summed."""
-    def run(s: Subject):
-        _, given = build(s)
-        args = _leaves(given, s.diff)
-        dims = [(i + 1) % (small.ndim + 1) if a.ndim > small.ndim else None for i, (a, small) in enumerate(zip(args, s.args))]
-        count = next(a.shape[d] for a, d in zip(args, dims) if d is not None)
-        value = sum(s.loss(*[a if d is None else a.select(d, j) for a, d in zip(args, dims)]).sin() for j in range(count))
-        return _grads(value, s.pick(args))
-    return run
+def grad_vmap(s: Subject):
+    """The gradient of the sum over members of the sine of the loss."""
+    args, members = _members(s, grad_vmap_built(s)[1])
+    return _grads(sum(s.loss(*member).sin() for member in members), s.pick(args))
+
+
+def grad_vmap_grad(s: Subject):
+    """The gradient of the sum over members of the sines of all gradients."""
+    args, members = _members(s, grad_vmap_grad_built(s)[1])
+    slopes = [_grads(s.loss(*member), s.pick(member), create_graph=True) for member in members]
+    return _grads(sum(g.sin().sum() for each in slopes for g in each), s.pick(args))

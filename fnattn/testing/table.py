@@ -52,7 +52,8 @@ TRANSFORMS: dict[str, tuple[Callable[[Subject], Built], Callable[[Subject], Any]
     "jvp(grad)": (transforms.jvp_grad, plainly.jvp_grad, False),
     "vmap": (transforms.vmap, plainly.looped(plainly.forward, transforms.vmap), False),
     "vmap(grad)": (transforms.vmap_grad, plainly.looped(plainly.grad, transforms.vmap_grad), False),
-    "grad(vmap)": (transforms.grad_vmap, plainly.grad_of_loop(transforms.grad_vmap), False),
+    "grad(vmap)": (transforms.grad_vmap, plainly.grad_vmap, False),
+    "grad(vmap(grad))": (transforms.grad_vmap_grad, plainly.grad_vmap_grad, False),
     "per-sample gradients": (per_sample, plainly.looped(plainly.grad, per_sample), False),
     "ensembles": (ensemble, plainly.looped(plainly.grad, ensemble), False),
     "compile": (transforms.forward, plainly.forward, True),
@@ -156,7 +157,8 @@ def derivative_table(families: Sequence[Family | str] | None = None, *, device: 
     Returns:
         A Table; `table.wrong` must be empty.
     """
-    chosen = attentions.FAMILIES.values() if families is None else [attentions.find(f) if isinstance(f, str) else f for f in families]
+    families = attentions.FAMILIES.values() if families is None else families
+    chosen = [attentions.find(f) if isinstance(f, str) else f for f in families]
     cells = []
     for family in chosen:
         for cell in _cells(family, device, compile):
@@ -210,7 +212,7 @@ def _try(name: str, tested: Subject, plain: Subject) -> str | None:
         compare(actual, expected, RTOL)
     except Mismatch as error:
         return f"wrong|{error}"
-    except Exception as error:  # noqa: BLE001 - the error is what the table shows
+    except Exception as error:
         return f"error|{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None
 

@@ -190,6 +190,15 @@ def grad_vmap(s: Subject) -> Built:
     return func.grad(lambda *a: func.vmap(s.loss, dims)(*a).sin().sum(), s.diff), args
 
 
+def grad_vmap_grad(s: Subject) -> Built:
+    """grad(vmap(grad(f)))"""
+    args, dims = _many(s)
+    def run(*a):
+        slopes = func.vmap(func.grad(s.loss, s.diff), dims)(*a)
+        return sum(g.sin().sum() for g in slopes)
+    return func.grad(run, s.diff), args
+
+
 def vmap_jvp(s: Subject) -> Built:
     """vmap(jvp(f))"""
     args, dims = _many(s)
@@ -243,7 +252,7 @@ def grad_checkpoint(s: Subject) -> Built:
 EAGER = {build.__doc__: build for build in (
     forward, grad, vjp, jvp, linearize, jacrev, jacrev_chunked, jacfwd, hessian, jacrev_jacrev, jacrev_jacfwd, jacfwd_jacfwd,
     grad_grad, grad_grad_grad, jvp_grad, grad_jvp, vmap, vmap_shared, vmap_all, vmap_vmap, vmap_grad, vmap_grad_shared,
-    grad_vmap, vmap_jvp, jvp_vmap, vmap_hessian, vmap_jacrev, vmap_chunked, functionalize, grad_checkpoint)}
+    grad_vmap, grad_vmap_grad, vmap_jvp, jvp_vmap, vmap_hessian, vmap_jacrev, vmap_chunked, functionalize, grad_checkpoint)}
 
 COMPILED = {build.__doc__: build for build in (
     forward, grad, vjp, jvp, vmap, vmap_grad, grad_vmap, jacrev, jacfwd, hessian, grad_grad, jvp_grad, grad_checkpoint)}
