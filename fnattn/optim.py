@@ -60,6 +60,16 @@ def warmup(schedule: Schedule | Number, steps: int) -> Schedule:
     return lambda step: inner(step) * ((step.to(_wide(step)) + 1) / max(steps, 1)).clamp(max=1.0)
 
 
+def cooldown(schedule: Schedule | Number, steps: int, last: int) -> Schedule:
+    """The schedule, falling linearly towards 0 over the `last` of `steps` updates: most of a cosine's gain, and until then the
+    same training as without it.
+    """
+    check(1 <= last <= steps, "optim.cooldown: last must lie in [1, {}], the number of steps; got {}.", steps, last,
+          remedy="A fifth of the steps is usual.")
+    inner = schedule if callable(schedule) else constant(schedule)
+    return lambda step: inner(step) * ((steps - step.to(_wide(step))) / last).clamp(0.0, 1.0)
+
+
 def _wide(step: Tensor) -> torch.dtype:
     return torch.float32 if step.device.type == "mps" else torch.float64
 

@@ -184,6 +184,7 @@ def test_an_older_checkpoint_survives_until_a_new_one_is_whole(run, capsys):
     (["--norm", "batch"], "lm.Config: norm must be one of 'rms', 'layer'"),
     (["--steps", "0"], "settings: steps must be at least 1; got 0."),
     (["--optimizer", "lion"], "settings: optimizer must be one of adam, adamw, sgd; got 'lion'."),
+    (["--schedule", "linear"], "settings: schedule must be one of constant, cosine, cooldown; got 'linear'."),
     (["--weight-decay", "0.1"], "settings: weight_decay belongs to adamw; got 0.1 with adam."),
     (["--momentum", "0.9"], "settings: momentum belongs to sgd; got 0.9 with adam."),
     (["--learning-rate", "1", "2"], "settings: learning_rate must be one number or one per member (0); got 2."),

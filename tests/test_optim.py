@@ -89,6 +89,11 @@ def test_cosine_falls_from_the_peak_to_the_end_and_stays():
     assert values == pytest.approx([2.0, 1.25, 0.5, 0.5])
 
 
+def test_a_cooldown_changes_nothing_before_it_begins_and_ends_at_nought():
+    at = optim.cooldown(2.0, 10, 4)
+    assert [float(at(torch.tensor(i))) for i in (0, 6, 7, 9, 10, 11)] == pytest.approx([2.0, 2.0, 1.5, 0.5, 0.0, 0.0])
+
+
 def test_warmup_grows_linearly_into_its_schedule():
     at = optim.warmup(optim.constant(3.0), 3)
     assert [float(at(torch.tensor(i))) for i in range(4)] == pytest.approx([1.0, 2.0, 3.0, 3.0])
@@ -186,6 +191,7 @@ def test_gradients_of_another_structure_are_refused(key):
 
 @pytest.mark.parametrize("make, message", [
     (lambda: optim.cosine(1.0, 0), "optim.cosine: steps must be at least 1; got 0."),
+    (lambda: optim.cooldown(1.0, 5, 6), "optim.cooldown: last must lie in [1, 5], the number of steps; got 6."),
     (lambda: optim.warmup(1.0, -1), "optim.warmup: steps must be at least 0; got -1."),
 ])
 def test_a_schedule_of_no_length_is_refused(make, message):

@@ -56,7 +56,8 @@ class Settings:
     momentum: float = _setting(0.0, "sgd: how much of the last step is kept")
     weight_decay: float = _setting(0.0, "adamw: pull of the parameters towards 0, per step and learning rate")
     clip: float = _setting(0.5, "largest norm of the gradient; 0 for no limit")
-    schedule: str = _setting("constant", "of the learning rate: constant, or cosine down to 0 at the last step")
+    schedule: str = _setting("constant", "of the learning rate: constant, cosine (down to 0 at the last step), or cooldown "
+                                         "(constant, then down to 0 over the last third)")
     warmup: int = _setting(0, "steps in which the learning rate grows from 0")
     # [train]
     steps: int = _setting(300, "updates in all, those of a resumed training included")
@@ -78,8 +79,8 @@ TABLES = {  # the tables of a TOML file
               "dropout", "remat"),
     "attention": (),  # the options of the family
     "optimizer": ("optimizer", "learning_rate", "betas", "momentum", "weight_decay", "clip", "schedule", "warmup"),
-    "train": ("steps", "batch", "length", "seed", "ensemble", "data", "eval_every", "eval_windows", "final_windows", "save_every", "impl",
-              "threads"),
+    "train": ("steps", "batch", "length", "seed", "ensemble", "data", "eval_every", "eval_windows", "final_windows", "save_every",
+              "impl", "threads"),
 }
 SMALL = 1 << 20  # entries of one layer's activations up to which one thread is enough
 # What may differ when a training continues; everything else must be as it was.
@@ -136,11 +137,11 @@ def make(*layers: dict) -> Settings:
         if name != "learning_rate":
             _check_type("settings", name, kinds[name].type, merged[name])
     made = Settings(**merged)
-    for name, least in (("steps", 1), ("batch", 1), ("length", 1), ("ensemble", 0), ("eval_every", 1), ("eval_windows", 1), ("final_windows", 1),
-                        ("save_every", 1), ("warmup", 0), ("clip", 0), ("seed", 0), ("threads", 0)):
+    for name, least in (("steps", 1), ("batch", 1), ("length", 1), ("ensemble", 0), ("eval_every", 1), ("eval_windows", 1),
+                        ("final_windows", 1), ("save_every", 1), ("warmup", 0), ("clip", 0), ("seed", 0), ("threads", 0)):
         check(getattr(made, name) >= least, "settings: {} must be at least {}; got {}.", name, least, getattr(made, name),
               remedy="`fnattn train --help` explains it.")
-    for name, allowed in (("optimizer", ("adam", "adamw", "sgd")), ("schedule", ("constant", "cosine"))):
+    for name, allowed in (("optimizer", ("adam", "adamw", "sgd")), ("schedule", ("constant", "cosine", "cooldown"))):
         check(getattr(made, name) in allowed, "settings: {} must be one of {}; got {!r}.", name, ", ".join(allowed),
               getattr(made, name), remedy="Check the spelling.")
     check(made.optimizer == "adamw" or made.weight_decay == 0, "settings: weight_decay belongs to adamw; got {} with {}.",
@@ -201,7 +202,11 @@ def model_config(settings: Settings) -> lm.Config:
 
 def optimizer(settings: Settings, learning_rate: Any) -> optim.Optimizer:
     """The optimiser that the settings describe, with this learning rate (a number, or a 0-d tensor under vmap)."""
-    rate = optim.cosine(learning_rate, settings.steps) if settings.schedule == "cosine" else learning_rate
+    rate = learning_rate
+    if settings.schedule == "cosine":
+        rate = optim.cosine(rate, settings.steps)
+    elif settings.schedule == "cooldown":
+        rate = optim.cooldown(rate, settings.steps, max(1, settings.steps // 3))
     if settings.warmup:
         rate = optim.warmup(rate, settings.warmup)
     if settings.optimizer == "sgd":
