@@ -85,7 +85,7 @@ def _read(path: str) -> dict[str, Any]:
 def _serve(source: str, answers: str) -> None:
     with open(source, "rb") as file:
         worker, names, payload = pickle.load(file)
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
 
     _warm_up()
     function = resolve(worker)
