@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import coor_attention as native
-from fnattn_kernels.native import coor_descent as rowwise
+from fnattn_kernels.native.coor_descent import SOURCE
 from torch import Tensor
 
 from . import _coor_math as math
@@ -31,7 +31,8 @@ def coor_descent_attention(q: Tensor, k: Tensor, v: Tensor, sparsity_k: float | 
 
         out_i = sum_j y_ij v_j        y_i = coor_descent(scale q_i . k_j over the visible j, sparsity_k_i)
 
-    Time grows with n m (d + e + n_iters). "native" makes no [n, m] table for the value and the gradient.
+    Time grows with n m (d + e + n_iters). "native" makes no [n, m] table for the value, the gradient or
+    the tangent.
 
     Args:
         q: [b, h, n, d], floating point.
@@ -165,23 +166,21 @@ def _vjp(needs, args, outs, cotangents):
     return (*(x if need else None for x, need in zip(grads, needs)), *(None for _ in args[4:]))
 
 
-def _jvp(args, outs, tangents):
-    """Along the rows of a table of scores: the tangent is not fused."""
-    q, k, v, log_or_k, keep, start, nulls, scale, exact, *schedule = args
-    tq, tk, tv, tlog_or_k = tangents[:4]
+def _tangent_formula(q, k, v, log_or_k, keep, start, marks, tq, tk, tv, tlog_or_k, nulls, scale, exact, *schedule):
     s, grouped = _scores(q, k, keep, start, nulls, scale)
-    ts = torch.zeros_like(s)
-    for left, right in ((tq, k), (q, tk)):
-        if left is not None and right is not None:
-            ts = ts + torch.einsum("bgrid,bgjd->bgrij", grouped(left) * scale, right)
-    rows, level = s.flatten(0, 3), log_or_k.flatten()
-    ty = rowwise.tangent(rows, level, outs[1].flatten(0, 2), ts.masked_fill(s == -torch.inf, 0.0).flatten(0, 3),
-                         torch.zeros_like(level) if tlog_or_k is None else tlog_or_k.flatten(), exact, *schedule)
-    tangent = torch.einsum("bgrij,bgje->bgrie", ty.view(s.shape), v)
-    if tv is not None:
-        y = (rowwise.exact(rows, level, schedule[0]) if exact else rowwise.iterate(rows, level, *schedule))[0]
-        tangent = tangent + torch.einsum("bgrij,bgje->bgrie", y.view(s.shape), tv)
-    return tangent.flatten(1, 2), torch.zeros_like(outs[1])
+    level, tlevel = grouped(log_or_k), grouped(tlog_or_k)
+    ts = scale * (torch.einsum("bgrid,bgjd->bgrij", grouped(tq), k) + torch.einsum("bgrid,bgjd->bgrij", grouped(q), tk))
+    if exact:
+        cut = grouped(marks[..., 0].detach())
+        y, ty = math.exact_at(s, level, cut, schedule[0]), math.exact_tangent(s, level, cut, ts, tlevel, schedule[0])
+    else:
+        y, ty = math.iterate(s, level, *schedule), math.iterate_tangent(s, level, ts, tlevel, *schedule)
+    return (torch.einsum("bgrij,bgje->bgrie", ty, v) + torch.einsum("bgrij,bgje->bgrie", y, tv)).flatten(1, 2)
+
+
+def _jvp(args, outs, tangents):
+    given = (torch.zeros_like(x) if t is None else t for x, t in zip(args[:4], tangents))
+    return native.attention_tangent(*args[:6], outs[1], *given, *args[6:]), torch.zeros_like(outs[1])
 
 
 native.attention.derive(vjp=_vjp, jvp=_jvp)
@@ -189,9 +188,13 @@ native.attention_back.derive(
     vjp=lambda needs, args, outs, cotangents: reference_vjp(_backward_formula, needs, args, cotangents),
     jvp=lambda args, outs, tangents: reference_jvp(_backward_formula, args, tangents), save_outputs=False)
 
+native.attention_tangent.derive(
+    vjp=lambda needs, args, outs, cotangents: reference_vjp(_tangent_formula, needs, args, cotangents),
+    jvp=lambda args, outs, tangents: reference_jvp(_tangent_formula, args, tangents), save_outputs=False)
+
 
 def _native(*args):
     return native.attention(*args)[0]
 
 
-KERNELS = (Kernel("native", _native, lambda *tensors: native_reason(rowwise.SOURCE, *tensors)),)
+KERNELS = (Kernel("native", _native, lambda *tensors: native_reason(SOURCE, *tensors)),)

@@ -215,4 +215,48 @@ void S(coor_attention_back)(const REAL *q, const REAL *k, const REAL *v, const R
         free(memory);
     }
 }
+
+/* The tangent of out along tq, tk, tv and tlog_k. */
+void S(coor_attention_tangent)(const REAL *q, const REAL *k, const REAL *v, const REAL *log_k, const uint8_t *keep,
+                               const int64_t *start, const REAL *marks, const REAL *tq, const REAL *tk, const REAL *tv,
+                               const REAL *tlog_k, REAL *out, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d,
+                               int64_t e, int64_t nulls, double scale, int64_t exact, const double *schedule, int64_t T,
+                               int64_t threads) {
+    S(problem) p = {b, h, g, n, m, d, e, nulls, exact ? 2 : T, exact, (REAL)scale, (REAL)schedule[T], schedule, start, keep};
+    int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    if (!b || !h || !n) return;
+#pragma omp parallel num_threads((int)min64(threads, b * h * blocks)) if (threads > 1 && b * h * blocks > 1)
+    {
+        VF *s = S(tiles)(7, m, p.T + 4 * d + 2 * e), *ts = s + 2 * m, *y = ts + 2 * m, *P = y + 2 * m, *mark = P + m;
+        REAL *q_lanes = (REAL *)(mark + p.T), *tq_lanes = q_lanes + d * BLOCK, *sum = tq_lanes + d * BLOCK;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < b * h * blocks; i++) {
+            int64_t head = i / blocks, i0 = (blocks - 1 - i % blocks) * BLOCK, count = min64(BLOCK, n - i0), batch = head / h;
+            int64_t kv = batch * g + head % h / (h / g), row = head * n + i0;
+            int nv = count > LANES ? 2 : 1;
+            S(lanes_of)(q + row * d, count, d, p.scale, q_lanes);
+            S(lanes_of)(tq + row * d, count, d, p.scale, tq_lanes);
+            int64_t keys = S(scores)(&p, batch, i0, nv, k + kv * m * d, q_lanes, s);
+            memset(ts, 0, (size_t)keys * sizeof(VF));
+            memset(ts + m, 0, (size_t)keys * sizeof(VF));
+            S(product)((REAL *)ts, m * LANES, LANES, tq_lanes, LANES, BLOCK, k + kv * m * d, d, 1, keys, d, nv);
+            S(product)((REAL *)ts, m * LANES, LANES, q_lanes, LANES, BLOCK, tk + kv * m * d, d, 1, keys, d, nv);
+            for (int64_t half = 0; half < nv; half++) {
+                int64_t first = row + half * LANES, some = min64(LANES, count - half * LANES);
+                VF lk, dlk, *at = s + half * m, *tangent = ts + half * m;
+                S(gather)(log_k + first, some, 1, &lk, 1);
+                S(gather)(tlog_k + first, some, 1, &dlk, 0);
+                S(gather)(marks + first * p.T, some, p.T, mark, 0);
+                S(weights)(at, y + half * m, keys, p.eps, exact ? mark[0] : S(splat)(INFINITY), mark[p.T - 1]);
+                if (exact) S(exact_tangent)(at, tangent, P, keys, dlk, p.eps, mark[0], mark[1]);
+                else S(iterate_tangent)(at, tangent, P, keys, lk, dlk, schedule, T, mark);
+            }
+            memset(sum, 0, (size_t)(e * BLOCK) * sizeof(REAL));
+            S(product)(sum, LANES, BLOCK, (const REAL *)ts, m * LANES, LANES, v + kv * m * e, 1, e, e, keys, nv);
+            S(product)(sum, LANES, BLOCK, (const REAL *)y, m * LANES, LANES, tv + kv * m * e, 1, e, e, keys, nv);
+            S(rows_of)(sum, count, e, 1, out + row * e);
+        }
+        free(s);
+    }
+}
 #undef BLOCK

@@ -49,3 +49,11 @@ static void S(exact_tangent)(const VF *s, VF *restrict ds, VF *restrict E, int64
     VF dm = (dot - eps * dk) / S(pick)(weight > 0, weight, one) + (m - m);
     for (int64_t j = 0; j < n; j++) ds[j] = E[j] * (ds[j] - dm) * inverse;
 }
+
+/* y from s, given the last threshold m and, for the fixed point, the cut above which all is 1. */
+static void S(weights)(const VF *s, VF *restrict y, int64_t n, REAL eps, VF cut, VF m) {
+    VF zero = {0}, one = S(splat)(1), low = S(splat)(-INFINITY);
+    REAL inverse = 1 / eps;
+    for (int64_t j = 0; j < n; j++)
+        y[j] = S(pick)((s[j] > cut) & (s[j] > low), one, S(exponential)(S(least)(zero, s[j] - m) * inverse));
+}

@@ -52,6 +52,16 @@ def _backward(q, k, v, log_k, keep, start, marks, g, nulls, scale, exact, eps, e
     return grads
 
 
+def _tangent(q, k, v, log_k, keep, start, marks, tq, tk, tv, tlog_k, nulls, scale, exact, eps, eps_init, eps_decay, n_iters):
+    tensors = _plain(q, k, v, log_k, keep, start, marks, tq, tk, tv, tlog_k)
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    values = c_schedule(eps, eps_init, eps_decay, n_iters)
+    function(SOURCE, "coor_attention_tangent", q.dtype, "p" * 12 + "i" * 8 + "d" + "i" + "p" + "ii")(
+        *map(address, (*tensors, out)), *_sizes(q, k, v), nulls, scale, int(exact), ctypes.addressof(values), n_iters,
+        threads(_work(q, k, n_iters)))
+    return out
+
+
 _OPTIONS = "int nulls, float scale, bool exact, float eps, float eps_init, float eps_decay, int n_iters"
 
 
@@ -76,3 +86,9 @@ attention_back = Operator(
     f"(Tensor q, Tensor k, Tensor v, Tensor log_k, Tensor? keep, Tensor start, Tensor marks, Tensor g, {_OPTIONS}) "
     f"-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_back, cpu=_backward)
+# -> tangent of out, from those of q, k, v and log_k (k itself if exact).
+attention_tangent = Operator(
+    "coor_attention_tangent_native", 1,
+    f"(Tensor q, Tensor k, Tensor v, Tensor log_k, Tensor? keep, Tensor start, Tensor marks, Tensor tq, Tensor tk, Tensor tv, "
+    f"Tensor tlog_k, {_OPTIONS}) -> Tensor",
+    fake=lambda q, k, v, *others: q.new_empty(*q.shape[:3], v.shape[3]), cpu=_tangent)

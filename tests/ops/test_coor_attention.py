@@ -77,6 +77,17 @@ def test_the_kernel_has_the_gradients_of_plain_torch(solver, poisoned_empty):
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_the_kernel_has_the_tangents_of_plain_torch(solver, poisoned_empty):
+    for size, masked, extra in itertools.product(SIZES, (False, True), EXTRAS):
+        args, options = inputs(*size), dict(keep=hidden(size[0], size[4]) if masked else None, **extra, **solver)
+        native, reference = (jvp(lambda *a: coor_descent_attention(*a, impl=impl, **options), args,  # noqa: B023
+                                 inputs(*size, seed=13))[1] for impl in ("native", "reference"))
+        assert_close(native, reference)
+        assert native.abs().max() > 0
+
+
+@pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
 def test_float32_kernel_errs_no_more_than_plain_torch_in_float32(solver):
     args = inputs(1, 2, 1, 67, 67, 33, 31)
     exact = with_gradients(args, impl="reference", **solver)
