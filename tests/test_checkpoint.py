@@ -56,7 +56,7 @@ def test_the_params_of_a_family_alone_can_be_saved(path, key):
 
 
 def test_an_ensemble_is_saved_stacked(path, key):
-    stacked = ensemble.init(lambda k: lm.init(k, CFG), random.split(key, 3))
+    stacked = ensemble.init(random.split(key, 3), CFG)
     checkpoint.save(path, stacked, members=3)
     found = checkpoint.load(path)
     assert found.members == 3 and same(found.params, stacked)

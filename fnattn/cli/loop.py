@@ -56,7 +56,7 @@ def start(settings: Settings) -> Run:
     cfg = settings_module.model_config(settings)
     if settings.ensemble:
         keys = ensemble.keys(settings.seed, settings.ensemble)
-        params = ensemble.init(lambda key: lm.init(random.fold_in(key, "params"), cfg), keys)
+        params = ensemble.init(keys, lambda key: lm.init(random.fold_in(key, "params"), cfg))
     else:
         keys = random.key(settings.seed)
         params = lm.init(random.fold_in(keys, "params"), cfg)
