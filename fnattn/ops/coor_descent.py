@@ -134,14 +134,17 @@ def _broadcasts(shape, to) -> bool:
 # ------------------------------------------------------------------------------------------------ the native kernel
 
 
+def _rows(s: Tensor) -> Tensor:
+    """[..., n] -> [rows, n]."""
+    return s.flatten(0, -2) if s.ndim > 1 else s[None]
+
+
 def _native_iterate(s: Tensor, log_k: Tensor, *options) -> Tensor:
-    return native.iterate(s.reshape(-1, s.shape[-1]) if s.numel() else s.flatten(0, -2) if s.ndim > 1 else s[None],
-                          log_k.reshape(-1), *options)[0].view(s.shape)
+    return native.iterate(_rows(s), log_k.flatten(), *options)[0].view(s.shape)
 
 
 def _native_exact(s: Tensor, k: Tensor, eps: float) -> Tensor:
-    return native.exact(s.reshape(-1, s.shape[-1]) if s.numel() else s.flatten(0, -2) if s.ndim > 1 else s[None],
-                        k.reshape(-1), eps)[0].view(s.shape)
+    return native.exact(_rows(s), k.flatten(), eps)[0].view(s.shape)
 
 
 # The thresholds m are functions of s and log_k that only the backward kernel reads, and its own derivatives are taken from
