@@ -18,11 +18,16 @@ from torch.nn import functional as F
 
 from .. import ops, taps
 from ..core import Empty, check, check_input, peek_int, refuse
-from ..ops._door import choose, no_autocast, widen
+from ..ops._door import Kernel, choose, no_autocast, widen
+from ..ops._picture import native_reason
 from ..ops.softmax import weights
 from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
 
 # b batch, h heads, n positions of this call, m of a block, t = text_len, w window, d width of a head, S image_size
+
+
+# A step with few queries is as fast in plain torch, which need not join text and window in memory.
+STEP_KERNELS = (Kernel("native", ops.softmax_attention, native_reason, lambda *tensors: False),)
 
 
 class Pattern(NamedTuple):
@@ -125,9 +130,9 @@ def attend(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, *,
         if streaming:
             state = _updated(pattern, cfg, state, k, v, mask, used)[0]
     else:
-        choose(pattern.who + ".apply with a state", impl, ())
+        fused = choose(pattern.who + ".apply with a state", impl, STEP_KERNELS, q, k, v) is not None
         before, window = state, _updated(pattern, cfg, state, k, v, mask, used)
-        out, seen = _blocks(pattern, cfg, q, before.pos, *window)
+        out, seen = _blocks(pattern, cfg, q, before.pos, *window, fused)
         state = window[0]
     out = F.linear(merge_heads(taps.tap("heads", out)), params.to_out, params.to_out_bias)
     if seen is not None:
@@ -184,11 +189,11 @@ def _updated(pattern: Pattern, cfg: Any, state: State, k: Tensor, v: Tensor, mas
     k, v = k.to(state.k_text.dtype), v.to(state.v_text.dtype)
     text = state[:3]
     if n and (used is None or used < t):
-        text = _written(text, (k, v, new), state.pos)
+        text = _written(text, (k, v, new), state.pos, used)
     if pattern.columns:
         image = state[3:6]
         if n and (used is None or used + n > t):
-            image = _written(image, (k, v, new), state.pos - t)
+            image = _written(image, (k, v, new), state.pos - t, None if used is None else used - t)
         window = image
     else:
         window = tuple(torch.cat((old, x), -1 if x.ndim == 2 else 2) for old, x in zip(state[3:6], (k, v, new)))
@@ -197,8 +202,17 @@ def _updated(pattern: Pattern, cfg: Any, state: State, k: Tensor, v: Tensor, mas
     return State(*text, *image, state.pos + n), *window
 
 
-def _written(buffers: tuple, new: tuple, first: Tensor) -> tuple:
-    """(k, v, visible) with the new entries in slots first, first + 1, ...; those outside the buffers are left out."""
+def _written(buffers: tuple, new: tuple, first: Tensor, known: int | None) -> tuple:
+    """(k, v, visible) with the new entries in slots first, first + 1, ...; those outside the buffers are left out.
+
+    known: first as a number, where Python may know it.
+    """
+    if known is not None:
+        size = buffers[2].shape[1]
+        start, stop = max(known, 0), min(known + new[2].shape[1], size)
+        return tuple(torch.cat((old.narrow(axis, 0, start), x.narrow(axis, start - known, stop - start),
+                                old.narrow(axis, stop, size - stop)), axis)
+                     for old, x, axis in zip(buffers, new, (2, 2, 1)))
     source = torch.arange(buffers[2].shape[1], device=first.device) - first
     n = new[2].shape[1]
     inside, source = (source >= 0) & (source < n), source.clamp(0, n - 1)
@@ -207,7 +221,7 @@ def _written(buffers: tuple, new: tuple, first: Tensor) -> tuple:
 
 
 def _blocks(pattern: Pattern, cfg: Any, q: Tensor, first: Tensor, state: State, k_image: Tensor, v_image: Tensor,
-            image_visible: Tensor) -> tuple[Tensor, Tensor]:
+            image_visible: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
     """The result [b, h, n, d] in q's dtype, and which rows see a key [b, n], block by block of at most one row."""
     outs, seens = [], []
     n, side = q.shape[2], cfg.image_size
@@ -224,7 +238,7 @@ def _blocks(pattern: Pattern, cfg: Any, q: Tensor, first: Tensor, state: State, 
                 here = slice(start, start + pattern.reach + block.shape[2])
                 k, v = k_image[:, :, None, here], v_image[:, :, None, here]
                 image_seen = _window_seen(pattern, cfg, at, image_visible[:, here])
-            out = _step(block * scale, k_text, v_text, text_seen, k, v, image_seen)
+            out = (_fused_step if fused else _step)(block * scale, k_text, v_text, text_seen, k, v, image_seen)
             outs.append(out.to(dtype))
             seens.append(text_seen.any(-1) | image_seen.any(-1))
     if not outs:
@@ -243,6 +257,20 @@ def _step(q: Tensor, k_text: Tensor, v_text: Tensor, text_seen: Tensor, k: Tenso
     if k.shape[2] != 1:
         return out + (p.unsqueeze(3) @ v).squeeze(3)
     return out + torch.einsum("bhmw,bhwd->bhmd", p, v[:, :, 0])
+
+
+def _fused_step(q: Tensor, k_text: Tensor, v_text: Tensor, text_seen: Tensor, k: Tensor, v: Tensor,
+                image_seen: Tensor) -> Tensor:
+    """The same by the fused kernel, on text and window joined; queries with keys of their own become a batch."""
+    seen, (b, h, m, d) = torch.cat((text_seen, image_seen), -1)[:, None], q.shape
+    if k.shape[2] == 1:
+        k, v = torch.cat((k_text, k[:, :, 0]), 2), torch.cat((v_text, v[:, :, 0]), 2)
+        return ops.softmax_attention(q, k, v, mask=seen, scale=1.0, impl="native")
+    k, v = (torch.cat((text[:, None].expand(b, m, *text.shape[1:]), own.transpose(1, 2)), 3).flatten(0, 1)
+            for text, own in ((k_text, k), (v_text, v)))
+    out = ops.softmax_attention(q.transpose(1, 2).reshape(b * m, h, 1, d), k, v, scale=1.0, impl="native",
+                                mask=seen.transpose(1, 2).reshape(b * m, 1, 1, -1))
+    return out.reshape(b, m, h, d).transpose(1, 2)
 
 
 def _text_seen(cfg: Any, at: Tensor, visible: Tensor) -> Tensor:

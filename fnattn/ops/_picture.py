@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .softmax import softmax_attention, weights
+from .softmax import KERNELS, softmax_attention, weights
 
 # b batch, h query heads, g key heads, r = h / g, n positions, t text positions, d width of q and k, e width of v
 # S image_size, a lines, y place of a query in its line, x place of a key in its line
+BAND = 256  # pixels that the fused kernel is given at once
 TABLE = 1 << 20  # scores held at once: blocks that stay in the cache are as fast as larger ones, and small
 
 
@@ -45,15 +46,15 @@ def check_mask(who: str, mask: Tensor | None, b: int, n: int) -> None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: int, image_size: int, scale: float,
-           columns: bool, shifts: Sequence[int], near: Tensor, text_sees_all: bool, impl: str) -> Tensor:
+           columns: bool, shifts: Sequence[int], near: Tensor, text_sees_all: bool) -> Tensor:
     """Text attends causally to text; a pixel to all text and to lines `shifts` before its own, at places near[y, x].
 
-    near: bool, [S, S] for rows, [rows, rows] for columns. impl: of the text's own attention.
+    near: bool, [S, S] for rows, [rows, rows] for columns.
     """
     n, t = q.shape[2], min(q.shape[2], text_len)
     seen = None if mask is None or text_sees_all else mask[:, None, None, :t]
     text = softmax_attention(q[:, :, :t], k[:, :, :t], v[:, :, :t], mask=seen, causal=True, offset=0, scale=scale,
-                             impl=impl)
+                             impl="reference")
     if n == t:
         return text
     image = _image(q[:, :, t:] * scale, (k[:, :, :t], v[:, :, :t]), (k[:, :, t:], v[:, :, t:]),
@@ -88,9 +89,8 @@ def _image(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor],
         views = [slice(start + before - s, stop + before - s) for s in shifts]
         outs.append(_some_lines(q[:, :, :, start:stop], text, text_seen, [k[:, :, at] for at in views],
                                 [v[:, :, at] for at in views], [real[:, at] for at in views], near))
-    out = torch.cat(outs, 3) if len(outs) > 1 else outs[0]
-    out = out.transpose(3, 4) if columns else out
-    return out.flatten(3, 4)[:, :, :, :pixels].flatten(1, 2)
+    out = torch.cat(outs, 3).flatten(1, 2)
+    return _raster(out, columns, pixels)
 
 
 def _lines(x: Tensor, side: int, columns: bool) -> Tensor:
@@ -98,6 +98,11 @@ def _lines(x: Tensor, side: int, columns: bool) -> Tensor:
     rows = -(-x.shape[2] // side)
     x = F.pad(x, (0, 0, 0, rows * side - x.shape[2])).unflatten(2, (rows, side))
     return x.transpose(2, 3) if columns else x
+
+
+def _raster(x: Tensor, columns: bool, pixels: int) -> Tensor:
+    """The inverse of `_lines`: [b, h, lines, length, c] -> [b, h, pixels, c]."""
+    return (x.transpose(2, 3) if columns else x).flatten(2, 3)[:, :, :pixels]
 
 
 def _some_lines(q: Tensor, text: tuple[Tensor, Tensor], text_seen: Tensor | None, ks: list[Tensor], vs: list[Tensor],
@@ -115,3 +120,44 @@ def _some_lines(q: Tensor, text: tuple[Tensor, Tensor], text_seen: Tensor | None
     for p, v in zip(p_lines, vs):
         out = out + torch.einsum("bgrayx,bgaxe->bgraye", p, v)
     return out
+
+
+# ------------------------------------------------------------------------------------------------ fused
+
+
+def native_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the fused softmax attention cannot take these tensors; None if it can."""
+    return next(kernel for kernel in KERNELS if kernel.name == "native").why_not(q, k, v)
+
+
+def attend_native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: int, image_size: int, scale: float,
+                  columns: bool, shifts: Sequence[int], near: Tensor, text_sees_all: bool) -> Tensor:
+    """The same through the fused kernel of `softmax_attention`, one call for each band of lines.
+
+    A band attends to the text and to its own and the reachable earlier lines under a mask, so that it computes some scores
+    in vain, but holds no table.
+    """
+    n, t = q.shape[2], min(q.shape[2], text_len)
+    seen = None if mask is None or text_sees_all else mask[:, None, None, :t]
+    outs = [softmax_attention(q[:, :, :t], k[:, :, :t], v[:, :, :t], mask=seen, causal=True, offset=0, scale=scale, impl="native")]
+    if n == t:
+        return outs[0]
+    lines_q, lines_k, lines_v = (_lines(x[:, :, t:], image_size, columns) for x in (q, k, v))
+    kept = torch.ones_like(q[:, :1, :, :1], dtype=torch.bool) if mask is None else mask[:, None, :, None]
+    lines_kept = _lines(kept[:, :, t:], image_size, columns)[..., 0]
+    count, length = lines_q.shape[2:4]
+    band = max(1, BAND // length)
+    bands = []
+    for start in range(0, count, band):
+        stop, first = min(start + band, count), max(start - max(shifts), 0)
+        line = torch.arange(count, device=q.device)
+        apart = line[start:stop, None] - line[first:stop]
+        allowed = torch.stack([apart == shift for shift in shifts]).any(0)[:, None, :, None] & near[:, None, :]
+        allowed = allowed.flatten(2, 3).flatten(0, 1) & lines_kept[:, :, first:stop].flatten(2, 3).unsqueeze(2)
+        text_kept = kept[:, :, None, :t, 0].expand(*allowed.shape[:3], t)
+        keys, values = (torch.cat((text[:, :, :t], lines[:, :, first:stop].flatten(2, 3)), 2)
+                        for text, lines in ((k, lines_k), (v, lines_v)))
+        out = softmax_attention(lines_q[:, :, start:stop].flatten(2, 3), keys, values, scale=scale,
+                                mask=torch.cat((text_kept, allowed), 3), impl="native")
+        bands.append(out.unflatten(2, (stop - start, length)))
+    return torch.cat((outs[0], _raster(torch.cat(bands, 2), columns, n - t)), 2)

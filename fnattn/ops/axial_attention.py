@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._door import Kernel, check_heads, choose, no_autocast, widen
-from ._picture import attend, check_mask, check_picture
+from ._picture import attend, attend_native, check_mask, check_picture, native_reason
 
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
 
@@ -25,7 +25,7 @@ def axial_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_siz
                     impl: str = "auto") -> Tensor:
     """Softmax attention over a text and, for pixels, the part of their row or column up to themselves.
 
-    Causal. Time grows with n (text_len + image_size) (d + e), memory of scores likewise.
+    Causal. Time grows with n (text_len + image_size) (d + e).
 
     Args:
         q: [b, h, n, d], floating point; n from 0 to text_len + image_size^2, the beginning of text and picture.
@@ -36,7 +36,7 @@ def axial_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_siz
         mask: bool [b, n]; False keys are not there.
         text_sees_all: text queries ignore the mask, as upstream's do.
         scale: what the products are multiplied by; default d^-1/2.
-        impl: "reference" is plain torch; "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "native" insists on the fused kernel (CPU); "auto" chooses. See `ops.report()`.
     Returns:
         [b, h, n, e] in v's dtype, computed in float32, or in float64 if any input is. Rows that see no key are 0.
     Raises:
@@ -54,16 +54,26 @@ def axial_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_siz
     kernel = choose("axial_attention", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):
-        return run(*widen(q, k, v), mask, text_len, image_size, axis, scale, text_sees_all, impl).to(v.dtype)
+        return run(*widen(q, k, v), mask, text_len, image_size, axis, scale, text_sees_all).to(v.dtype)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: int, image_size: int, axis: int,
-              scale: float, text_sees_all: bool = False, impl: str = "reference") -> Tensor:
+              scale: float, text_sees_all: bool = False) -> Tensor:
     """The same in plain torch: rows (columns) of the picture as a batch of short causal sequences."""
+    near = _line(q, text_len, image_size, axis)
+    return attend(q, k, v, mask, text_len, image_size, scale, bool(axis), (0,), near, text_sees_all)
+
+
+def _native(q, k, v, mask, text_len, image_size, axis, scale, text_sees_all):
+    near = _line(q, text_len, image_size, axis)
+    return attend_native(q, k, v, mask, text_len, image_size, scale, bool(axis), (0,), near, text_sees_all)
+
+
+def _line(q: Tensor, text_len: int, image_size: int, axis: int) -> Tensor:
+    """Which places of a line see which: those up to themselves. A column is as long as there are rows so far."""
     rows = -(-max(q.shape[2] - text_len, 0) // image_size)
     length = rows if axis else image_size
-    near = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    return attend(q, k, v, mask, text_len, image_size, scale, bool(axis), (0,), near, text_sees_all, impl)
+    return torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
 
 
-KERNELS: tuple[Kernel, ...] = ()
+KERNELS = (Kernel("native", _native, native_reason),)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._door import Kernel, check_heads, choose, no_autocast, widen
-from ._picture import attend, check_mask, check_picture
+from ._picture import attend, attend_native, check_mask, check_picture, native_reason
 
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
 
@@ -38,7 +38,7 @@ def conv_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_size
         mask: bool [b, n]; False keys are not there.
         text_sees_all: text queries ignore the mask, as upstream's do.
         scale: what the products are multiplied by; default d^-1/2.
-        impl: "reference" is plain torch; "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "native" insists on the fused kernel (CPU); "auto" chooses. See `ops.report()`.
     Returns:
         [b, h, n, e] in v's dtype, computed in float32, or in float64 if any input is. Rows that see no key are 0.
     Raises:
@@ -56,17 +56,25 @@ def conv_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_size
     kernel = choose("conv_attention", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):
-        out = run(*widen(q, k, v), mask, text_len, image_size, kernel_size, dilation, scale, text_sees_all, impl)
-        return out.to(v.dtype)
+        return run(*widen(q, k, v), mask, text_len, image_size, kernel_size, dilation, scale, text_sees_all).to(v.dtype)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: int, image_size: int, kernel_size: int,
-              dilation: int, scale: float, text_sees_all: bool = False, impl: str = "reference") -> Tensor:
+              dilation: int, scale: float, text_sees_all: bool = False) -> Tensor:
     """The same in plain torch: one matrix product for each row that the window reaches."""
-    shifts = tuple(range(0, kernel_size * dilation, dilation))
+    shifts, near = _window(q, image_size, kernel_size, dilation)
+    return attend(q, k, v, mask, text_len, image_size, scale, False, shifts, near, text_sees_all)
+
+
+def _native(q, k, v, mask, text_len, image_size, kernel_size, dilation, scale, text_sees_all):
+    shifts, near = _window(q, image_size, kernel_size, dilation)
+    return attend_native(q, k, v, mask, text_len, image_size, scale, False, shifts, near, text_sees_all)
+
+
+def _window(q: Tensor, image_size: int, kernel_size: int, dilation: int) -> tuple[tuple[int, ...], Tensor]:
+    """How many rows back the window's rows are, and which columns see which, [S, S]."""
     place = torch.arange(image_size, device=q.device)
-    near = in_window(place[:, None] - place, kernel_size, dilation)
-    return attend(q, k, v, mask, text_len, image_size, scale, False, shifts, near, text_sees_all, impl)
+    return tuple(range(0, kernel_size * dilation, dilation)), in_window(place[:, None] - place, kernel_size, dilation)
 
 
 def in_window(distance: Tensor, kernel_size: int, dilation: int) -> Tensor:
@@ -74,4 +82,4 @@ def in_window(distance: Tensor, kernel_size: int, dilation: int) -> Tensor:
     return (distance >= 0) & (distance <= (kernel_size - 1) * dilation) & (distance % dilation == 0)
 
 
-KERNELS: tuple[Kernel, ...] = ()
+KERNELS = (Kernel("native", _native, native_reason),)
