@@ -4,7 +4,8 @@
 
 Two plain-torch forms. "reference" spreads the layout to a mask of positions: every transform composes, also over the layout,
 at the cost of dense attention. "gather" collects the present key blocks of each row of blocks, rows of like size together:
-the time of the blocks that are there; it has to read the layout, so the layout may not be mapped or traced.
+the time of the blocks that are there; it has to read the layout, so the layout may not be mapped or traced. The native kernel
+(CPU) walks lists of the blocks that are there and holds no table; derivatives beyond the first are those of "reference".
 
 Source: DeepSpeed 0.19.6 sparse self-attention (its layout, causal and key padding masks are ours). Its kernels run on no
 torch since 2.0 and were removed in 0.19.7.
@@ -18,6 +19,7 @@ from torch.nn.functional import pad
 
 from ..core import peek
 from ._door import Kernel, check_heads, choose, no_autocast, widen
+from ._segment_kernel import BLOCK_SPARSE
 from .softmax import reference as dense_attention
 from .softmax import weights
 
@@ -36,7 +38,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, *, b
         causal: query i sees keys j <= i only, whatever the layout says.
         keep: bool [b, n], False for keys that are not there.
         scale: what products are multiplied by; default d^-1/2.
-        impl: "reference", "gather", or "auto": see above.
+        impl: "reference", "gather", "native", or "auto": see above.
     Returns:
         [b, h, n, e] in v's dtype, computed in float32 or wider. Rows that see no key are 0.
     Raises:
@@ -135,4 +137,4 @@ def _worth_gathering(q: Tensor, k: Tensor, v: Tensor, layout: Tensor) -> bool:
     return values is not None and float(values.float().mean()) <= 0.25
 
 
-KERNELS = (Kernel("gather", gather, _gather_reason, _worth_gathering),)
+KERNELS = (BLOCK_SPARSE, Kernel("gather", gather, _gather_reason, _worth_gathering),)

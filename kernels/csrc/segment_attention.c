@@ -1,0 +1,156 @@
+/* Softmax attention where lists say which keys each block of queries reads: value, gradient and tangent without an [n, n] table.
+ * With p_ij = exp(scale q_i . k_j - lse_i) over the pairs that are seen:
+ *
+ *     out_i = sum_j p_ij v_j      lse_i = log sum_j exp(scale q_i . k_j)      (0 and 0 for a query that sees no key)
+ *     ds_ij = p_ij (g_i . v_j - g_i . out_i)      dq = scale ds k      dk = scale ds^T q      dv = p^T g
+ *
+ * q, dq [b, h, n, d], k, dk [b, g, n, d], v, dv [b, g, n, e], out, grad (g above) [b, h, n, e], lse [b, h, n], contiguous.
+ * keep: bytes [b, n], 0 for keys that are not there, or NULL. The lists: see segment_tile.h.
+ *
+ * Forward and tangent: one task is a block of queries of a head. Backward: one task is a key head with all its queries, so that
+ * nobody else adds to dk and dv, and the result does not depend on the number of threads. */
+#ifndef PRECISION
+#define PRECISION 32
+#include "segment_attention.c"
+#undef PRECISION
+#define PRECISION 64
+#include "segment_attention.c"
+#else
+#include "softmax_tile.h"
+#include "segment_tile.h"
+#include "segment_tangent.h"
+
+/* Turns a tile of scores into weights relative to the running maximum `top`, and adds them to `sum`; shrink: what earlier sums are
+ * to be multiplied by. */
+static void S(segment_weigh)(REAL *p, int64_t count, int64_t vectors, REAL *sum, REAL *top, REAL *shrink) {
+    const VF nothing = (VF){0} - (REAL)INFINITY;
+    for (int64_t x = 0; x < vectors; x++) {
+        VF old = ((VF *)top)[x], best = old;
+        for (int64_t j = 0; j < count; j++) {
+            VF score = ((VF *)(p + j * SPAN))[x];
+            best = S(select)(score > best, score, best);
+        }
+        VF base = S(select)(best == nothing, (VF){0}, best), less = S(exponential)(old - base), total = ((VF *)sum)[x] * less;
+        for (int64_t j = 0; j < count; j++) {
+            VF *p_j = (VF *)(p + j * SPAN) + x;
+            *p_j = S(exponential)(*p_j - base);
+            total += *p_j;
+        }
+        ((VF *)shrink)[x] = less;
+        ((VF *)sum)[x] = total;
+        ((VF *)top)[x] = best;
+    }
+}
+
+void S(segment_attention)(const REAL *q, const REAL *k, const REAL *v, const uint8_t *keep, const int32_t *group,
+                          const int32_t *blocks, const int32_t *tiles, const int32_t *data, REAL *out, REAL *lse, int64_t b,
+                          int64_t h, int64_t g, int64_t n, int64_t d, int64_t e, int64_t count, int64_t threads, double scale) {
+    const segment_lists lists = {group, (const segment_block *)blocks, (const segment_tile *)tiles, data, count};
+    const int64_t tasks = b * h * count;
+    if (!tasks) return;
+#pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
+    {
+        REAL *memory = scratch((size_t)(SPAN * (d + KEYS + e + 3)) * sizeof(REAL));
+        if (!memory) abort();
+        REAL *q_t = memory, *p = q_t + d * SPAN, *acc = p + KEYS * SPAN, *sum = acc + e * SPAN, *top = sum + SPAN;
+        REAL *shrink = top + SPAN;
+        int32_t at[KEYS];
+        uint32_t words[KEYS];
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < tasks; task++) {
+            const int64_t head = task / count, key_head = head / h * g + head % h / (h / g);
+            const segment_block *block = lists.blocks + (group ? group[head] : 0) * count + task % count;
+            const int32_t *positions = data + block->positions;
+            const uint8_t *kept = keep && !block->free ? keep + head / h * n : NULL;
+            S(segment_queries)(q_t, NULL, 0, q + head * n * d, positions, block->rows, d, (REAL)scale);
+            memset(acc, 0, (size_t)(SPAN * (e + 1)) * sizeof(REAL));
+            for (int64_t i = 0; i < SPAN; i++) top[i] = -INFINITY;
+            for (const segment_tile *tile = lists.tiles + block->first; tile < lists.tiles + block->end; tile++) {
+                const int seen = segment_keys(&lists, tile, kept, at, words);
+                if (seen == NOBODY) continue;
+                const int64_t x = tile->half == 2 ? SPAN / 2 : 0, vectors = (tile->half ? SPAN / 2 : SPAN) / LANES;
+                S(segment_scores)(p + x, k + key_head * n * d, at, q_t + x, tile->count, d, vectors, 0);
+                if (seen == SOME) S(segment_hide)(p + x, words, x, tile->count, vectors);
+                S(segment_weigh)(p + x, tile->count, vectors, sum + x, top + x, shrink + x);
+                S(segment_values)(acc + x, v + key_head * n * e, at, p + x, shrink + x, tile->count, e, vectors);
+            }
+            for (int64_t i = 0; i < block->rows; i++) {
+                const int64_t row = head * n + positions[i];
+                const int empty = top[i] == -INFINITY;
+                const REAL share = empty ? 0 : 1 / sum[i];
+                lse[row] = empty ? 0 : top[i] + (REAL)log((double)sum[i]);
+                for (int64_t c = 0; c < e; c++) out[row * e + c] = acc[c * SPAN + i] * share;
+            }
+        }
+        free(memory);
+    }
+}
+
+void S(segment_attention_backward)(const REAL *grad, const REAL *q, const REAL *k, const REAL *v, const uint8_t *keep,
+                                   const int32_t *group, const int32_t *blocks, const int32_t *tiles, const int32_t *data,
+                                   const REAL *out, const REAL *lse, REAL *dq, REAL *dk, REAL *dv, int64_t b, int64_t h, int64_t g,
+                                   int64_t n, int64_t d, int64_t e, int64_t count, int64_t threads, double scale) {
+    const segment_lists lists = {group, (const segment_block *)blocks, (const segment_tile *)tiles, data, count};
+    const int64_t tasks = b * g, shared = g ? h / g : 0;
+    const int64_t wide_d = (d + LANES - 1) / LANES * LANES, wide_e = (e + LANES - 1) / LANES * LANES;
+    if (!tasks) return;
+#pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
+    {
+        const int64_t own_d = wide_d == d ? 0 : n * wide_d, own_e = wide_e == e ? 0 : n * wide_e;
+        REAL *memory = scratch((size_t)(SPAN * (2 * d + e + wide_d + wide_e + 2 * KEYS + 2) + own_d + own_e) * sizeof(REAL));
+        if (!memory) abort();
+        REAL *q_r = memory, *g_r = q_r + wide_d * SPAN, *q_t = g_r + wide_e * SPAN, *g_t = q_t + d * SPAN, *dq_t = g_t + e * SPAN;
+        REAL *norm = dq_t + d * SPAN, *delta = norm + SPAN, *p = delta + SPAN, *ds = p + KEYS * SPAN, *rest = ds + KEYS * SPAN;
+        int32_t at[KEYS];
+        uint32_t words[KEYS];
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < tasks; task++) {
+            const REAL *k_h = k + task * n * d, *v_h = v + task * n * e;
+            /* Sums in place, unless a row is no whole number of vectors. */
+            REAL *dk_h = own_d ? rest : dk + task * n * d, *dv_h = own_e ? rest + own_d : dv + task * n * e;
+            memset(dk_h, 0, (size_t)(n * wide_d) * sizeof(REAL));
+            memset(dv_h, 0, (size_t)(n * wide_e) * sizeof(REAL));
+            for (int64_t turn = 0; turn < shared * count; turn++) {
+                const int64_t head = task * shared + turn / count;
+                const segment_block *block = lists.blocks + (group ? group[head] : 0) * count + turn % count;
+                const int32_t *positions = data + block->positions;
+                const uint8_t *kept = keep && !block->free ? keep + head / h * n : NULL;
+                S(segment_queries)(q_t, q_r, wide_d, q + head * n * d, positions, block->rows, d, (REAL)scale);
+                S(segment_queries)(g_t, g_r, wide_e, grad + head * n * e, positions, block->rows, e, 1);
+                memset(dq_t, 0, (size_t)(SPAN * (d + 2)) * sizeof(REAL));
+                for (int64_t i = 0; i < block->rows; i++) {
+                    const int64_t row = head * n + positions[i];
+                    norm[i] = lse[row];
+                    for (int64_t c = 0; c < e; c++) delta[i] += grad[row * e + c] * out[row * e + c];
+                }
+                for (const segment_tile *tile = lists.tiles + block->first; tile < lists.tiles + block->end; tile++) {
+                    const int seen = segment_keys(&lists, tile, kept, at, words);
+                    if (seen == NOBODY) continue;
+                    const int64_t x = tile->half == 2 ? SPAN / 2 : 0, queries = tile->half ? SPAN / 2 : SPAN, vectors = queries / LANES;
+                    S(segment_scores)(p + x, k_h, at, q_t + x, tile->count, d, vectors, 0);
+                    S(segment_scores)(ds + x, v_h, at, g_t + x, tile->count, e, vectors, 0);
+                    if (seen == SOME) S(segment_hide)(p + x, words, x, tile->count, vectors);
+                    for (int64_t y = x; y < x + queries; y += LANES) {
+                        const VF norm_y = *(VF *)(norm + y), delta_y = *(VF *)(delta + y);
+                        for (int64_t j = 0; j < tile->count; j++) {
+                            VF *p_j = (VF *)(p + j * SPAN + y), *ds_j = (VF *)(ds + j * SPAN + y);
+                            *p_j = S(exponential)(*p_j - norm_y);
+                            *ds_j = *p_j * (*ds_j - delta_y);
+                        }
+                    }
+                    S(segment_values)(dq_t + x, k_h, at, ds + x, NULL, tile->count, d, vectors);
+                    S(segment_spread)(dk_h, at, ds + x, q_r + x * wide_d, tile->count, queries, wide_d);
+                    S(segment_spread)(dv_h, at, p + x, g_r + x * wide_e, tile->count, queries, wide_e);
+                }
+                for (int64_t i = 0; i < block->rows; i++)
+                    for (int64_t c = 0; c < d; c++) dq[(head * n + positions[i]) * d + c] = (REAL)scale * dq_t[c * SPAN + i];
+            }
+            for (int64_t j = 0; j < n; j++) {
+                if (own_d) memcpy(dk + (task * n + j) * d, dk_h + j * wide_d, (size_t)d * sizeof(REAL));
+                if (own_e) memcpy(dv + (task * n + j) * e, dv_h + j * wide_e, (size_t)e * sizeof(REAL));
+            }
+        }
+        free(memory);
+    }
+}
+#endif

@@ -1,0 +1,170 @@
+/* The tile of segment attention: 32 queries, or 16 of them, along the vector lanes, times up to KEYS keys from anywhere.
+ *
+ * Which keys a block of queries reads, and who sees which, is a list made beforehand (see segment_attention.c). Tiles and sums
+ * are stored [key or channel][SPAN queries]; keys and values are read where they lie, one scalar for all queries. Included once
+ * per precision, after softmax_tile.h, whose names it uses. */
+#undef SPAN
+#define SPAN 32 /* queries in a block: the bits of a mask word */
+
+#ifndef FNATTN_SEGMENT_LISTS
+#define FNATTN_SEGMENT_LISTS
+/* A block of queries: how many there are, where their positions start in `data`, its tiles, and whether it ignores `keep`. */
+typedef struct {
+    int32_t rows, positions, first, end, free;
+} segment_block;
+
+/* A tile of keys: start + j stride, or data[index + j] if index >= 0; half 0 all queries, 1 the first 16, 2 the last 16;
+ * data[mask + j] the queries that see key j if mask >= 0, else all do. */
+typedef struct {
+    int32_t start, stride, count, half, index, mask;
+} segment_tile;
+
+typedef struct {
+    const int32_t *group; /* [b h]: the group of blocks that a head reads, or NULL: all read the first */
+    const segment_block *blocks;
+    const segment_tile *tiles;
+    const int32_t *data;
+    int64_t count; /* blocks in a group */
+} segment_lists;
+
+enum { NOBODY, SOME, ALL };
+
+/* The tile's keys, and a word for each with the queries that see it. Says whether any pair, or every one, is visible. */
+static int segment_keys(const segment_lists *lists, const segment_tile *tile, const uint8_t *keep, int32_t *at, uint32_t *words) {
+    const int32_t *index = lists->data + tile->index, *mask = lists->data + tile->mask;
+    uint32_t any = 0, every = tile->mask < 0 ? ~0u : 0;
+    for (int64_t j = 0; j < tile->count; j++) {
+        at[j] = tile->index < 0 ? tile->start + (int32_t)j * tile->stride : index[j];
+        words[j] = tile->mask < 0 ? ~0u : (uint32_t)mask[j];
+    }
+    if (keep)
+        for (int64_t j = 0; j < tile->count; j++) {
+            words[j] = keep[at[j]] ? words[j] : 0;
+            every &= words[j];
+        }
+    for (int64_t j = 0; j < tile->count; j++) any |= words[j];
+    return !any ? NOBODY : every ? ALL : SOME;
+}
+#endif
+
+/* The largest register blocks; see MANY_ROWS in softmax_tile.h. Each product runs over the columns X vectors at a time. */
+#undef PRODUCT_COLUMNS
+#if WIDEST == 4
+#define PRODUCT_COLUMNS(PRODUCT, NEXT)                                  \
+    for (; vectors >= 4; vectors -= 4, NEXT(4)) { int64_t i = 0; PRODUCT(4, 4) PRODUCT(1, 4) } \
+    for (; vectors >= 2; vectors -= 2, NEXT(2)) { int64_t i = 0; PRODUCT(8, 2) PRODUCT(4, 2) PRODUCT(1, 2) } \
+    for (; vectors >= 1; vectors -= 1, NEXT(1)) { int64_t i = 0; PRODUCT(8, 1) PRODUCT(1, 1) }
+#else
+#define PRODUCT_COLUMNS(PRODUCT, NEXT)                                  \
+    for (; vectors >= 2; vectors -= 2, NEXT(2)) { int64_t i = 0; PRODUCT(4, 2) PRODUCT(1, 2) } \
+    for (; vectors >= 1; vectors -= 1, NEXT(1)) { int64_t i = 0; PRODUCT(4, 1) PRODUCT(1, 1) }
+#endif
+
+#undef SCORES
+#undef SCORES_NEXT
+#define SCORES_NEXT(X) p += X * LANES, q_t += X * LANES
+#define SCORES(R, X)                                                                                \
+    for (; i + R <= count; i += R) {                                                                \
+        const REAL *row[R];                                                                         \
+        VF sum[R][X];                                                                               \
+        for (int r = 0; r < R; r++) row[r] = k + (int64_t)at[i + r] * d;                            \
+        for (int r = 0; r < R; r++)                                                                 \
+            for (int x = 0; x < X; x++) sum[r][x] = more ? ((VF *)(p + (i + r) * SPAN))[x] : (VF){0}; \
+        for (int64_t c = 0; c < d; c++) {                                                           \
+            VF q_c[X];                                                                              \
+            for (int x = 0; x < X; x++) q_c[x] = ((const VF *)(q_t + c * SPAN))[x];                 \
+            for (int r = 0; r < R; r++)                                                             \
+                for (int x = 0; x < X; x++) sum[r][x] += row[r][c] * q_c[x];                        \
+        }                                                                                           \
+        for (int r = 0; r < R; r++)                                                                 \
+            for (int x = 0; x < X; x++) ((VF *)(p + (i + r) * SPAN))[x] = sum[r][x];                \
+    }
+
+/* p [count][queries] = (more: +=) k[at] q_t, the scores of keys k [.][d] with queries q_t [d][queries]. */
+static void S(segment_scores)(REAL *restrict p, const REAL *restrict k, const int32_t *restrict at, const REAL *restrict q_t,
+                              int64_t count, int64_t d, int64_t vectors, int more) {
+    PRODUCT_COLUMNS(SCORES, SCORES_NEXT)
+}
+
+#undef VALUES
+#undef VALUES_NEXT
+#define VALUES_NEXT(X) acc += X * LANES, p += X * LANES, shrink += shrink ? X * LANES : 0
+#define VALUES(R, X)                                                                                \
+    for (; i + R <= e; i += R) {                                                                    \
+        VF sum[R][X];                                                                               \
+        for (int r = 0; r < R; r++)                                                                 \
+            for (int x = 0; x < X; x++) {                                                           \
+                sum[r][x] = ((VF *)(acc + (i + r) * SPAN))[x];                                      \
+                if (shrink) sum[r][x] *= ((const VF *)shrink)[x];                                   \
+            }                                                                                       \
+        for (int64_t j = 0; j < count; j++) {                                                       \
+            const REAL *v_j = v + (int64_t)at[j] * e + i;                                           \
+            VF p_j[X];                                                                              \
+            for (int x = 0; x < X; x++) p_j[x] = ((const VF *)(p + j * SPAN))[x];                   \
+            for (int r = 0; r < R; r++)                                                             \
+                for (int x = 0; x < X; x++) sum[r][x] += v_j[r] * p_j[x];                           \
+        }                                                                                           \
+        for (int r = 0; r < R; r++)                                                                 \
+            for (int x = 0; x < X; x++) ((VF *)(acc + (i + r) * SPAN))[x] = sum[r][x];              \
+    }
+
+/* acc [e][queries] = acc shrink + v[at]^T p, a weighted sum of values v [.][e]; shrink [queries] or NULL. */
+static void S(segment_values)(REAL *restrict acc, const REAL *restrict v, const int32_t *restrict at, const REAL *restrict p,
+                              const REAL *restrict shrink, int64_t count, int64_t e, int64_t vectors) {
+    PRODUCT_COLUMNS(VALUES, VALUES_NEXT)
+}
+
+#undef SPREAD
+#undef SPREAD_NEXT
+#define SPREAD_NEXT(X) dk += X * LANES, q += X * LANES
+#define SPREAD(R, X)                                                                                \
+    for (; i + R <= count; i += R) {                                                                \
+        REAL *row[R];                                                                               \
+        VF sum[R][X];                                                                               \
+        for (int r = 0; r < R; r++) row[r] = dk + (int64_t)at[i + r] * width;                       \
+        for (int r = 0; r < R; r++)                                                                 \
+            for (int x = 0; x < X; x++) sum[r][x] = ((VF *)row[r])[x];                              \
+        for (int64_t y = 0; y < queries; y++) {                                                     \
+            VF q_y[X];                                                                              \
+            for (int x = 0; x < X; x++) q_y[x] = ((const VF *)(q + y * width))[x];                  \
+            for (int r = 0; r < R; r++)                                                             \
+                for (int x = 0; x < X; x++) sum[r][x] += p[(i + r) * SPAN + y] * q_y[x];            \
+        }                                                                                           \
+        for (int r = 0; r < R; r++)                                                                 \
+            for (int x = 0; x < X; x++) ((VF *)row[r])[x] = sum[r][x];                              \
+    }
+
+/* dk[at] += p q, a sum over queries: p [count][queries], q [queries][width], width a whole number of vectors. */
+static void S(segment_spread)(REAL *restrict dk, const int32_t *restrict at, const REAL *restrict p, const REAL *restrict q,
+                              int64_t count, int64_t queries, int64_t width) {
+    int64_t vectors = width / LANES;
+    PRODUCT_COLUMNS(SPREAD, SPREAD_NEXT)
+}
+
+/* -infinity over the scores of the pairs that words, shifted to the tile's first query, do not name. */
+static void S(segment_hide)(REAL *p, const uint32_t *words, int64_t first, int64_t count, int64_t vectors) {
+    const VF nothing = (VF){0} - (REAL)INFINITY;
+    S(ints) bits;
+    for (int i = 0; i < LANES; i++) bits[i] = (INT)1 << i;
+    for (int64_t j = 0; j < count; j++) {
+        if (words[j] == ~0u) continue;
+        for (int64_t x = 0; x < vectors; x++) {
+            VF *p_j = (VF *)(p + j * SPAN) + x;
+            *p_j = S(select)(((INT)(words[j] >> (first + x * LANES)) & bits) != 0, *p_j, nothing);
+        }
+    }
+}
+
+/* rows of x [.][d] into the columns of t [d][SPAN], and, if there is a place, into the rows of r [SPAN][width], each times
+ * factor. Queries that are not there are zeros in both. */
+static void S(segment_queries)(REAL *t, REAL *r, int64_t width, const REAL *x, const int32_t *positions, int64_t rows, int64_t d,
+                               REAL factor) {
+    memset(t, 0, (size_t)(SPAN * d) * sizeof(REAL));
+    if (r) memset(r, 0, (size_t)(SPAN * width) * sizeof(REAL));
+    for (int64_t i = 0; i < rows; i++) {
+        const REAL *x_i = x + (int64_t)positions[i] * d;
+        for (int64_t c = 0; c < d; c++) t[c * SPAN + i] = factor * x_i[c];
+        if (r)
+            for (int64_t c = 0; c < d; c++) r[i * width + c] = factor * x_i[c];
+    }
+}

@@ -1,0 +1,104 @@
+"""Softmax attention driven by lists of the keys that each block of queries reads, on CPU; see csrc/segment_attention.c.
+
+A pattern that is static, like a window in a picture or a layout of blocks, becomes lists once; the kernel then walks them for
+every head, and touches no pair that its block does not need. Memory beyond the results is that of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..contracts import Operator
+from .call import address, function, threads
+
+# b batch, h query heads, g key heads, n positions, d width of q and k, e width of v, G groups of blocks, c blocks in a group
+SPAN = 32   # queries in a block
+KEYS = 64   # most keys in a tile; KEYS in csrc/softmax_tile.h
+
+
+class Lists(NamedTuple):
+    """What the kernel walks, all int32 on CPU; csrc/segment_tile.h says what the numbers mean."""
+
+    blocks: Tensor        # [G, c, 5] rows, positions, first tile, end of tiles, whether it ignores keep
+    tiles: Tensor         # [t, 6] start, stride, count, half, index, mask
+    data: Tensor          # [.] positions, indices, masks
+    group: Tensor | None  # [b h] the group that each head reads; None: all read the first
+    pairs: int            # scores of the largest group, for choosing the number of threads
+
+
+class SegmentOperators(NamedTuple):
+    """The three operators over one way to make lists; see `operators`."""
+
+    attend: Operator
+    backward: Operator
+    tangent: Operator
+
+
+def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _call(name: str, lists: Lists, before: tuple, after: tuple, q: Tensor, k: Tensor, v: Tensor, products: int, scale: float) -> None:
+    """Calls the C function: tensors, lists, tensors (contiguous; None: a null pointer), sizes."""
+    (b, h, n, d), (_, g, _, e) = q.shape, v.shape
+    tensors = (*before, lists.group, lists.blocks, lists.tiles, lists.data, *after)
+    work = b * h * lists.pairs * (d + e) * products // 2
+    function("segment_attention", name, q.dtype, "p" * len(tensors) + "i" * 8 + "d")(
+        *map(address, tensors), b, h, g, n, d, e, lists.blocks.shape[1], threads(work), scale)
+
+
+def operators(name: str, lists: Callable[..., Lists]) -> SegmentOperators:
+    """Operators for the patterns that lists(batch, heads, n, layout, pattern) understands.
+
+    layout: Tensor or None, [b or 1, h or 1, nb, nb]; pattern: integers. Both reach `lists` when the kernel runs, so a traced
+    program holds the pattern and not its lists.
+    """
+
+    def made(q: Tensor, layout: Tensor | None, pattern: list[int]) -> Lists:
+        return lists(q.shape[0], q.shape[1], q.shape[2], layout, tuple(pattern))
+
+    def attend(q, k, v, keep, layout, pattern, scale):
+        q, k, v, keep = _plain(q, k, v, keep)
+        out, lse = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype), torch.empty(q.shape[:3], dtype=q.dtype)
+        _call("segment_attention", made(q, layout, pattern), (q, k, v, keep), (out, lse), q, k, v, 2, scale)
+        return out, lse
+
+    def backward(g, q, k, v, keep, out, lse, layout, pattern, scale):
+        g, q, k, v, keep, out, lse = _plain(g, q, k, v, keep, out, lse)
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _call("segment_attention_backward", made(q, layout, pattern), (g, q, k, v, keep), (out, lse, *grads), q, k, v, 5, scale)
+        return grads
+
+    def tangent(q, k, v, keep, out, lse, tq, tk, tv, layout, pattern, scale):
+        q, k, v, keep, out, lse, tq, tk, tv = _plain(q, k, v, keep, out, lse, tq, tk, tv)
+        moved = torch.empty_like(out), torch.empty_like(lse)
+        _call("segment_attention_tangent", made(q, layout, pattern), (q, k, v, keep), (out, lse, tq, tk, tv, *moved), q, k, v, 5,
+              scale)
+        return moved
+
+    rest = "Tensor? layout, SymInt[] pattern, float scale) -> "
+    found = SegmentOperators(
+        # out [b, h, n, e] and the scores' log-sum-exp [b, h, n] (0 for a row that sees nothing).
+        Operator(name, 1, f"(Tensor q, Tensor k, Tensor v, Tensor? keep, {rest}(Tensor, Tensor)", cpu=attend,
+                 fake=lambda q, k, v, *_: (q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1]))),
+        # Gradients of q, k, v given g, that of out.
+        Operator(f"{name}_backward", 1, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, "
+                 f"{rest}(Tensor, Tensor, Tensor)", cpu=backward,
+                 fake=lambda g, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))),
+        # Tangents of out and lse given those of q, k, v.
+        Operator(f"{name}_tangent", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, Tensor? tq, "
+                 f"Tensor? tk, Tensor? tv, {rest}(Tensor, Tensor)", cpu=tangent,
+                 fake=lambda q, k, v, keep, out, lse, *_: (q.new_empty(out.shape), q.new_empty(lse.shape))))
+    found.attend.flops(lambda q, k, v, *_, **__: _flops(2, q, v))
+    found.backward.flops(lambda g, q, k, v, *_, **__: _flops(5, q, v))
+    found.tangent.flops(lambda q, k, v, *_, **__: _flops(5, q, v))
+    return found
+
+
+def _flops(products: int, q, v) -> int:
+    """`products` products of widths d and e together over all pairs of positions: an upper bound, for shapes alone are known."""
+    return products * q[0] * q[1] * q[2] * q[2] * (q[3] + v[3])
