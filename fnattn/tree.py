@@ -58,7 +58,7 @@ def structure(tree: Any) -> Any:
     return pytree.tree_structure(tree)
 
 
-def map(fn: Callable, tree: Any, *others: Any) -> Any:  # noqa: A001 - read as tree.map
+def map(fn: Callable, tree: Any, *others: Any) -> Any:
     """fn applied to each leaf, together with the leaves of `others` at the same place."""
     return pytree.tree_map(fn, tree, *others)
 

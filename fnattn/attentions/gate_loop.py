@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
-from ._heads import (layer_norm, linear_init, merge_heads, ones_init, scale_gradient, split_heads, uniform_init)
+from ._heads import layer_norm, linear_init, merge_heads, ones_init, scale_gradient, split_heads, uniform_init
 
 # b batch, h heads, n positions, d width of a head
 

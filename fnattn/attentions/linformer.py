@@ -12,14 +12,13 @@ takes fewer operations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import ops, random, taps, tree
+from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config
 from ..ops.softmax import weights
 from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
@@ -172,28 +171,6 @@ def _dropped_attention(q: Tensor, k: Tensor, v: Tensor, dropout_key: Tensor, p: 
     attn = weights(torch.einsum("bgrnd,bgkd->bgrnk", grouped * q.shape[3] ** -0.5, k))
     attn = dropout(dropout_key, "attn", attn.flatten(1, 2), p).unflatten(1, grouped.shape[1:3])
     return torch.einsum("bgrnk,bgkd->bgrnd", attn, v).flatten(1, 2).to(v.dtype)
-
-
-# ------------------------------------------------------------------------------------------------ upstream's names
-
-
-def state_dict_keys(cfg: Config) -> dict[str, str]:
-    """Key in the state_dict of LinformerSelfAttention -> name of our leaf."""
-    shared = {} if cfg.share_kv else {"to_v.weight": "to_v", "proj_v": "proj_v"}
-    return {"to_q.weight": "to_q", "to_k.weight": "to_k", "proj_k": "proj_k", **shared,
-            "to_out.weight": "to_out", "to_out.bias": "to_out_bias"}
-
-
-def dump_state_dict(params: Params) -> dict[str, Tensor]:
-    """The state_dict that linformer 0.2.3 has for these params."""
-    flat = tree.to_flat(params)
-    return {theirs: flat[ours] for theirs, ours in state_dict_keys(params.cfg).items()}
-
-
-def load_state_dict(cfg: Config, state_dict: Mapping[str, Tensor]) -> Params:
-    """Params of cfg with the tensors of a linformer 0.2.3 state_dict."""
-    flat = {ours: state_dict[theirs] for theirs, ours in state_dict_keys(cfg).items()}
-    return tree.from_flat(flat, init(random.key(0), cfg, device="meta"))
 
 
 FAMILY = Family(

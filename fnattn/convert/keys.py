@@ -12,8 +12,19 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .. import ops
-from ..attentions import (block_sparse, coor_descent, full, gate_loop, gate_loop_full, linformer, simple_gate_loop, sparse_axial,
-                          sparse_conv, taylor, taylor_poly)
+from ..attentions import (
+    block_sparse,
+    coor_descent,
+    full,
+    gate_loop,
+    gate_loop_full,
+    linformer,
+    simple_gate_loop,
+    sparse_axial,
+    sparse_conv,
+    taylor,
+    taylor_poly,
+)
 
 
 class KeyMap(NamedTuple):

@@ -107,7 +107,7 @@ def _dalle_transformer(cfg: dalle_transformer.Config):
     attn_in, ff_in = ("fn.fn.fn.fn.fn.", "fn.fn.fn.fn.") if cfg.shift_tokens else ("fn.fn.fn.", "fn.fn.")
     for i, kind in enumerate(cfg.types):
         attn, ff = (f"layers.blocks.{i}.{h}.net." for h in "fg") if cfg.reversible else (f"layers.layers.{i}.{h}." for h in "01")
-        for theirs, ours, inner in ((attn, "attn", attn_in), (ff, "ff", ff_in)):
+        for theirs, ours in ((attn, "attn"), (ff, "ff")):
             leaves |= {f"{theirs}scale": f"layers.{i}.{ours}_scale"} | norm_keys(f"{theirs}fn.norm", f"layers.{i}.{ours}_norm")
             if cfg.sandwich_norm:
                 leaves |= norm_keys(f"{theirs}fn.norm_out", f"layers.{i}.{ours}_norm_out")
@@ -160,7 +160,8 @@ def _discrete_vae(cfg: discrete_vae.Config):
     leaves = {"codebook.weight": "codebook"}
     for i in range(layers + blocks + 1):
         inside = i in range(layers, layers + blocks)
-        leaves |= _residual(f"encoder.{i}", f"encoder.{i}") if inside else conv(f"encoder.{i}.0" if i < layers else f"encoder.{i}", f"encoder.{i}")
+        here = f"encoder.{i}"
+        leaves |= _residual(here, here) if inside else conv(f"{here}.0" if i < layers else here, here)
     first = 1 if blocks else 0
     for i in range(first + blocks + layers + 1):
         if i in range(first, first + blocks):

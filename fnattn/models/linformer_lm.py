@@ -13,14 +13,13 @@ functions. Different here: masks, GLU feed-forwards, gradients of the reversible
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import random, taps, tree
+from .. import random, taps
 from ..attentions import linformer
 from ..attentions._heads import dropout, linear_init, uniform_init
 from ..core import EMPTY, Empty, check, check_input, config
@@ -219,37 +218,3 @@ def feed_forward(params: FeedForward, x: Tensor, *, glu: bool = False, activatio
     else:
         hidden = act(hidden)
     return F.linear(dropout(dropout_key, "hidden", hidden, p), params.w_out, params.b_out)
-
-
-# ------------------------------------------------------------------------------------------------ upstream's names
-
-
-def state_dict_keys(cfg: Config) -> dict[str, str]:
-    """Key in the state_dict of LinformerLM (of Linformer if num_tokens is 0) -> name of our leaf."""
-    keys = {}
-    for i in range(cfg.depth):
-        a, f = (f"net.blocks.{i}.{h}.net" for h in "fg") if cfg.reversible else (f"net.layers.{i}.{h}" for h in "01")
-        keys |= {f"{a}.norm.{w}": f"layers.{i}.attn_norm.{w}" for w in ("weight", "bias")}
-        keys |= {f"{a}.fn.{theirs}": f"layers.{i}.attn.{ours}"
-                 for theirs, ours in linformer.state_dict_keys(cfg.attention).items()}
-        keys |= {f"{f}.norm.{w}": f"layers.{i}.ff_norm.{w}" for w in ("weight", "bias")}
-        for theirs, ours in (("w1", "in"), ("w2", "out")):
-            keys |= {f"{f}.fn.{theirs}.weight": f"layers.{i}.ff.w_{ours}",
-                     f"{f}.fn.{theirs}.bias": f"layers.{i}.ff.b_{ours}"}
-    if not cfg.num_tokens:
-        return keys
-    return {"token_emb.weight": "token_emb", "pos_emb.weight": "pos_emb",
-            **{f"linformer.{theirs}": ours for theirs, ours in keys.items()},
-            "to_logits.weight": "to_logits", "to_logits.bias": "to_logits_bias"}
-
-
-def dump_state_dict(params: Params) -> dict[str, Tensor]:
-    """The state_dict that linformer 0.2.3 has for these params."""
-    flat = tree.to_flat(params)
-    return {theirs: flat[ours] for theirs, ours in state_dict_keys(params.cfg).items()}
-
-
-def load_state_dict(cfg: Config, state_dict: Mapping[str, Tensor]) -> Params:
-    """Params of cfg with the tensors of a linformer 0.2.3 state_dict, of the sequential or the reversible layout."""
-    flat = {ours: state_dict[theirs] for theirs, ours in state_dict_keys(cfg).items()}
-    return tree.from_flat(flat, init(random.key(0), cfg, device="meta"))

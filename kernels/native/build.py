@@ -52,7 +52,7 @@ def why_not(source: str) -> str | None:
 why_not._dynamo_marked_constant = True
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load(source: str, switch: str) -> tuple[ctypes.CDLL | None, str | None]:
     if switch == "0":
         return None, "switched off by FNATTN_NATIVE=0"
@@ -105,12 +105,12 @@ def _compiler() -> list[str]:
     raise KernelUnavailable(f"no C compiler found (looked for {looked})")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiler_version(compiler: tuple[str, ...]) -> str:
     return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout.partition("\n")[0]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _processor() -> str:
     """Names the instruction set: a cache folder may be shared between machines."""
     try:

@@ -16,7 +16,7 @@ TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 PARALLEL_FROM = 1 << 17
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def function(source: str, name: str, dtype: torch.dtype, arguments: str):
     """The C function fnattn_<name>_<f32|f64> of csrc/<source>.c; `arguments` spells its types (p pointer, i int64, d double)."""
     fn = getattr(load(source), f"fnattn_{name}_{SUFFIX[dtype]}")

@@ -9,7 +9,7 @@ from torch.func import jvp, vmap
 from torch.nn import functional as F
 from upstream import upstream
 
-from fnattn import random, taps, tree
+from fnattn import convert, random, taps, tree
 from fnattn.models import linformer_lm as lm
 from fnattn.testing.memory import peak_bytes
 
@@ -56,21 +56,21 @@ def test_logits_and_gradients_equal_upstream(options, reversible):
     cls = upstream("linformer").LinformerLM
     module = cls(VOCABULARY, DIM, LONGEST, 3, k=4, heads=2, reversible=reversible, **options).double()
     cfg = config(num_tokens=VOCABULARY, reversible=reversible, **options)
-    params = lm.load_state_dict(cfg, {k: v.detach() for k, v in module.state_dict().items()})
+    params = convert.load(cfg, {k: v.detach() for k, v in module.state_dict().items()})
     theirs = module(IDS)
     assert_close(lm.apply(params, IDS)[0], theirs.detach())
     theirs.square().sum().backward()
     ours = tree.grad(lambda p: lm.apply(p, IDS)[0].square().sum())(params)
-    for name, leaf in lm.dump_state_dict(ours).items():
+    for name, leaf in convert.dump(ours).items():
         assert_close(leaf, module.get_parameter(name).grad)
-    assert set(lm.dump_state_dict(params)) == set(module.state_dict())
+    assert set(convert.dump(params)) == set(module.state_dict())
 
 
 @pytest.mark.parametrize("reversible", [False, True], ids=["sequential", "reversible"])
 def test_the_stack_alone_has_upstreams_layout_too(reversible):
     module = upstream("linformer").Linformer(DIM, LONGEST, 2, k=4, heads=2, reversible=reversible).double()
     params = made(depth=2, reversible=reversible)
-    module.load_state_dict(lm.dump_state_dict(params))
+    module.load_state_dict(convert.dump(params))
     with torch.no_grad():
         assert_close(lm.encode(params, X), module(X))
 
