@@ -17,7 +17,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-_SILENT = "ended without an answer"
+_SILENT, _DEAD = "ended without an answer", "the process died"
+
+
+def died(answer: Any) -> bool:
+    """Whether an answer of `run_apart` says that there is none: the process ended, was stopped, or crashed."""
+    return isinstance(answer, str) and answer.startswith((_SILENT, _DEAD))
 
 
 def resolve(spec: str | Callable) -> Callable:
@@ -98,7 +103,7 @@ def _serve(source: str, answers: str) -> None:
         done = _read(answers)
         rest = [name for name in names if name not in done]
         if rest and (len(rest) == len(names) or status != 0):  # the child died inside a check
-            _write(answers, rest[0], f"the process died with status {status}")
+            _write(answers, rest[0], f"{_DEAD} with status {status}")
             rest = rest[1:]
         names = rest
 

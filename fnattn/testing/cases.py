@@ -104,7 +104,7 @@ def _qkv(b: int = 2, h: int = 2, g: int = 2, n: int = 5, m: int = 5, d: int = 3,
 
 
 _BN = ({0: "b", 2: "n"},) * 3
-_SCAN = ({0: "b", 1: "n"},) * 2
+_SCAN = ({0: "b"},) * 2  # the references are one program for each length
 
 CASES = (
     Case("causal_dot", "causal_dot", "causal_dot", _qkv(), dynamic=_BN),
@@ -125,7 +125,7 @@ CASES = (
           "state.1": ((1, 3, 2), "normal")}),
     Case("simple_gate_loop", "gate_loop.simple", "simple_gate_loop",
          {"q": ((2, 5, 3), "normal"), "kv": ((2, 5, 3), "normal"), "a": ((2, 5, 3), "normal")},
-         dynamic=({0: "b", 1: "n"},) * 3),
+         dynamic=({0: "b"},) * 3),
     Case("simple_gate_loop, reverse, h0", "gate_loop.simple", "simple_gate_loop",
          {"q": ((1, 5, 3), "normal"), "kv": ((1, 5, 3), "normal"), "a": ((1, 5, 3), "normal"), "h0": ((1, 3), "normal")},
          {"reverse": True}),

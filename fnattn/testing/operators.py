@@ -16,7 +16,7 @@ from fnattn_kernels.contracts import KernelUnavailable
 from torch import Tensor
 
 from . import autograd_checks, transforms
-from .apart import resolve, run_apart
+from .apart import died, resolve, run_apart
 from .subject import Mismatch, Subject, compare, subject
 
 EXPORT, EXPORT_FREE = autograd_checks.export.__doc__, autograd_checks.export_free.__doc__
@@ -144,7 +144,7 @@ def apart_rows(names: Sequence[str], tested: Subject, oracle: Subject, rtol: flo
     failed = [name for name, row in rows.items() if row.status == "fail"]
     # Does plain torch fail there too? Asked only now, because it costs as much as the checks themselves.
     for name, answer in run_apart(worker, (oracle, oracle, rtol), failed):
-        if answer is not None:
+        if answer is not None and not died(answer) and not died(rows[name].detail):
             rows[name] = Row(name, "torch", answer)
     return rows
 
