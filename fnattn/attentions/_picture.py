@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .. import ops, taps
 from ..core import Empty, check, check_input, peek_int, refuse
 from ..ops._door import Kernel, choose, no_autocast, widen
-from ..ops._picture import native_reason
+from ..ops._picture import bands_reason
 from ..ops.softmax import weights
 from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
 
@@ -27,7 +27,7 @@ from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
 
 
 # A step with few queries is as fast in plain torch, which need not join text and window in memory.
-STEP_KERNELS = (Kernel("native", ops.softmax_attention, native_reason, lambda *tensors: False),)
+STEP_KERNELS = tuple(Kernel(name, ops.softmax_attention, bands_reason, lambda *tensors: False) for name in ("native", "bands"))
 
 
 class Pattern(NamedTuple):

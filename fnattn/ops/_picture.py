@@ -125,12 +125,12 @@ def _some_lines(q: Tensor, text: tuple[Tensor, Tensor], text_seen: Tensor | None
 # ------------------------------------------------------------------------------------------------ fused
 
 
-def native_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def bands_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the fused softmax attention cannot take these tensors; None if it can."""
     return next(kernel for kernel in KERNELS if kernel.name == "native").why_not(q, k, v)
 
 
-def attend_native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: int, image_size: int, scale: float,
+def attend_bands(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: int, image_size: int, scale: float,
                   columns: bool, shifts: Sequence[int], near: Tensor, text_sees_all: bool) -> Tensor:
     """The same through the fused kernel of `softmax_attention`, one call for each band of lines.
 

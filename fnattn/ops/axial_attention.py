@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ._door import Kernel, check_heads, choose, no_autocast, widen
-from ._picture import attend, attend_native, check_mask, check_picture, native_reason
+from ._picture import attend, attend_bands, bands_reason, check_mask, check_picture
+from ._segment_kernel import AXIAL
 
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
 
@@ -36,7 +37,8 @@ def axial_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_siz
         mask: bool [b, n]; False keys are not there.
         text_sees_all: text queries ignore the mask, as upstream's do.
         scale: what the products are multiplied by; default d^-1/2.
-        impl: "reference" is plain torch; "native" insists on the fused kernel (CPU); "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "bands" gives bands of the picture to the fused softmax kernel (CPU); "auto"
+            chooses. See `ops.report()`.
     Returns:
         [b, h, n, e] in v's dtype, computed in float32, or in float64 if any input is. Rows that see no key are 0.
     Raises:
@@ -64,9 +66,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: in
     return attend(q, k, v, mask, text_len, image_size, scale, bool(axis), (0,), near, text_sees_all)
 
 
-def _native(q, k, v, mask, text_len, image_size, axis, scale, text_sees_all):
+def _bands(q, k, v, mask, text_len, image_size, axis, scale, text_sees_all):
     near = _line(q, text_len, image_size, axis)
-    return attend_native(q, k, v, mask, text_len, image_size, scale, bool(axis), (0,), near, text_sees_all)
+    return attend_bands(q, k, v, mask, text_len, image_size, scale, bool(axis), (0,), near, text_sees_all)
 
 
 def _line(q: Tensor, text_len: int, image_size: int, axis: int) -> Tensor:
@@ -76,4 +78,4 @@ def _line(q: Tensor, text_len: int, image_size: int, axis: int) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
 
 
-KERNELS = (Kernel("native", _native, native_reason),)
+KERNELS = (AXIAL, Kernel("bands", _bands, bands_reason),)

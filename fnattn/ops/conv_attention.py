@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ._door import Kernel, check_heads, choose, no_autocast, widen
-from ._picture import attend, attend_native, check_mask, check_picture, native_reason
+from ._picture import attend, attend_bands, bands_reason, check_mask, check_picture
+from ._segment_kernel import CONV
 
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
 
@@ -38,7 +39,8 @@ def conv_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_size
         mask: bool [b, n]; False keys are not there.
         text_sees_all: text queries ignore the mask, as upstream's do.
         scale: what the products are multiplied by; default d^-1/2.
-        impl: "reference" is plain torch; "native" insists on the fused kernel (CPU); "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "bands" gives bands of the picture to the fused softmax kernel (CPU); "auto"
+            chooses. See `ops.report()`.
     Returns:
         [b, h, n, e] in v's dtype, computed in float32, or in float64 if any input is. Rows that see no key are 0.
     Raises:
@@ -66,9 +68,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: in
     return attend(q, k, v, mask, text_len, image_size, scale, False, shifts, near, text_sees_all)
 
 
-def _native(q, k, v, mask, text_len, image_size, kernel_size, dilation, scale, text_sees_all):
+def _bands(q, k, v, mask, text_len, image_size, kernel_size, dilation, scale, text_sees_all):
     shifts, near = _window(q, image_size, kernel_size, dilation)
-    return attend_native(q, k, v, mask, text_len, image_size, scale, False, shifts, near, text_sees_all)
+    return attend_bands(q, k, v, mask, text_len, image_size, scale, False, shifts, near, text_sees_all)
 
 
 def _window(q: Tensor, image_size: int, kernel_size: int, dilation: int) -> tuple[tuple[int, ...], Tensor]:
@@ -82,4 +84,4 @@ def in_window(distance: Tensor, kernel_size: int, dilation: int) -> Tensor:
     return (distance >= 0) & (distance <= (kernel_size - 1) * dilation) & (distance % dilation == 0)
 
 
-KERNELS = (Kernel("native", _native, native_reason),)
+KERNELS = (CONV, Kernel("bands", _bands, bands_reason),)

@@ -126,13 +126,14 @@ def test_it_equals_dense_attention_also_under_masks_and_rotation(cfg):
 # ------------------------------------------------------------------------------------------------ states
 
 
-def in_chunks(params, x, cuts, angles=None, mask=None):
+def in_chunks(params, x, cuts, angles=None, mask=None, impl="auto"):
     """The outputs of successive chunks, and the final state."""
     fam = family(params.cfg)
     state, outs, start = fam.init_state(params, x.shape[0], capacity=sum(cuts)), [], 0
     for cut in cuts:
         piece = slice(start, start + cut)
-        out, state = fam.attend(params, x[:, piece], state, angles=angles, mask=None if mask is None else mask[:, piece])
+        out, state = fam.attend(params, x[:, piece], state, angles=angles, mask=None if mask is None else mask[:, piece],
+                                impl=impl)
         outs.append(out)
         start += cut
     return torch.cat(outs, 1), state
@@ -150,6 +151,7 @@ def test_chunks_of_any_length_equal_the_whole(cfg):
         for cuts in cuttings:
             out, state = in_chunks(params, x, cuts, table, given)
             assert_close(out, whole)
+            assert_close(in_chunks(params, x, cuts, table, given, "bands")[0], whole)
             states.append(state)
         for state in states[1:]:
             for a, b in zip(tree.leaves(state), tree.leaves(states[0])):

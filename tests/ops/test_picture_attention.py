@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from conftest import assert_close
 
 from fnattn import ops, random, tree
 from fnattn.ops import _picture
+from fnattn.ops.conv_attention import KERNELS
 from fnattn.testing import brute
 from fnattn.testing.memory import peak_bytes
 
 SIZES = [(4, 3), (5, 5), (1, 2), (0, 3), (3, 1)]  # text_len, image_size
 PATTERNS = [("conv_attention", dict(kernel_size=k, dilation=d)) for k, d in ((1, 1), (3, 1), (3, 2), (5, 1))]
 PATTERNS += [("axial_attention", dict(axis=axis)) for axis in (0, 1)]
+
+IMPLS = ["reference", *(kernel.name for kernel in KERNELS)]
 
 
 def made(n, b=2, h=4, g=2, d=3, e=5, dtype=torch.float64):
@@ -26,28 +31,30 @@ def lengths(text_len, image_size):
     return sorted({0, 1, text_len, text_len + 1, text_len + image_size, full - 2, full} & set(range(full + 1)))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("name", "options"), PATTERNS, ids=str)
 @pytest.mark.parametrize(("text_len", "image_size"), SIZES)
-def test_it_equals_dense_attention_under_its_mask_at_every_length(name, options, text_len, image_size):
+def test_it_equals_dense_attention_under_its_mask_at_every_length(name, options, text_len, image_size, impl):
     ours, dense = getattr(ops, name), getattr(brute, name)
     for n in lengths(text_len, image_size):
         q, k, v = made(n)
         mask = random.bernoulli(random.key(2), 0.6, (2, n))
         for given in (dict(), dict(mask=mask), dict(mask=mask, text_sees_all=True), dict(scale=0.7)):
             every = dict(options, text_len=text_len, image_size=image_size, **given)
-            out = ours(q, k, v, **every)
+            out = ours(q, k, v, **every, impl=impl)
             assert out.shape == (2, 4, n, 5)
             assert_close(out, dense(q, k, v, **every) if n else out)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("name", "options"), PATTERNS, ids=str)
-def test_gradients_equal_those_of_dense_attention_also_from_expanded_and_transposed_ones(name, options):
+def test_gradients_equal_those_of_dense_attention_also_from_expanded_and_transposed_ones(name, options, impl):
     q, k, v = made(4 + 9 - 1)
     mask = random.bernoulli(random.key(2), 0.6, (2, 12))
     every = dict(options, text_len=4, image_size=3, mask=mask)
     for loss in (lambda out: out.sum(), lambda out: out.mT.contiguous().mT.square().sum(), lambda out: out[:, :, -1].sin().sum()):
         found = []
-        for run in (getattr(ops, name), getattr(brute, name)):
+        for run in (functools.partial(getattr(ops, name), impl=impl), getattr(brute, name)):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
             found.append(torch.autograd.grad(loss(run(*leaves, **every)), leaves))
         for a, b in zip(*found):
@@ -59,15 +66,18 @@ def test_gradients_equal_those_of_dense_attention_also_from_expanded_and_transpo
 def test_working_through_few_lines_at_a_time_changes_nothing(name, options, monkeypatch):
     every = dict(options, text_len=4, image_size=5)
     q, k, v = made(4 + 23)
-    whole = getattr(ops, name)(q, k, v, **every)
-    for table in (1, 500, 2000):
+    whole = getattr(brute, name)(q, k, v, **every)
+    for table, band in ((1, 1), (500, 7), (2000, 12), (10**6, 10**6)):
         monkeypatch.setattr(_picture, "TABLE", table)
-        assert_close(getattr(ops, name)(q, k, v, **every), whole)
+        monkeypatch.setattr(_picture, "BAND", band)
+        for impl in IMPLS:
+            assert_close(getattr(ops, name)(q, k, v, **every, impl=impl), whole)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("name", "options"), PATTERNS, ids=str)
-def test_it_is_causal_to_the_bit(name, options):
-    every = dict(options, text_len=4, image_size=3)
+def test_it_is_causal_to_the_bit(name, options, impl):
+    every = dict(options, text_len=4, image_size=3, impl=impl)
     q, k, v = made(13)
     before = getattr(ops, name)(q, k, v, **every)
     for at in (0, 3, 4, 8, 12):
@@ -88,6 +98,8 @@ def test_neither_copies_of_keys_per_pixel_nor_a_dense_table_are_held():
         axial = peak_bytes(lambda *x, axis=axis: ops.axial_attention(*x, text_len=text_len, image_size=side, axis=axis,
                                                                      impl="reference"), q, k, v)
         assert axial < table / 2
+    fused = peak_bytes(lambda *x: ops.conv_attention(*x, text_len=text_len, image_size=side, impl="bands"), q, k, v)
+    assert fused < 12 * own
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
