@@ -17,6 +17,7 @@ import torch
 from fnattn_kernels import fast_transformers
 from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import causal_dot as native
+from fnattn_kernels.triton import causal_dot as triton
 from torch import Tensor
 
 from ._door import Kernel, check_heads, choose, native_reason, no_autocast, widen
@@ -38,7 +39,7 @@ def causal_dot(q: Tensor, k: Tensor, v: Tensor, *, reverse: bool = False, impl: 
         v: [b, g, n, e].
         reverse: sum over the keys from i on instead of those up to i.
         impl: "reference" is plain torch; "native" insists on the C kernel (CPU), "fast_transformers" on the package's (float32;
-            heads that share keys get copies of them); "auto" chooses. See `ops.report()`.
+            heads that share keys get copies of them), "triton" on Triton's (CUDA, d and e up to 128); "auto" chooses. See `ops.report()`.
     Returns:
         [b, h, n, e] in v's dtype, summed in float32, or in float64 if any input is.
     Raises:
@@ -100,7 +101,8 @@ def _rules(dot: Callable) -> dict[str, Callable]:
     return {"vjp": vjp, "jvp": jvp}
 
 
-native.dot.derive(**_rules(native.dot), save_outputs=False)
+for _dot in (native.dot, triton.dot):
+    _dot.derive(**_rules(_dot), save_outputs=False)
 
 # The package has a function for all three gradients at once. It is three products of the same kind: so are its derivatives.
 _ft_rules = _rules(fast_transformers.dot)
@@ -128,4 +130,6 @@ fast_transformers.dot_back.derive(
 KERNELS = (
     Kernel("native", native.dot, lambda q, k, v: native_reason("causal_dot", q, k, v)),
     Kernel("fast_transformers", fast_transformers.dot, fast_transformers.why_not, lambda q, k, v: False),
+    # Not yet measured on a GPU, so not yet chosen there.
+    Kernel("triton", triton.dot, triton.why_not, lambda q, k, v: False),
 )

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fnattn_kernels.native import scan as native
+from fnattn_kernels.triton import scan as triton
+from fnattn_kernels.triton import why_not as triton_reason
 from torch import Tensor
 
 from .. import tree
@@ -39,7 +41,8 @@ def scan(a: Tensor, x: Tensor, h0: Tensor | None = None, *, reverse: bool = Fals
         x: inputs, of a's shape.
         h0: [b, c] (pairs: [b, c, 2]); zeros if None.
         reverse: run from the last position to the first.
-        impl: "reference" is plain torch; "native" insists on the C kernel (CPU); "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "native" insists on the C kernel (CPU), "triton" on Triton's (CUDA); "auto" chooses. See
+            `ops.report()`.
     Returns:
         h, of x's shape and dtype, computed in float32, or in float64 if any input is.
     Raises:
@@ -199,7 +202,7 @@ def _interleave(even: Tensor, odd: Tensor, axis: int) -> Tensor:
     return mixed if even.shape[axis] == count else torch.cat((mixed, even.narrow(axis, count, 1)), axis)
 
 
-# ------------------------------------------------------------------------------------------------ the native kernel
+# ------------------------------------------------------------------------------------------------ the kernels
 
 
 def run_native(a: Tensor, x: Tensor, h0: Tensor | None, reverse: bool, pairs: bool) -> Tensor:
@@ -207,48 +210,62 @@ def run_native(a: Tensor, x: Tensor, h0: Tensor | None, reverse: bool, pairs: bo
     return native.scan(a, x, h0, reverse, pairs, False, False)
 
 
+def run_triton(a: Tensor, x: Tensor, h0: Tensor | None, reverse: bool, pairs: bool) -> Tensor:
+    """Triton's kernel, likewise."""
+    return triton.scan(a, x, h0, reverse, pairs, False, False)
+
+
 def _times(pairs: bool) -> Callable:
     return complex_times if pairs else torch.mul
 
 
-def _vjp(needs, args, outs, cotangents):
-    a, x, h0, reverse, pairs, lag, conj = args
-    (g,), h, times = cotangents, outs[0], _times(pairs)
-    # Going back, a position's successor comes first: what was its gate is now the gate of the row before, and vice versa.
-    total = native.scan(a, g, None, not reverse, pairs, not lag, conj != pairs)
-    da = dh0 = None
-    if needs[0]:
-        if lag:
-            sent, held = before(total, 1, None, not reverse), h
-        else:
-            sent, held = total, before(h, 1, h0, reverse)
-        da = times(sent, conjugate(held)) if pairs else sent * held
-        if pairs and conj:
-            da = conjugate(da)
-    if needs[2]:
-        start = -1 if reverse else 0
-        if lag or x.shape[1] == 0:
-            dh0 = total[:, start] if x.shape[1] else torch.zeros_like(h0)
-        else:
-            gate = a[:, start] if conj or not pairs else conjugate(a[:, start])
-            dh0 = times(gate, total[:, start])
-    return da, total if needs[1] else None, dh0, None, None, None, None
+def _rules(scan: Callable) -> dict[str, Callable]:
+    """The derivatives of a kernel `scan(a, x, h0, reverse, pairs, lag, conjugate)`, in terms of itself."""
+
+    def vjp(needs, args, outs, cotangents):
+        a, x, h0, reverse, pairs, lag, conj = args
+        (g,), h, times = cotangents, outs[0], _times(pairs)
+        # Going back, a position's successor comes first: what was its gate is now the gate of the row before, and vice versa.
+        total = scan(a, g, None, not reverse, pairs, not lag, conj != pairs)
+        da = dh0 = None
+        if needs[0]:
+            if lag:
+                sent, held = before(total, 1, None, not reverse), h
+            else:
+                sent, held = total, before(h, 1, h0, reverse)
+            da = times(sent, conjugate(held)) if pairs else sent * held
+            if pairs and conj:
+                da = conjugate(da)
+        if needs[2]:
+            start = -1 if reverse else 0
+            if lag or x.shape[1] == 0:
+                dh0 = total[:, start] if x.shape[1] else torch.zeros_like(h0)
+            else:
+                gate = a[:, start] if conj or not pairs else conjugate(a[:, start])
+                dh0 = times(gate, total[:, start])
+        return da, total if needs[1] else None, dh0, None, None, None, None
+
+    def jvp(args, outs, tangents):
+        a, x, h0, reverse, pairs, lag, conj = args
+        ta, tx, th0 = tangents[:3]
+        push = torch.zeros_like(x) if tx is None else tx
+        if ta is not None:
+            times = _times(pairs)
+            gate = conjugate(ta) if pairs and conj else ta
+            if lag:
+                push = push + before(times(gate, outs[0]), 1, None, reverse)
+            else:
+                push = push + times(gate, before(outs[0], 1, h0, reverse))
+        return scan(a, push, th0, reverse, pairs, lag, conj)
+
+    return {"vjp": vjp, "jvp": jvp}
 
 
-def _jvp(args, outs, tangents):
-    a, x, h0, reverse, pairs, lag, conj = args
-    ta, tx, th0 = tangents[:3]
-    push = torch.zeros_like(x) if tx is None else tx
-    if ta is not None:
-        times = _times(pairs)
-        gate = conjugate(ta) if pairs and conj else ta
-        if lag:
-            push = push + before(times(gate, outs[0]), 1, None, reverse)
-        else:
-            push = push + times(gate, before(outs[0], 1, h0, reverse))
-    return native.scan(a, push, th0, reverse, pairs, lag, conj)
+for _scan in (native.scan, triton.scan):
+    _scan.derive(**_rules(_scan))
 
-
-native.scan.derive(vjp=_vjp, jvp=_jvp)
-
-KERNELS = (Kernel("native", run_native, lambda a, x, h0: native_reason("scan", a, x, h0)),)
+KERNELS = (
+    Kernel("native", run_native, lambda a, x, h0: native_reason("scan", a, x, h0)),
+    # Not yet measured on a GPU, so not yet chosen there.
+    Kernel("triton", run_triton, triton_reason, lambda a, x, h0: False),
+)

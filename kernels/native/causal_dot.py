@@ -23,7 +23,12 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, reverse: bool) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
+def flops(q, k, v, *args, **kwargs) -> int:
+    """Operations of one call, from shapes."""
+    return 4 * q[0] * max(q[1], k[1]) * q[2] * q[3] * v[3]
+
+
 # q [b, h, n, d], k [b, g, n, d], v [b, g, n, e]: one of h, g divides the other. With fewer query heads than key heads,
 # the products of a group of key heads are summed, which makes the operator closed under differentiation.
 dot = Operator("causal_dot_native", 1, "(Tensor q, Tensor k, Tensor v, bool reverse) -> Tensor", fake=_fake, cpu=_dot)
-dot.flops(lambda q, k, v, *args, **kwargs: 4 * q[0] * max(q[1], k[1]) * q[2] * q[3] * v[3])
+dot.flops(flops)

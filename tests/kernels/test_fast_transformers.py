@@ -42,7 +42,8 @@ SOME = ["f", "grad(f)", "jvp(f)", "vmap(grad(f))", "autograd: backward", "autogr
 
 
 @needs_package
-@pytest.mark.parametrize("case, fn, reference, only", [(CASES[0], wrapped, true, SOME), (CASES[1], wrapped_reverse, true_reverse, EAGER)],
+@pytest.mark.parametrize("case, fn, reference, only",
+                         [(CASES[0], wrapped, true, SOME), (CASES[1], wrapped_reverse, true_reverse, EAGER)],
                          ids=lambda p: getattr(p, "name", ""))
 def test_every_transform_is_right(case, fn, reference, only):
     assert case.operator == "causal_dot"

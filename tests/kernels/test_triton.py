@@ -1,0 +1,94 @@
+"""Triton's kernels: right in its interpreter, and compiled for a GPU that need not be here.
+
+The interpreter is switched on before Triton is imported, so each file of tests/kernels/interpreted runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fnattn_kernels.contracts import KernelUnavailable
+from fnattn_kernels.triton import lang
+
+from fnattn import ops
+
+HERE = Path(__file__).resolve().parent
+needs_triton = pytest.mark.skipif(lang.PROBLEM is not None, reason=f"Triton: {lang.PROBLEM}")
+FILES = sorted((HERE / "interpreted").glob("*.py"))
+
+
+@needs_triton
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_interpreted(path):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, cwd=HERE.parent.parent)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_on_a_cpu_the_reason_says_what_is_missing():
+    q = torch.ones(1, 1, 3, 2)
+    with pytest.raises(KernelUnavailable, match="needs CUDA tensors, got cpu.*TRITON_INTERPRET=1"):
+        ops.causal_dot(q, q, q, impl="triton")
+
+
+def test_setting_the_switch_too_late_is_noticed():
+    program = """
+import os, torch, triton, fnattn
+os.environ["TRITON_INTERPRET"] = "1"
+q = torch.ones(1, 3, 2)
+try:
+    fnattn.ops.scan(q, q, impl="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+    assert "imported before TRITON_INTERPRET=1 was set" in done.stdout, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ for a GPU
+# Shared memory of one block: 99 KiB is what small GPUs of compute capability 8.6 and 8.9 have.
+SHARED = 99 * 1024
+
+
+def compiled(device, name, pointers, integers, constants, floats=(), dtype="fp32"):
+    """The named kernel, compiled; its shared memory is checked."""
+    kernel, constants = getattr(device, name), dict(constants)
+    warps = constants.pop("num_warps", 4)
+    kinds = dict.fromkeys(pointers, f"*{dtype}") | dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32")
+    kinds |= dict.fromkeys(constants, "constexpr")
+    found = lang.compiled_for(kernel, {name: kinds[name] for name in kernel.arg_names}, constants, warps=warps)
+    assert found.metadata.shared <= SHARED
+    return found
+
+
+@needs_triton
+@pytest.mark.skipif(lang.INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("width, dtype", [(16, "fp32"), (128, "fp32"), (64, "fp64")])
+def test_causal_dot_compiles_for_a_gpu(width, dtype):
+    from fnattn_kernels.triton import causal_dot, causal_dot_device
+
+    kind = torch.float64 if dtype == "fp64" else torch.float32
+    shape = dict(causal_dot.tiles(width, width, kind), REVERSE=True, GROUP=2, ACC=lang.accumulator(kind), PRECISION=lang.PRECISION)
+    sizes = ("n", "d", "e", "heads", "groups", "chunks")
+    compiled(causal_dot_device, "sums", ("k", "v", "states"), sizes, shape, dtype=dtype)
+    compiled(causal_dot_device, "outputs", ("q", "k", "v", "states", "out"), (*sizes, "state_heads"), {**shape, "STATES": True},
+             dtype=dtype)
+
+
+@needs_triton
+@pytest.mark.skipif(lang.INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("lag", [False, True])
+def test_scan_compiles_for_a_gpu(lag):
+    from fnattn_kernels.triton import scan, scan_device
+
+    shape = dict(START=True, REVERSE=lag, LAG=lag, ACC=lang.accumulator(torch.float32), **scan.tiles(1000, 1000))
+    compiled(scan_device, "scan", ("a", "x", "h0", "h"), ("n", "c"), shape)
+    compiled(scan_device, "scan_pairs", ("a", "x", "h0", "h"), ("n", "c"), {**shape, "CONJUGATE": True})
