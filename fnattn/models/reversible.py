@@ -51,8 +51,9 @@ def reversible(blocks: Sequence[tuple[Callable, Callable]], params: Sequence[tup
         ValueError: as many params as blocks are needed, a known merge, and no gradient may hide in a closure of f or g.
 
     Every transform works, in any nesting: grad, vjp, jvp, vmap, hessian, double backward; also for params that are
-    batched. A second derivative keeps the activations of the first backward pass. Under torch.compile it is `plain`:
-    the compiler decides there. So it is while taps are harvested or planted.
+    batched. A second derivative keeps the activations of the first backward pass, and torch.func.grad always prepares
+    for one: take gradients with fnattn.tree.grad or torch.func.vjp to save the memory. Under torch.compile it is
+    `plain`: the compiler decides there. So it is while taps are harvested or planted.
     """
     halves, tensors = _flatten(blocks, params, shared)
     check(merge in MERGES, "models.reversible: merge must be 'sum' or 'mean'; got {!r}.", merge,
