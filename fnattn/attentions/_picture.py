@@ -307,8 +307,3 @@ def _columns(pattern: Pattern, cfg: Any, at: Tensor, k: Tensor, v: Tensor,
     rows = torch.arange(side, device=at.device)
     kept = visible.unflatten(1, (side, side)).index_select(2, column).transpose(1, 2) | cfg.compat_mask
     return k, v, pattern.sees(row[:, None], column[:, None], rows, column[:, None]) & real[:, None] & kept
-
-
-def state_dict_keys() -> dict[str, str]:
-    """Key in the state_dict of dalle-pytorch's sparse attentions -> name of our leaf."""
-    return {"to_qkv.weight": "to_qkv", "to_out.0.weight": "to_out", "to_out.0.bias": "to_out_bias"}

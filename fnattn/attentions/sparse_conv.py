@@ -12,12 +12,11 @@ nothing: softmax runs in float32 or wider with its maximum subtracted.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from .. import ops, random, tree
+from .. import ops
 from ..core import EMPTY, Empty, Family, check, config
 from ..ops.conv_attention import in_window
 from . import _picture
@@ -116,26 +115,6 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
     return _picture.attend(_pattern(params.cfg), params, x, state, angles=angles, mask=mask, context=context,
                            dropout_key=dropout_key, impl=impl)
-
-
-# ------------------------------------------------------------------------------------------------ upstream's names
-
-
-def state_dict_keys(cfg: Config) -> dict[str, str]:
-    """Key in the state_dict of SparseConvCausalAttention -> name of our leaf."""
-    return _picture.state_dict_keys()
-
-
-def dump_state_dict(params: Params) -> dict[str, Tensor]:
-    """The state_dict that dalle-pytorch 1.6.6 has for these params."""
-    flat = tree.to_flat(params)
-    return {theirs: flat[ours] for theirs, ours in state_dict_keys(params.cfg).items()}
-
-
-def load_state_dict(cfg: Config, state_dict: Mapping[str, Tensor]) -> Params:
-    """Params of cfg with the tensors of a dalle-pytorch 1.6.6 state_dict."""
-    flat = {ours: state_dict[theirs] for theirs, ours in state_dict_keys(cfg).items()}
-    return tree.from_flat(flat, init(random.key(0), cfg, device="meta"))
 
 
 FAMILY = Family(

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from upstream import upstream
 
 import fnattn
-from fnattn import random, tree
+from fnattn import convert, random, tree
 from fnattn.attentions import sparse_axial, sparse_conv
 from fnattn.testing import brute
 
@@ -65,7 +65,7 @@ def module_for(cfg):
 @each_config
 def test_it_equals_upstream_in_value_and_gradient_at_every_length(cfg):
     module = module_for(cfg)
-    params = family(cfg).load_state_dict(cfg, {k: v.detach() for k, v in module.state_dict().items()})
+    params = convert.load(cfg, {k: v.detach() for k, v in module.state_dict().items()})
     t = text_len(cfg)
     for n in sorted({1, 3, t, t + 1, cfg.seq_len - 3, cfg.seq_len, cfg.seq_len + 1}):
         _, x, angles, _ = made(cfg, n)
@@ -78,7 +78,7 @@ def test_it_equals_upstream_in_value_and_gradient_at_every_length(cfg):
             assert_close(ours, theirs.detach())
             theirs.square().sum().backward()
             gradient = tree.grad(lambda p, x, a: family(cfg).attend(p, x, angles=a)[0].square().sum())(params, x, table)
-            for name, leaf in family(cfg).dump_state_dict(gradient).items():
+            for name, leaf in convert.dump(gradient).items():
                 assert_close(leaf, module.get_parameter(name).grad)
 
 
@@ -86,7 +86,7 @@ def test_it_equals_upstream_in_value_and_gradient_at_every_length(cfg):
 def test_compat_mask_means_what_upstreams_mask_means(cfg):
     module = module_for(cfg)
     cfg = type(cfg)(**{**vars(cfg), "compat_mask": True})
-    params = family(cfg).load_state_dict(cfg, {k: v.detach() for k, v in module.state_dict().items()})
+    params = convert.load(cfg, {k: v.detach() for k, v in module.state_dict().items()})
     _, x, _, mask = made(cfg, cfg.seq_len)
     with torch.no_grad():
         assert_close(family(cfg).apply(params, x, mask=mask)[0], module(x, mask=mask))
