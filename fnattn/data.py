@@ -6,7 +6,6 @@ The default text is on every machine: the sources of Python's own standard libra
 from __future__ import annotations
 
 import sysconfig
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from torch import Tensor
 from . import random
 from .core import check
 
-VALID_EVERY = 10  # one file of about so many is for validation; of a single file, the last tenth
+VALID_EVERY = 10  # one file of so many is for validation; of a single file, the last tenth
 
 
 class Text(NamedTuple):
@@ -35,9 +34,9 @@ class Text(NamedTuple):
 def load(path: str | Path | None = None) -> Text:
     """The text of a file, of all files in a folder and its subfolders, or (None) of the standard library's sources.
 
-    A folder is split by file: a file whose crc32(name) is a multiple of ten is for validation, so that it stays on its side
-    whatever lies beside it. Of a single file the last tenth is. Folders skip what is hidden, what is empty, and what does not
-    read as UTF-8; the standard library without _sysconfigdata*, which are not sources but a table made on each machine.
+    A folder is split by file: in alphabetical order every tenth file is for validation. Of a single file the last tenth is.
+    Folders skip what is hidden, what is empty, and what does not read as UTF-8; the standard library is read without
+    _sysconfigdata*, which are no sources but tables made on each machine.
 
     Raises:
         FileNotFoundError: nothing there. ValueError: nothing in it to learn from.
@@ -71,9 +70,8 @@ def _split(folder: Path, files: Sequence[Path], source: str) -> Text:
           remedy="Name a folder with UTF-8 files in it.")
     if len(texts) == 1:
         return _cut(*texts.values(), source)
-    held = {name for name in texts if zlib.crc32(name.encode()) % VALID_EVERY == 0}
-    # Both sides of a small folder have at least one file.
-    held = held if 0 < len(held) < len(texts) else {list(texts)[-1]}
+    # A folder of fewer than ten files holds out its last one.
+    held = set(list(texts)[VALID_EVERY - 1::VALID_EVERY] or list(texts)[-1:])
     return Text(_tensor(b"".join(text for name, text in texts.items() if name not in held)),
                 _tensor(b"".join(text for name, text in texts.items() if name in held)), source, len(texts))
 

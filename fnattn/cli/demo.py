@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit code."""
-    changes = merge({"eval_every": 60}, given(args))
+    changes = merge({"eval_every": 60, "schedule": "cooldown"}, given(args))
     settings = make_settings(changes)
     began = time.perf_counter()
     code = train(args.out, settings, changes, overwrite=True)

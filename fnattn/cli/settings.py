@@ -57,7 +57,7 @@ class Settings:
     weight_decay: float = _setting(0.0, "adamw: pull of the parameters towards 0, per step and learning rate")
     clip: float = _setting(0.5, "largest norm of the gradient; 0 for no limit")
     schedule: str = _setting("constant", "of the learning rate: constant, cosine (down to 0 at the last step), or cooldown "
-                                         "(constant, then down to 0 over the last third)")
+                                         "(constant, then down to 0 over the last sixth)")
     warmup: int = _setting(0, "steps in which the learning rate grows from 0")
     # [train]
     steps: int = _setting(300, "updates in all, those of a resumed training included")
@@ -206,7 +206,7 @@ def optimizer(settings: Settings, learning_rate: Any) -> optim.Optimizer:
     if settings.schedule == "cosine":
         rate = optim.cosine(rate, settings.steps)
     elif settings.schedule == "cooldown":
-        rate = optim.cooldown(rate, settings.steps, max(1, settings.steps // 3))
+        rate = optim.cooldown(rate, settings.steps, max(1, settings.steps // 6))
     if settings.warmup:
         rate = optim.warmup(rate, settings.warmup)
     if settings.optimizer == "sgd":
