@@ -154,7 +154,7 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     q = q * cfg.dim_head ** -0.5
     log_sum = phase_sum = total = EMPTY
     if cfg.data_dependent_rel_pos and not cfg.ablate_state_transition:
-        a = _raw_gate(params, x)
+        a = taps.tap("a", _raw_gate(params, x))
         if cfg.compat:
             q, k = _upstream_scaling(q, k, a)
         else:

@@ -138,6 +138,7 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
     if mask is not None:
         given = torch.where(mask[..., None], given, torch.zeros_like(given))
 
+    given = taps.tap("context", given)
     q = taps.tap("q", split_heads(F.linear(x, params.to_q), cfg.heads))
     k = _mix(given, params.proj_k, params.to_k)
     v = k if cfg.share_kv else _mix(given, params.proj_v, params.to_v)
