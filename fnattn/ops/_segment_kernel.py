@@ -1,4 +1,4 @@
-"""The native kernel of attention over static segments of keys, as conv_attention, axial_attention and block_sparse_attention use it.
+"""Attention over static segments of keys in C, as conv_attention, axial_attention and block_sparse_attention use it.
 
 Value, gradient and tangent are fused. Their derivatives are those of the plain-torch formulas of softmax attention under the
 pattern's mask of positions, which recompute the weights from q, k and v: a saved sum is a function of them, not an input.

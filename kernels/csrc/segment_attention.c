@@ -126,7 +126,8 @@ void S(segment_attention_backward)(const REAL *grad, const REAL *q, const REAL *
                 for (const segment_tile *tile = lists.tiles + block->first; tile < lists.tiles + block->end; tile++) {
                     const int seen = segment_keys(&lists, tile, kept, at, words);
                     if (seen == NOBODY) continue;
-                    const int64_t x = tile->half == 2 ? SPAN / 2 : 0, queries = tile->half ? SPAN / 2 : SPAN, vectors = queries / LANES;
+                    const int64_t x = tile->half == 2 ? SPAN / 2 : 0;
+                    const int64_t queries = tile->half ? SPAN / 2 : SPAN, vectors = queries / LANES;
                     S(segment_scores)(p + x, k_h, at, q_t + x, tile->count, d, vectors, 0);
                     S(segment_scores)(ds + x, v_h, at, g_t + x, tile->count, e, vectors, 0);
                     if (seen == SOME) S(segment_hide)(p + x, words, x, tile->count, vectors);

@@ -42,7 +42,7 @@ def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _call(name: str, lists: Lists, before: tuple, after: tuple, q: Tensor, k: Tensor, v: Tensor, products: int, scale: float) -> None:
+def _call(name: str, lists: Lists, before: tuple, after: tuple, q: Tensor, v: Tensor, products: int, scale: float) -> None:
     """Calls the C function: tensors, lists, tensors (contiguous; None: a null pointer), sizes."""
     (b, h, n, d), (_, g, _, e) = q.shape, v.shape
     tensors = (*before, lists.group, lists.blocks, lists.tiles, lists.data, *after)
@@ -64,19 +64,19 @@ def operators(name: str, lists: Callable[..., Lists]) -> SegmentOperators:
     def attend(q, k, v, keep, layout, pattern, scale):
         q, k, v, keep = _plain(q, k, v, keep)
         out, lse = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype), torch.empty(q.shape[:3], dtype=q.dtype)
-        _call("segment_attention", made(q, layout, pattern), (q, k, v, keep), (out, lse), q, k, v, 2, scale)
+        _call("segment_attention", made(q, layout, pattern), (q, k, v, keep), (out, lse), q, v, 2, scale)
         return out, lse
 
     def backward(g, q, k, v, keep, out, lse, layout, pattern, scale):
         g, q, k, v, keep, out, lse = _plain(g, q, k, v, keep, out, lse)
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        _call("segment_attention_backward", made(q, layout, pattern), (g, q, k, v, keep), (out, lse, *grads), q, k, v, 5, scale)
+        _call("segment_attention_backward", made(q, layout, pattern), (g, q, k, v, keep), (out, lse, *grads), q, v, 5, scale)
         return grads
 
     def tangent(q, k, v, keep, out, lse, tq, tk, tv, layout, pattern, scale):
         q, k, v, keep, out, lse, tq, tk, tv = _plain(q, k, v, keep, out, lse, tq, tk, tv)
         moved = torch.empty_like(out), torch.empty_like(lse)
-        _call("segment_attention_tangent", made(q, layout, pattern), (q, k, v, keep), (out, lse, tq, tk, tv, *moved), q, k, v, 5,
+        _call("segment_attention_tangent", made(q, layout, pattern), (q, k, v, keep), (out, lse, tq, tk, tv, *moved), q, v, 5,
               scale)
         return moved
 
