@@ -130,6 +130,9 @@ def _eager_row(name: str, tested: Subject, oracle: Subject, rtol: float) -> Row:
 
 def _short(error: BaseException) -> str:
     text = " ".join(str(error).split())
+    name = KernelUnavailable.__name__
+    if name in text:  # dynamo wraps what it meets in many words of its own
+        return f"{name}: {text.partition(name)[2].lstrip(': (')}"[:300]
     text = text if isinstance(error, Mismatch) else f"{type(error).__name__}: {text}"
     return text[:300]
 
