@@ -68,7 +68,7 @@ class Settings:
     data: str = _setting("", "file or folder of text; empty for the sources of Python's standard library")
     eval_every: int = _setting(100, "steps between measurements on the validation text")
     eval_windows: int = _setting(256, "sequences in such a measurement")
-    final_windows: int = _setting(4096, "sequences in the last measurement, for the figure that counts; all, where there are fewer")
+    final_windows: int = _setting(2048, "sequences in the last measurement, for the figure that counts; all, where there are fewer")
     save_every: int = _setting(100, "steps between checkpoints")
     impl: str = _setting("auto", "implementation of the operators: see `fnattn report`")
     threads: int = _setting(0, "CPU threads; 0 for one with a small model, else torch's choice")
