@@ -370,7 +370,7 @@ def test_bench_times_after_checking_and_writes_json(tmp_path, capsys):
 
 
 def test_bench_refuses_to_time_what_is_wrong(monkeypatch, capsys):
-    from fnattn.cli import bench
+    from fnattn.bench import implementations as bench
     true = bench.function
 
     def worse(name, impl, sizes):

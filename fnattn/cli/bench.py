@@ -1,180 +1,151 @@
-"""Times every operator: each implementation, forward and with gradients, against its plain-torch reference.
+"""Times every operator and layer against the upstream package that it replaces.
 
-  fnattn bench
-  fnattn bench --op taylor --n 1024 4096 --out bench.json
+  fnattn bench                                  the whole table, some minutes on one core
+  fnattn bench --case "taylor d16" "decode"     some of it; a word takes every case that contains it
+  fnattn bench --quick                          small shapes, three rounds: does everything run?
+  fnattn bench --op taylor --n 1024 4096        each implementation of an operator against plain torch
 
-Before a number is printed, the implementation must agree with the reference in its values and gradients; one that does not is
-reported, and the command fails. Times are the median of several runs after a warm-up.
+Before a number is printed, value and gradients must agree with float64; a case that does not is reported as WRONG and the
+command fails. Both sides run in one process, taking turns. One thread is measured in processor time, several on the wall
+clock. Upstream packages are optional: pip install fnattn[bench]; a missing one leaves its column empty.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
+import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .. import checkpoint, random, tree
-from ..core import KernelUnavailable, check
-from ..ops._door import REFERENCE
-from ..ops.report import CASES, Case, devices
+from .. import checkpoint
+from ..core import check
+from ..ops.report import CASES as OPERATORS
+from ..ops.report import devices
 
-HELP = "time every operator and implementation against its reference"
-# Largest error as a part of the largest entry. float64 catches wrong mathematics, also in packages that compute inside in
-# float32; float32 catches a wrong precision.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+HELP = "time every operator and layer against upstream"
+# glibc gives large blocks back at once and faults every page in again at the next call. That is most of the time of what
+# makes large tables, and depends on what ran before; kept memory makes the comparison fair and repeatable.
+KEEP = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "100000000"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which operators, at which sizes."""
-    parser.add_argument("--op", nargs="+", metavar="NAME", help=f"operators (default: all): {', '.join(CASES)}")
-    parser.add_argument("--b", type=int, default=2, help="batch")
-    parser.add_argument("--h", type=int, default=8, help="heads")
-    parser.add_argument("--n", type=int, nargs="+", default=[256, 1024], help="lengths")
-    parser.add_argument("--d", type=int, default=16, help="width of a head")
+    """Which cases, at which sizes."""
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="cases, or parts of their names (default: all); see --list")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument("--quick", action="store_true", help="small shapes, 3 rounds, no memory")
+    parser.add_argument("--rounds", type=int, help="rounds of which the median counts (default: 7, or 3 with --quick)")
+    parser.add_argument("--no-memory", action="store_true", help="leave the column of memory empty")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; several are worth it on an idle machine only")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--out", type=Path, help="write the results as JSON, and a plot beside it")
+    single = parser.add_argument_group("each implementation of an operator against plain torch")
+    single.add_argument("--op", nargs="+", metavar="NAME", help=f"operators, or all of them: {', '.join(OPERATORS)}")
+    single.add_argument("--b", type=int, default=2, help="batch")
+    single.add_argument("--h", type=int, default=8, help="heads")
+    single.add_argument("--n", type=int, nargs="+", default=[256, 1024], help="lengths")
+    single.add_argument("--d", type=int, default=16, help="width of a head")
+    single.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
 
 
 def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit code."""
-    names = args.op or list(CASES)
-    for name in names:
-        check(name in CASES, "bench: expected an operator; got {!r}.", name,
-              remedy="Choose from: " + ", ".join(CASES) + ".")
-    for name, least in (("b", 1), ("h", 1), ("d", 2), ("repeats", 1), ("threads", 1)):
-        check(getattr(args, name) >= least, "bench: --{} must be at least {}; got {}.", name, least, getattr(args, name),
+    for name, least in (("b", 1), ("h", 1), ("d", 2), ("repeats", 1), ("threads", 1), ("rounds", 1)):
+        value = getattr(args, name)
+        check(value is None or value >= least, "bench: --{} must be at least {}; got {}.", name, least, value,
               remedy="Give a larger number.")
     check(all(n >= 1 for n in args.n), "bench: --n must be at least 1; got {}.", args.n, remedy="Give positive lengths.")
     check(args.d % 2 == 0, "bench: --d must be even, for rotary; got {}.", args.d, remedy="Give an even width.")
     check(args.device in devices(), "bench: this machine has {}; got --device {}.", ", ".join(devices()), args.device,
           remedy="Choose one of those.")
+    if args.op:
+        return _implementations(args)
+    from ..bench import table
+    if args.list:
+        print("\n".join(table.names()))
+        return 0
+    chosen = _chosen(args.case, table.names())
+    if platform.system() == "Linux" and args.device == "cpu" and any(os.environ.get(k) != v for k, v in KEEP.items()):
+        return subprocess.run(_command(args), env={**os.environ, **KEEP}, check=False).returncode
     torch.set_num_threads(args.threads)
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine(),
-               "device": args.device, "threads": torch.get_num_threads(), "dtype": "float32", "repeats": args.repeats}
-    print(", ".join(f"{k} {v}" for k, v in machine.items()))
-    print(f"{'operator':<23}{'n':>6}  {'impl':<24}{'forward ms':>11}{'x ref':>7}{'with gradient ms':>18}{'x ref':>7}")
-    results, failed = [], False
+    return _table(args, chosen)
+
+
+def _chosen(asked: list[str] | None, known: list[str]) -> list[str]:
+    """The cases whose name is asked for, or contains it."""
+    found: list[str] = []
+    for word in asked or known:
+        hits = [name for name in known if name == word] or [name for name in known if word in name]
+        check(bool(hits), "bench: expected a case; got {!r}.", word, remedy="Choose from: " + ", ".join(known) + ".")
+        found += [name for name in hits if name not in found]
+    return found
+
+
+def _command(args: argparse.Namespace) -> list[str]:
+    """This command again, for a process with other settings of its memory."""
+    flags = [f"--{name.replace('_', '-')}" for name in ("quick", "no_memory") if getattr(args, name)]
+    values = [word for name in ("rounds", "device", "threads", "out") if getattr(args, name) is not None
+              for word in (f"--{name}", str(getattr(args, name)))]
+    return [sys.executable, "-W", "ignore::UserWarning", "-m", "fnattn", "bench", *flags, *values, *(["--case", *args.case] if args.case else [])]
+
+
+def _table(args: argparse.Namespace, chosen: list[str]) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from ..bench import peaks, plots, report, table
+    device = torch.device(args.device)
+    options = table.Options(device, args.rounds or (3 if args.quick else 7), args.quick, not (args.quick or args.no_memory))
+    limits = peaks.measure(args.threads) if device.type == "cpu" else None
+    about = report.machine(device, limits, args.quick, options.rounds)
+    print(report.preface(about) + "\n\n" + report.HEAD, flush=True)
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
+                   console=Console(stderr=True), transient=True, redirect_stdout=False)
+    results: list[dict[str, Any]] = []
+    with bar:
+        task = bar.add_task("", total=len(chosen), completed=-1)
+        for row in table.rows(chosen, options, limits, lambda name: bar.update(task, description=name, advance=1)):
+            results.append(row)
+            print(report.line(row), flush=True)
+    print("\n" + report.tail(results))
+    if args.out:
+        _write(args.out, {"machine": about, "results": [{**row, "met": table.met(row)} for row in results]})
+        drawn = plots.picture(results, f"fnattn {about['fnattn']}, torch {about['torch']}, {about['processor']}, "
+                                       f"{about['threads']} thread(s), {about['date']}")
+        if drawn:
+            checkpoint.replace(args.out.with_suffix(".png"), drawn)
+            print(f"wrote {args.out.with_suffix('.png')}")
+    return 1 if any(map(table.failed, results)) else 0
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.replace(path, (json.dumps(content, indent=1) + "\n").encode())
+    print(f"wrote {path}")
+
+
+def _implementations(args: argparse.Namespace) -> int:
+    from ..bench import implementations
+    names = list(OPERATORS) if args.op == ["all"] else args.op
+    for name in names:
+        check(name in OPERATORS, "bench: expected an operator; got {!r}.", name,
+              remedy="Choose from: all, " + ", ".join(OPERATORS) + ".")
+    torch.set_num_threads(args.threads)
+    about = {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine(),
+             "device": args.device, "threads": torch.get_num_threads(), "dtype": "float32", "repeats": args.repeats}
+    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    print(implementations.HEAD)
+    results = []
     for name in names:
         for n in args.n:
-            sizes = {"b": args.b, "h": args.h, "n": n, "d": args.d}
-            for row in measure(name, sizes, args.device, args.repeats):
+            for row in implementations.measure(name, {"b": args.b, "h": args.h, "n": n, "d": args.d}, args.device, args.repeats):
                 results.append(row)
-                failed |= "wrong" in row
-                print(_line(row), flush=True)
+                print(implementations.line(row), flush=True)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.replace(args.out, json.dumps({"machine": machine, "results": results}, indent=2).encode())
-        print(f"wrote {args.out}")
-    return 1 if failed else 0
-
-
-def _line(row: dict) -> str:
-    head = f"{row['operator']:<23}{row['n']:>6}  {row['impl']:<24}"
-    if "forward_ms" not in row:
-        return head + (f"WRONG: {row['wrong']}" if "wrong" in row else row["unavailable"])
-    return (f"{head}{row['forward_ms']:>11.3f}{row['forward_speedup']:>7.2f}{row['gradient_ms']:>18.3f}"
-            f"{row['gradient_speedup']:>7.2f}")
-
-
-def measure(name: str, sizes: dict, device: str, repeats: int) -> list[dict]:
-    """One row per implementation of an operator at one size; the reference first."""
-    case = CASES[name]
-    module = importlib.import_module(f"fnattn.ops.{case.module}")
-    args = inputs(case, sizes, device, torch.float32)
-    rows, base = [], {}
-    for impl in (REFERENCE, *(k.name for k in module.KERNELS)):
-        row: dict[str, Any] = {"operator": name, **sizes, "impl": impl}
-        rows.append(row)
-        kernel = next((k for k in module.KERNELS if k.name == impl), None)
-        reason = kernel.why_not(*case.asked(*args)) if kernel else None
-        if reason is not None:
-            row["unavailable"] = reason
-            continue
-        wrong = disagreement(name, sizes, device, impl) if kernel else None
-        if wrong:
-            row["wrong"] = wrong
-            continue
-        fn = function(name, impl, sizes)
-        row["forward_ms"] = _median(lambda fn=fn: fn(*args), repeats, device)
-        row["gradient_ms"] = _median(lambda fn=fn: gradients(fn, args), repeats, device)
-        base = base or row
-        for kind in ("forward", "gradient"):
-            row[f"{kind}_speedup"] = base[f"{kind}_ms"] / row[f"{kind}_ms"]
-    return rows
-
-
-def function(name: str, impl: str, sizes: dict) -> Callable:
-    """The operator with one implementation, giving its first result."""
-    op = getattr(importlib.import_module("fnattn.ops"), name)
-    options = CASES[name].options(sizes)
-
-    def fn(*args):
-        out = op(*args, **options, impl=impl)
-        return out[0] if isinstance(out, tuple) else out
-
-    return fn
-
-
-def inputs(case: Case, sizes: dict, device: str, dtype: torch.dtype) -> tuple:
-    """Normal numbers for a call, the same ones in every run."""
-    count = iter(range(1000))
-    return case.call(lambda *shape: random.normal(random.fold_in(random.key(0, device=device), next(count)), shape, dtype), sizes)
-
-
-def gradients(fn: Callable, args: tuple) -> tuple[Tensor, Any]:
-    """A weighted sum of the result, and its gradient with respect to every floating argument."""
-    def total(given):
-        out = fn(*given)
-        # Uneven weights: a plain sum of squares cannot see a rotation.
-        return (out * torch.arange(out.numel(), device=out.device, dtype=out.dtype).reshape(out.shape).cos()).sum()
-
-    return tree.value_and_grad(total)(args)
-
-
-def disagreement(name: str, sizes: dict, device: str, impl: str) -> str | None:
-    """How an implementation differs from the reference, with at most 128 positions; None if it does not.
-
-    The reference computes in double precision where the device has it, from the same numbers.
-    """
-    small = {**sizes, "n": min(sizes["n"], 128)}
-    wide = torch.float32 if device == "mps" else torch.float64
-    given = inputs(CASES[name], small, device, torch.float32)
-    truth = tree.leaves(gradients(function(name, REFERENCE, small), _cast(given, wide)))
-    for dtype, tolerance in TOLERANCE.items():
-        args = _cast(given, dtype)
-        try:
-            found = tree.leaves(gradients(function(name, impl, small), args))
-        except KernelUnavailable:  # not in this precision: nothing to compare
-            continue
-        for a, b in zip(found, truth):
-            if a is not None and float((a - b).abs().max()) > tolerance * float(b.abs().max()):
-                return f"{dtype}: differs from the reference by {float((a - b).abs().max()):.1e} of {float(b.abs().max()):.1e}"
-    return None
-
-
-def _cast(given: tuple, dtype: torch.dtype) -> tuple:
-    return tree.map(lambda x: x.to(dtype) if tree.is_differentiable(x) else x, given)
-
-
-def _median(fn: Callable, repeats: int, device: str) -> float:
-    """Milliseconds of one call."""
-    def once() -> float:
-        began = time.perf_counter()
-        fn()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - began) * 1e3
-
-    once()
-    return statistics.median(once() for _ in range(repeats))
+        _write(args.out, {"machine": about, "results": results})
+    return 1 if any("wrong" in row for row in results) else 0
