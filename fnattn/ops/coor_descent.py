@@ -11,7 +11,11 @@ Ainslie et al. 2023 (CoLT5), arXiv 2303.09752; epsilon scaling: Schmitzer 2016, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+from fnattn_kernels import colt5
 from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import coor_descent as native
 from torch import Tensor
@@ -47,7 +51,8 @@ def coor_descent(s: Tensor, k: float | Tensor, *, eps: float = 0.1, eps_init: fl
         n_iters: iterations, at least 1.
         mask: bool, broadcasts to s; False entries get 0 and pass no gradient.
         solver: "iterate" or "exact".
-        impl: "reference" is plain torch; "native" insists on the C kernel (CPU); "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "native" insists on the C kernel (CPU), "colt5" on that package's (CUDA, float32,
+            solver="iterate"); "auto" chooses. See `ops.report()`.
     Returns:
         y [..., n] in s's dtype, computed in float32, or in float64 if s or k is.
     Raises:
@@ -58,13 +63,14 @@ def coor_descent(s: Tensor, k: float | Tensor, *, eps: float = 0.1, eps_init: fl
     vmap without a loop; compiles and exports.
     """
     s, log_or_k = _prepare(s, k, mask, eps, eps_init, eps_decay, n_iters, solver)
-    kernel = choose("coor_descent", impl, KERNELS, s)
+    kernel = choose("coor_descent", impl, KERNELS, s, log_or_k, solver)
     with no_autocast(s):
+        wide = s.to(log_or_k.dtype)
         if solver == "exact":
-            run = math.exact if kernel is None else _native_exact
-            return run(s.to(log_or_k.dtype), log_or_k, float(eps)).to(s.dtype)
-        run = math.iterate if kernel is None else _native_iterate
-        return run(s.to(log_or_k.dtype), log_or_k, *settings(eps, eps_init, eps_decay, n_iters)).to(s.dtype)
+            run = math.exact if kernel is None else kernel.run.exact
+            return run(wide, log_or_k, float(eps)).to(s.dtype)
+        run = math.iterate if kernel is None else kernel.run.iterate
+        return run(wide, log_or_k, *settings(eps, eps_init, eps_decay, n_iters)).to(s.dtype)
 
 
 def settings(eps: float, eps_init: float | None, eps_decay: float, n_iters: int) -> tuple[float, float, float, int]:
@@ -131,37 +137,38 @@ def _broadcasts(shape, to) -> bool:
     return len(shape) <= len(to) and all(a == 1 or a == b for a, b in zip(reversed(shape), reversed(to)))
 
 
-# ------------------------------------------------------------------------------------------------ the native kernel
+# ------------------------------------------------------------------------------------------------ the kernels
 
 
-def _rows(s: Tensor) -> Tensor:
-    """[..., n] -> [rows, n]."""
-    return s.flatten(0, -2) if s.ndim > 1 else s[None]
+def _along_rows(operator) -> Callable:
+    """The operator's first result, for scores [..., n] and log k (or k) [...]."""
+
+    def run(s: Tensor, log_or_k: Tensor, *options) -> Tensor:
+        rows = s.reshape(-1, s.shape[-1]) if s.numel() else s.flatten(0, -2) if s.ndim > 1 else s[None]
+        return operator(rows, log_or_k.reshape(-1), *options)[0].view(s.shape)
+
+    return run
 
 
-def _native_iterate(s: Tensor, log_k: Tensor, *options) -> Tensor:
-    return native.iterate(_rows(s), log_k.flatten(), *options)[0].view(s.shape)
+# What else operators return besides y - thresholds m, marks - are functions of s and log_k that only their backward reads, and
+# its own derivatives are taken from a formula that computes them anew: so these pass no gradient, and their tangent is not read.
 
 
-def _native_exact(s: Tensor, k: Tensor, eps: float) -> Tensor:
-    return native.exact(_rows(s), k.flatten(), eps)[0].view(s.shape)
+def _derive_iterate(iterate, backward: Callable, tangent: Callable) -> None:
+    """backward(s, log_k, outs, g, *schedule) -> ds, dlogk; tangent(s, log_k, outs, ts, tlog_k, *schedule) -> ty."""
 
+    def vjp(needs, args, outs, cotangents):
+        s, log_k, *options = args
+        if cotangents[0] is None:
+            return (None,) * len(args)
+        ds, dlogk = backward(s, log_k, outs, cotangents[0], *options)
+        return (ds if needs[0] else None, dlogk if needs[1] else None, *(None for _ in options))
 
-# The thresholds m are functions of s and log_k that only the backward kernel reads, and its own derivatives are taken from
-# a formula that computes them anew: so m passes no gradient, and its tangent is never read.
+    def jvp(args, outs, tangents):
+        s, log_k, *options = args
+        return tangent(s, log_k, outs, *_both(s, log_k, tangents), *options), torch.zeros_like(outs[1])
 
-
-def _iterate_vjp(needs, args, outs, cotangents):
-    s, log_k, *options = args
-    if cotangents[0] is None:
-        return (None,) * len(args)
-    ds, dlogk = native.iterate_back(s, log_k, outs[1], cotangents[0], *options)
-    return (ds if needs[0] else None, dlogk if needs[1] else None, *(None for _ in options))
-
-
-def _iterate_jvp(args, outs, tangents):
-    (s, log_k), m = args[:2], outs[1]
-    return native.tangent(s, log_k, m, *_both(s, log_k, tangents), False, *args[2:]), torch.zeros_like(m)
+    iterate.derive(vjp=vjp, jvp=jvp)
 
 
 def _both(s, log_k, tangents):
@@ -169,24 +176,20 @@ def _both(s, log_k, tangents):
     return (torch.zeros_like(x) if t is None else t for x, t in zip((s, log_k), tangents))
 
 
+def _derive_by_formula(operator, formula: Callable, *unread: int) -> None:
+    """Derivatives of a plain-torch formula, which takes the operator's arguments without those at these places."""
+
+    def without(*args):
+        return formula(*(a for i, a in enumerate(args) if i not in unread))
+
+    operator.derive(vjp=lambda needs, args, outs, cotangents: reference_vjp(without, needs, args, cotangents),
+                    jvp=lambda args, outs, tangents: reference_jvp(without, args, tangents), save_outputs=False)
+
+
 def _tangent_formula(s, log_or_k, m, ts, tlog_or_k, exact, *schedule):
     if exact:
         return math.exact_tangent(s, log_or_k, m[:, 0].detach(), ts, tlog_or_k, schedule[0])
     return math.iterate_tangent(s, log_or_k, ts, tlog_or_k, *schedule)
-
-
-def _without(fn, *places):
-    """fn for argument lists that also hold residuals at these places."""
-    return lambda *args: fn(*(a for i, a in enumerate(args) if i not in places))
-
-
-_iterate_back = _without(math.iterate_back, 2)       # s, log_k, [m], g, ...
-_exact_back = _without(math.exact_back, 3)           # s, k, cut, [m], g, eps
-
-native.iterate.derive(vjp=_iterate_vjp, jvp=_iterate_jvp)
-native.iterate_back.derive(
-    vjp=lambda needs, args, outs, cotangents: reference_vjp(_iterate_back, needs, args, cotangents),
-    jvp=lambda args, outs, tangents: reference_jvp(_iterate_back, args, tangents), save_outputs=False)
 
 
 def _exact_vjp(needs, args, outs, cotangents):
@@ -204,12 +207,33 @@ def _exact_jvp(args, outs, tangents):
     return tangent, torch.zeros_like(cut), torch.zeros_like(m)
 
 
-native.tangent.derive(
-    vjp=lambda needs, args, outs, cotangents: reference_vjp(_tangent_formula, needs, args, cotangents),
-    jvp=lambda args, outs, tangents: reference_jvp(_tangent_formula, args, tangents), save_outputs=False)
+_derive_iterate(native.iterate, lambda s, log_k, outs, *rest: native.iterate_back(s, log_k, outs[1], *rest),
+                lambda s, log_k, outs, ts, tlog_k, *rest: native.tangent(s, log_k, outs[1], ts, tlog_k, False, *rest))
+_derive_by_formula(native.iterate_back, math.iterate_back, 2)   # s, log_k, [m], g, ...
+_derive_by_formula(native.tangent, _tangent_formula)
 native.exact.derive(vjp=_exact_vjp, jvp=_exact_jvp)
-native.exact_back.derive(
-    vjp=lambda needs, args, outs, cotangents: reference_vjp(_exact_back, needs, args, cotangents),
-    jvp=lambda args, outs, tangents: reference_jvp(_exact_back, args, tangents), save_outputs=False)
+_derive_by_formula(native.exact_back, math.exact_back, 3)       # s, k, cut, [m], g, eps
 
-KERNELS = (Kernel("native", _native_iterate, lambda s: native_reason(native.SOURCE, s)),)
+# The package has no tangent: that is plain torch.
+_derive_iterate(colt5.iterate, lambda s, log_k, outs, *rest: colt5.iterate_back(s, log_k, *outs, *rest),
+                lambda s, log_k, outs, *rest: math.iterate_tangent(s, log_k, *rest))
+_derive_by_formula(colt5.iterate_back, math.iterate_back, 2, 3)  # s, log_k, [y, marks], g, ...
+
+
+class Solvers(NamedTuple):
+    """A kernel's two solvers; None: it has none of this kind."""
+
+    iterate: Callable
+    exact: Callable | None = None
+
+
+def _colt5_reason(s: Tensor, log_or_k: Tensor, solver: str) -> str | None:
+    return 'has solver="iterate" only' if solver == "exact" else colt5.why_not(s, log_or_k)
+
+
+KERNELS = (
+    Kernel("native", Solvers(_along_rows(native.iterate), _along_rows(native.exact)),
+           lambda s, log_or_k, solver: native_reason(native.SOURCE, s)),
+    # Not yet measured on a GPU, so not yet chosen there.
+    Kernel("colt5", Solvers(_along_rows(colt5.iterate)), _colt5_reason, lambda *args: False),
+)

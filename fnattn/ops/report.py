@@ -85,7 +85,7 @@ CASES = {
     "softmax_attention": Case("softmax", _qkv, lambda s: {"causal": True}),
     "rotary": Case("rotary", _rotary, asked=lambda x, positions, freqs: (x, freqs)),
     "coor_descent": Case("coor_descent", lambda draw, s: (draw(s["b"], s["h"], s["n"]),), lambda s: {"k": 2.0},
-                         asked=lambda x: (x,)),
+                         asked=lambda s: (s, s[..., 0], "iterate")),
     "coor_descent_attention": Case("coor_attention", _qkv, lambda s: {"sparsity_k": 2.0}),
     "block_sparse_attention": Case("block_sparse", _blocks, lambda s: {"block": BLOCK, "causal": True}),
     "conv_attention": Case("conv_attention", _qkv, _picture),

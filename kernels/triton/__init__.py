@@ -22,7 +22,7 @@ from ..contracts import KernelUnavailable
 @functools.cache
 def _unusable(device: str, switch: str) -> str | None:
     if device == "cpu" and switch != "1":
-        return "needs CUDA tensors, got cpu (with TRITON_INTERPRET=1 in the environment, Triton interprets kernels on the CPU)"
+        return "needs CUDA tensors, got cpu (TRITON_INTERPRET=1 in the environment would interpret it)"
     if device not in ("cpu", "cuda"):
         return f"needs CUDA tensors, got {device}"
     lang = importlib.import_module(f"{__name__}.lang")

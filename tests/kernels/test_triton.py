@@ -92,3 +92,21 @@ def test_scan_compiles_for_a_gpu(lag):
     shape = dict(START=True, REVERSE=lag, LAG=lag, ACC=lang.accumulator(torch.float32), **scan.tiles(1000, 1000))
     compiled(scan_device, "scan", ("a", "x", "h0", "h"), ("n", "c"), shape)
     compiled(scan_device, "scan_pairs", ("a", "x", "h0", "h"), ("n", "c"), {**shape, "CONJUGATE": True})
+
+
+@needs_triton
+@pytest.mark.skipif(lang.INTERPRETED, reason="the interpreter does not compile")
+def test_the_kernels_of_colt5_compile_for_a_gpu():
+    device = pytest.importorskip("colt5_attention.triton_coor_descent")
+    sizes = {"BLOCK_SIZE": 128}
+    strides = ("input_row_stride", "b_row_stride", "mask_row_stride", "n_iters", "n_cols")
+    compiled_colt5(device.coor_descent_kernel_forward, (*strides, "a_iter_stride", "b_iter_stride"),
+                   ("current_eps", "eps_decay", "eps"), sizes)
+    compiled_colt5(device.coor_descent_kernel_backward, (*strides, "ds_row_stride", "db_row_stride"),
+                   ("eps_init", "eps_decay", "eps"), sizes)
+
+
+def compiled_colt5(kernel, integers, floats, constants):
+    kinds = {name: "*fp32" for name in kernel.arg_names} | {"mask_ptr": "*i32"}
+    kinds |= dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32") | dict.fromkeys(constants, "constexpr")
+    assert lang.compiled_for(kernel, kinds, constants).metadata.shared <= SHARED

