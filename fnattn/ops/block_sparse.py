@@ -14,6 +14,7 @@ torch since 2.0 and were removed in 0.19.7.
 from __future__ import annotations
 
 import torch
+from fnattn_kernels.deepspeed import sparse_missing
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -137,4 +138,9 @@ def _worth_gathering(q: Tensor, k: Tensor, v: Tensor, layout: Tensor) -> bool:
     return values is not None and float(values.float().mean()) <= 0.25
 
 
-KERNELS = (BLOCK_SPARSE, Kernel("gather", gather, _gather_reason, _worth_gathering),)
+KERNELS = (
+    BLOCK_SPARSE,
+    Kernel("gather", gather, _gather_reason, _worth_gathering),
+    # Never runs: its reason is what somebody who asks for DeepSpeed's kernels should read.
+    Kernel("deepspeed", reference, lambda *args: sparse_missing()),
+)

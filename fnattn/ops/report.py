@@ -83,6 +83,7 @@ CASES = {
     "gate_loop": Case("gate_loop.complex", _gate_loop, asked=lambda q, k, v, a: (q, k, v, a, None, None)),
     "simple_gate_loop": Case("gate_loop.simple", _simple_gate_loop, asked=lambda q, kv, a: (q, kv, a, None)),
     "softmax_attention": Case("softmax", _qkv, lambda s: {"causal": True}),
+    "masked_softmax": Case("masked_softmax", lambda draw, s: (draw(s["b"], s["h"], s["n"], s["n"]),)),
     "rotary": Case("rotary", _rotary, asked=lambda x, positions, freqs: (x, freqs)),
     "coor_descent": Case("coor_descent", lambda draw, s: (draw(s["b"], s["h"], s["n"]),), lambda s: {"k": 2.0},
                          asked=lambda s: (s, s[..., 0], "iterate")),

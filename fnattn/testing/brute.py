@@ -88,6 +88,12 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = 
     return torch.einsum("bhij,bhje->bhie", p / torch.where(total == 0, torch.ones_like(total), total), _heads(q, v))
 
 
+def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    p = scores.exp() if mask is None else torch.where(mask, scores.exp(), torch.zeros_like(scores))
+    total = p.sum(-1, keepdim=True)
+    return p / torch.where(total == 0, torch.ones_like(total), total)
+
+
 def rotary(x: Tensor, positions: Tensor, freqs: Tensor) -> Tensor:
     angles = positions.to(freqs.dtype)[..., None] * freqs  # [n, pairs]
     width = 2 * freqs.shape[-1]

@@ -144,6 +144,8 @@ CASES = (
          {"text_len": 2, "image_size": 3}, dynamic=({0: "b"},) * 3),
     Case("axial_attention, columns, one key head, mask", "axial_attention", "axial_attention",
          {**_qkv(b=2, h=3, g=1, n=10, m=10, d=2), "mask": ((2, 10), "mask")}, {"text_len": 3, "image_size": 3, "axis": 1}),
+    Case("masked_softmax", "masked_softmax", "masked_softmax", {"scores": ((3, 7), "normal"), "mask": ((3, 7), "mask")},
+         dynamic=({0: "b"}, {0: "b"})),
     Case("rotary", "rotary", "rotary",
          {"x": ((2, 2, 5, 7), "normal"), "positions": ((5,), "positions"), "freqs": ((3,), "positive")}),
     Case("coor_descent", "coor_descent", "coor_descent", {"s": ((3, 7), "normal"), "k": ((3,), "positive")},

@@ -110,3 +110,13 @@ def compiled_colt5(kernel, integers, floats, constants):
     kinds = {name: "*fp32" for name in kernel.arg_names} | {"mask_ptr": "*i32"}
     kinds |= dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32") | dict.fromkeys(constants, "constexpr")
     assert lang.compiled_for(kernel, kinds, constants).metadata.shared <= SHARED
+
+
+@needs_triton
+@pytest.mark.skipif(lang.INTERPRETED, reason="the interpreter does not compile")
+def test_the_kernel_of_deepspeed_compiles_for_a_gpu():
+    pytest.importorskip("deepspeed")
+    from deepspeed.ops.transformer.inference.triton.softmax import softmax_kernel
+
+    kinds = {"output_ptr": "*fp32", "input_ptr": "*fp32", "stride": "i32", "n_cols": "i32", "BLOCK_SIZE": "constexpr"}
+    assert lang.compiled_for(softmax_kernel, kinds, {"BLOCK_SIZE": 64}).metadata.shared <= SHARED
