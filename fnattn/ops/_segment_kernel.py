@@ -1,32 +1,66 @@
 """Attention over static segments of keys in C, as conv_attention, axial_attention and block_sparse_attention use it.
 
-Value, gradient and tangent are fused. Their derivatives are those of the plain-torch formulas of softmax attention under the
-pattern's mask of positions, which recompute the weights from q, k and v: a saved sum is a function of them, not an input.
+Value, gradient, tangent, and the tangent of the gradient are fused. They close under differentiation to second order, for with
+f = g . attend(q, k, v), whose gradient in (q, k, v) is `backward`, J its Jacobian and H its symmetric Hessian in (q, k, v):
+
+    tangent of backward along (tg, t)      second = H t + J^T tg
+    pull-back of c through backward        H c for (q, k, v);   J c for g, which is `tangent`
+    pull-back of c through tangent         H t of c . attend for (q, k, v);   J^T c for t, which is `backward`
+
+Further derivatives are those of plain-torch formulas under the pattern's mask of positions. Both recompute the weights from q, k
+and v: a saved result (out, lse, their tangents) is a function of them, not an input.
 """
 
 from __future__ import annotations
 
 import torch
+from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import segment_attention as native
 from torch import Tensor
 
-from . import _segments
+from . import _segments, softmax
 from ._door import Kernel, native_reason
-from .softmax import _backward_formula, _by_formula, _fold, _tangent_formula
 
-ATTEND, BACKWARD, TANGENT = native.operators("segment_attention_native", _segments.lists)
+ATTEND, BACKWARD, TANGENT, SECOND = native.operators("segment_attention_native", _segments.lists)
 
 
-def _table(q: Tensor, keep: Tensor | None, layout: Tensor | None, pattern) -> Tensor:
+# ------------------------------------------------------------------------------------------------ formulas
+
+
+def _mask(q: Tensor, keep: Tensor | None, layout: Tensor | None, pattern) -> Tensor:
     return _segments.table(tuple(pattern), layout, keep, q.shape[2], q.device)
 
 
 def _of_backward(g, q, k, v, keep, out, lse, layout, pattern, scale, g_lse=None):
-    return _backward_formula(g, q, k, v, _table(q, keep, layout, pattern), out, lse, None, scale, g_lse)
+    return softmax._backward_formula(g, q, k, v, _mask(q, keep, layout, pattern), out, lse, None, scale, g_lse)
 
 
 def _of_tangent(q, k, v, keep, out, lse, tq, tk, tv, layout, pattern, scale):
-    return _tangent_formula(q, k, v, _table(q, keep, layout, pattern), out, lse, tq, tk, tv, None, scale)
+    return softmax._tangent_formula(q, k, v, _mask(q, keep, layout, pattern), out, lse, tq, tk, tv, None, scale)
+
+
+def _of_second(g, q, k, v, keep, out, lse, t_out, t_lse, tg, tq, tk, tv, layout, pattern, scale):
+    tg, tq, tk, tv = (torch.zeros_like(x) if t is None else t for x, t in ((g, tg), (q, tq), (k, tk), (v, tv)))
+    q, p = softmax._table(q, k, _mask(q, keep, layout, pattern), None, scale)
+    g, tg, tq = (t.unflatten(1, q.shape[1:3]) for t in (g, tg, tq))
+    ts = scale * (torch.einsum("bgrid,bgjd->bgrij", tq, k) + torch.einsum("bgrid,bgjd->bgrij", q, tk))
+    tp = p * (ts - (p * ts).sum(-1, keepdim=True))
+    slope = torch.einsum("bgrie,bgje->bgrij", g, v)
+    t_slope = torch.einsum("bgrie,bgje->bgrij", tg, v) + torch.einsum("bgrie,bgje->bgrij", g, tv)
+    t_slope = t_slope - (tp * slope + p * t_slope).sum(-1, keepdim=True)
+    slope = slope - (p * slope).sum(-1, keepdim=True)
+    ds, tds = scale * p * slope, scale * (tp * slope + p * t_slope)
+    dq = torch.einsum("bgrij,bgjd->bgrid", tds, k) + torch.einsum("bgrij,bgjd->bgrid", ds, tk)
+    dk = torch.einsum("bgrij,bgrid->bgjd", tds, q) + torch.einsum("bgrij,bgrid->bgjd", ds, tq)
+    dv = torch.einsum("bgrij,bgrie->bgje", tp, g) + torch.einsum("bgrij,bgrie->bgje", p, tg)
+    return dq.flatten(1, 2), dk, dv
+
+
+# ------------------------------------------------------------------------------------------------ rules
+
+
+def _where(needs, grads) -> tuple:
+    return tuple(x if need else None for x, need in zip(grads, needs))
 
 
 def _attend_vjp(needs, args, outs, cotangents):
@@ -37,7 +71,7 @@ def _attend_vjp(needs, args, outs, cotangents):
     else:
         g = torch.zeros_like(outs[0]) if g is None else g
         grads = _of_backward(g, q, k, v, keep, *outs, *pattern, g_lse)
-    return (*(x if need else None for x, need in zip(grads, needs)), None, None, None, None)
+    return (*_where(needs, grads), None, None, None, None)
 
 
 def _attend_jvp(args, outs, tangents):
@@ -45,9 +79,43 @@ def _attend_jvp(args, outs, tangents):
     return TANGENT(q, k, v, keep, *outs, *tangents[:3], *pattern)
 
 
-ATTEND.derive(vjp=_attend_vjp, jvp=_attend_jvp, batch=_fold(ATTEND, mask_at=4))
-_by_formula(BACKWARD, _of_backward, mask_at=7)
-_by_formula(TANGENT, _of_tangent, mask_at=9)
+def _backward_vjp(needs, args, outs, cotangents):
+    g, q, k, v, keep, out, lse, *pattern = args
+    moved = TANGENT(q, k, v, keep, out, lse, *cotangents, *pattern)
+    grads = SECOND(g, q, k, v, keep, out, lse, *moved, None, *cotangents, *pattern) if any(needs[1:4]) else (None,) * 3
+    return (*_where(needs, (moved[0], *grads)), *(None,) * 6)
+
+
+def _backward_jvp(args, outs, tangents):
+    g, q, k, v, keep, out, lse, *pattern = args
+    moved = tangents[5:7]  # those of out and lse, unless they were saved before anyone moved
+    if any(t is None for t in moved):
+        moved = TANGENT(q, k, v, keep, out, lse, *tangents[1:4], *pattern)
+    return SECOND(g, q, k, v, keep, out, lse, *moved, *tangents[:4], *pattern)
+
+
+def _tangent_vjp(needs, args, outs, cotangents):
+    c, c_lse = cotangents
+    if c_lse is not None:
+        return reference_vjp(_of_tangent, needs, args, cotangents)
+    q, k, v, keep, out, lse, *moves = args
+    moves, pattern = moves[:3], moves[3:]
+    first = SECOND(c, q, k, v, keep, out, lse, *outs, None, *moves, *pattern) if any(needs[:3]) else (None,) * 3
+    second = BACKWARD(c, q, k, v, keep, out, lse, *pattern) if any(needs[6:9]) else (None,) * 3
+    return (*_where(needs, first), None, None, None, *_where(needs[6:], second), None, None, None)
+
+
+def _tangent_jvp(args, outs, tangents):
+    return reference_jvp(_of_tangent, args, tangents)
+
+
+for _operator, _vjp, _jvp, _layout_at in ((ATTEND, _attend_vjp, _attend_jvp, 4), (BACKWARD, _backward_vjp, _backward_jvp, 7),
+                                          (TANGENT, _tangent_vjp, _tangent_jvp, 9)):
+    _operator.derive(vjp=_vjp, jvp=_jvp, batch=softmax._fold(_operator, mask_at=_layout_at), save_outputs=_operator is not BACKWARD)
+softmax._by_formula(SECOND, _of_second, mask_at=13)
+
+
+# ------------------------------------------------------------------------------------------------ kernels of three operators
 
 
 def _why_not(q: Tensor, k: Tensor, v: Tensor, *_) -> str | None:

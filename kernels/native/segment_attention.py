@@ -31,11 +31,12 @@ class Lists(NamedTuple):
 
 
 class SegmentOperators(NamedTuple):
-    """The three operators over one way to make lists; see `operators`."""
+    """The operators over one way to make lists; see `operators`."""
 
     attend: Operator
     backward: Operator
     tangent: Operator
+    second: Operator
 
 
 def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -80,6 +81,12 @@ def operators(name: str, lists: Callable[..., Lists]) -> SegmentOperators:
               scale)
         return moved
 
+    def second(g, q, k, v, keep, out, lse, t_out, t_lse, tg, tq, tk, tv, layout, pattern, scale):
+        g, q, k, v, keep, *rest = _plain(g, q, k, v, keep, out, lse, t_out, t_lse, tg, tq, tk, tv)
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _call("segment_attention_second", made(q, layout, pattern), (g, q, k, v, keep), (*rest, *grads), q, v, 12, scale)
+        return grads
+
     rest = "Tensor? layout, SymInt[] pattern, float scale) -> "
     found = SegmentOperators(
         # out [b, h, n, e] and the scores' log-sum-exp [b, h, n] (0 for a row that sees nothing).
@@ -92,10 +99,15 @@ def operators(name: str, lists: Callable[..., Lists]) -> SegmentOperators:
         # Tangents of out and lse given those of q, k, v.
         Operator(f"{name}_tangent", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, Tensor? tq, "
                  f"Tensor? tk, Tensor? tv, {rest}(Tensor, Tensor)", cpu=tangent,
-                 fake=lambda q, k, v, keep, out, lse, *_: (q.new_empty(out.shape), q.new_empty(lse.shape))))
+                 fake=lambda q, k, v, keep, out, lse, *_: (q.new_empty(out.shape), q.new_empty(lse.shape))),
+        # Tangents of backward's gradients, given those of out and lse, and of g, q, k, v.
+        Operator(f"{name}_second", 1, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, Tensor t_out, "
+                 f"Tensor t_lse, Tensor? tg, Tensor? tq, Tensor? tk, Tensor? tv, {rest}(Tensor, Tensor, Tensor)", cpu=second,
+                 fake=lambda g, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))))
     found.attend.flops(lambda q, k, v, *_, **__: _flops(2, q, v))
     found.backward.flops(lambda g, q, k, v, *_, **__: _flops(5, q, v))
     found.tangent.flops(lambda q, k, v, *_, **__: _flops(5, q, v))
+    found.second.flops(lambda g, q, k, v, *_, **__: _flops(12, q, v))
     return found
 
 

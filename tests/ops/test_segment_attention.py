@@ -150,6 +150,28 @@ def test_hessian_vector_products_agree_between_modes_and_with_the_reference(case
             assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("case", SMALL)
+def test_third_derivatives_equal_those_of_the_reference(case):
+    tensors, name, options = make(case)
+    moves, others = directions(tensors), directions(tensors, 11)
+
+    def products(impl):
+        def loss(*a):
+            return attending(name, options, impl)(*a).pow(3).sum()
+
+        def along(*a):
+            return torch.func.jvp(loss, a, moves)[1]
+
+        slope = torch.func.grad(loss, (0, 1, 2))
+        hessian = lambda *a: torch.func.jvp(slope, a, moves)[1]  # noqa: E731
+        return (*torch.func.jvp(hessian, tensors, others)[1], *torch.func.vjp(hessian, *tensors)[1](others),
+                *torch.func.jvp(torch.func.grad(along, (0, 1, 2)), tensors, others)[1])
+
+    for ours, theirs in zip(products("native"), products("reference")):
+        assert theirs.abs().max() > 0
+        assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("case", ["window, the picture's last row begun", "columns", "layout per head, both directions", "layout"])
 def test_mapping_equals_a_loop_in_values_and_gradients(case):
     stack = [torch.stack(t) for t in zip(*(make(case, seed=seed)[0] for seed in range(3)))]
