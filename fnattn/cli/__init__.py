@@ -15,6 +15,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a language model over any causal family of attention",
     "generate": "stream text from a checkpoint",
+    "inspect": "look inside a checkpoint: gradients, curvature, attention maps",
     "train-images": "train a text-to-image transformer on handwritten digits",
     "generate-images": "draw digits from their names",
     "list": "families of attention, their options, and what each supports",
