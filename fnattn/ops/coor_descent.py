@@ -18,6 +18,7 @@ import torch
 from fnattn_kernels import colt5
 from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import coor_descent as native
+from fnattn_kernels.triton import coor_descent as triton
 from torch import Tensor
 
 from . import _coor_math as math
@@ -51,8 +52,8 @@ def coor_descent(s: Tensor, k: float | Tensor, *, eps: float = 0.1, eps_init: fl
         n_iters: iterations, at least 1.
         mask: bool, broadcasts to s; False entries get 0 and pass no gradient.
         solver: "iterate" or "exact".
-        impl: "reference" is plain torch; "native" insists on the C kernel (CPU), "colt5" on that package's (CUDA, float32,
-            solver="iterate"); "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "native" insists on the C kernel (CPU), "triton" on Triton's (CUDA), "colt5" on that
+            package's (CUDA, float32), both for solver="iterate"; "auto" chooses. See `ops.report()`.
     Returns:
         y [..., n] in s's dtype, computed in float32, or in float64 if s or k is.
     Raises:
@@ -214,6 +215,11 @@ _derive_by_formula(native.tangent, _tangent_formula)
 native.exact.derive(vjp=_exact_vjp, jvp=_exact_jvp)
 _derive_by_formula(native.exact_back, math.exact_back, 3)       # s, k, cut, [m], g, eps
 
+_derive_iterate(triton.iterate, lambda s, log_k, outs, *rest: triton.iterate_back(s, log_k, outs[1], *rest),
+                lambda s, log_k, outs, *rest: triton.tangent(s, log_k, outs[1], *rest))
+_derive_by_formula(triton.iterate_back, math.iterate_back, 2)
+_derive_by_formula(triton.tangent, math.iterate_tangent, 2)      # s, log_k, [m], ts, tlog_k, ...
+
 # The package has no tangent: that is plain torch.
 _derive_iterate(colt5.iterate, lambda s, log_k, outs, *rest: colt5.iterate_back(s, log_k, *outs, *rest),
                 lambda s, log_k, outs, *rest: math.iterate_tangent(s, log_k, *rest))
@@ -227,13 +233,15 @@ class Solvers(NamedTuple):
     exact: Callable | None = None
 
 
-def _colt5_reason(s: Tensor, log_or_k: Tensor, solver: str) -> str | None:
-    return 'has solver="iterate" only' if solver == "exact" else colt5.why_not(s, log_or_k)
+def _iterates(why_not: Callable) -> Callable:
+    """why_not(s, log_k) for a kernel without the exact solver."""
+    return lambda s, log_or_k, solver: 'has solver="iterate" only' if solver == "exact" else why_not(s, log_or_k)
 
 
 KERNELS = (
     Kernel("native", Solvers(_along_rows(native.iterate), _along_rows(native.exact)),
            lambda s, log_or_k, solver: native_reason(native.SOURCE, s)),
     # Not yet measured on a GPU, so not yet chosen there.
-    Kernel("colt5", Solvers(_along_rows(colt5.iterate)), _colt5_reason, lambda *args: False),
+    Kernel("triton", Solvers(_along_rows(triton.iterate)), _iterates(lambda s, log_k: triton.why_not(s)), lambda *args: False),
+    Kernel("colt5", Solvers(_along_rows(colt5.iterate)), _iterates(colt5.why_not), lambda *args: False),
 )

@@ -120,3 +120,15 @@ def test_the_kernel_of_deepspeed_compiles_for_a_gpu():
 
     kinds = {"output_ptr": "*fp32", "input_ptr": "*fp32", "stride": "i32", "n_cols": "i32", "BLOCK_SIZE": "constexpr"}
     assert lang.compiled_for(softmax_kernel, kinds, {"BLOCK_SIZE": 64}).metadata.shared <= SHARED
+
+
+@needs_triton
+@pytest.mark.skipif(lang.INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("n, dtype", [(100, "fp32"), (2048, "fp64")])
+def test_coor_descent_compiles_for_a_gpu(n, dtype):
+    from fnattn_kernels.triton import coor_descent, coor_descent_device
+
+    shape = dict(coor_descent.tiles(n), ACC=lang.accumulator(torch.float64 if dtype == "fp64" else torch.float32))
+    given = ("s", "log_k", "epsilons", "m")
+    for name, others in (("iterate", ("y",)), ("iterate_back", ("g", "ds", "dlog_k")), ("tangent", ("ts", "tlog_k", "ty"))):
+        compiled(coor_descent_device, name, (*given, *others), ("n", "n_iters"), shape, dtype=dtype)
