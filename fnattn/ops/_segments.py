@@ -109,8 +109,12 @@ def _blocks(pattern: tuple[int, ...], layout: Tensor | None, n: int) -> Iterator
     every = torch.arange(n, device="cpu")
     if pattern[0] == BLOCKS:
         _, block, causal = pattern
+        inside = torch.arange(block, device="cpu")
         for start in range(0, n, SPAN):
-            yield every[start:start + SPAN], every[:start + SPAN] if causal else every
+            stop = min(n, start + SPAN)
+            columns = layout[start // block:(stop - 1) // block + 1].any(0).nonzero()
+            keys = (columns * block + inside).flatten()
+            yield every[start:stop], keys[keys < (stop if causal else n)]
         return
     t, side = min(n, pattern[1]), pattern[2]
     text, pixels = every[:t], n - t

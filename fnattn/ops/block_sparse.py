@@ -5,7 +5,7 @@
 Two plain-torch forms. "reference" spreads the layout to a mask of positions: every transform composes, also over the layout,
 at the cost of dense attention. "gather" collects the present key blocks of each row of blocks, rows of like size together:
 the time of the blocks that are there; it has to read the layout, so the layout may not be mapped or traced. The native kernel
-(CPU) walks lists of the blocks that are there and holds no table; derivatives beyond the first are those of "reference".
+(CPU) walks lists of the blocks that are there and holds no table; derivatives beyond the second are those of "reference".
 
 Source: DeepSpeed 0.19.6 sparse self-attention (its layout, causal and key padding masks are ours). Its kernels run on no
 torch since 2.0 and were removed in 0.19.7.
