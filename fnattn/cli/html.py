@@ -35,6 +35,7 @@ WIDE = """
 picture { display: block; margin: .5rem 0; }
 nav { margin: 1rem 0 0; font-size: .9rem; }
 nav a { margin-right: 1rem; color: var(--ink); }
+@media (max-width: 600px) { .wide td:first-child, .wide th { white-space: normal; } }
 @media (max-width: 600px) { body { padding: 1.25rem .9rem 3rem; } h1 { font-size: 1.3rem; } }
 """
 

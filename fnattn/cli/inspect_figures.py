@@ -100,6 +100,9 @@ def density(found: Mapping) -> Drawing:
         heights = [max(d, 1e-8 * top) for d in found["density"]]
         axes.fill_between(found["grid"], heights, 1e-8 * top, color=colours["train"], alpha=0.6, linewidth=0)
         axes.plot(found["grid"], heights, color=colours["valid"], linewidth=1)
+        # A single eigenvalue has a weight that no curve shows.
+        axes.plot(found["values"], [1.6e-6 * top] * len(found["values"]), linestyle="none", marker="|", markersize=12,
+                  markeredgewidth=1.5, color=colours["cold"])
         axes.set_yscale("log")
         axes.set_ylim(1e-6 * top, 2 * top)
         return figure

@@ -21,8 +21,8 @@ def page(subject: Subject, found: Mapping[str, Any]) -> str:
     if not subject.exact:
         intro += " Its config scales some gradients in training (frac_gradient...); here derivatives are those of the function itself."
     title = f"Inside {family}" + (f": {valid[-1]:.3f} nats per byte" if valid else "")
-    makers = {"loss": _loss, "gradient": _gradient, "noise": _noise, "hessian": _hessian, "attention": lambda part: _attention(part, subject.shown_text),
-              "character": _character, "outliers": _outliers}
+    makers = {"loss": _loss, "gradient": _gradient, "noise": _noise, "hessian": _hessian,
+              "attention": lambda part: _attention(part, subject.shown_text), "character": _character, "outliers": _outliers}
     sections = [section for name, make in makers.items() if name in found for section in make(found[name])]
     return report(title=title, intro=intro, sections=sections)
 
@@ -80,9 +80,10 @@ def _hessian(found: Mapping) -> list[Section]:
             ("measured with", f"{found['runs']} Lanczos runs of {found['steps']} products, {found['samples']} samples")]
     top = [(i + 1, _n(v, 5), _n(r, 2)) for i, (v, r) in enumerate(zip(found["values"], found["residuals"]))]
     return [Section("Hessian spectrum", "Density of the eigenvalues of the Hessian of the loss, by stochastic Lanczos quadrature; "
-                    "the height is logarithmic. Gradient descent is stable while the learning rate stays below 2 / sharpness.",
+                    "the height is logarithmic, and ticks mark the eigenvalues in the table. Gradient "
+                    "descent is stable while the learning rate stays below 2 / sharpness.",
                     [figures.density(found), Table(("quantity", "value"), rows),
-                     Table(("rank by size", "eigenvalue", "at most so far off"), top)])]
+                     Table(("rank by size", "eigenvalue", "off by at most"), top)])]
 
 
 def _attention(found: Mapping, text: str) -> list[Section]:
