@@ -28,9 +28,8 @@ FLOORS = (
 PRIVATE = {
     "kernels/contracts.py": "the Autograd-key kernel that every operator rests on",
     "fnattn/tree.py": "torch's pytree module; remat's forward mode",
-    "kernels/native/softmax.py": "torch's fused attention for the CPU has no public name",
+    "kernels/native/softmax_aten.py": "torch's fused attention for the CPU has no public name",
     "fnattn/core.py": "whether Python may look at a value",
-    "fnattn/ops/block_sparse.py": "whether Python may look at a layout",
     "fnattn/taps.py": "how many transforms are under way",
     "fnattn/models/reversible.py": "one autograd node that works at every transform level",
     "fnattn/testing": "the checks of derivatives reset and inspect the compiler",

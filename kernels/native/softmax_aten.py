@@ -93,6 +93,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool,
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
+    """out [b, h, n, e] and the logarithm of each row's sum of exponentials [b, h, n]; both 0 where a row sees no key."""
     (b, h, n, _), e = q.shape, v.shape[3]
     segments = _segments(n, k.shape[2], start) if b * h * e else []
     if not segments:
@@ -114,6 +115,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | No
 
 def attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor,
                      start: int | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v for the cotangent g of out."""
     (b, h, n, d), e = q.shape, v.shape[3]
     grads = torch.zeros_like(q, memory_format=torch.contiguous_format), k.new_zeros(k.shape), v.new_zeros(v.shape)
     if not b * h * e:
@@ -140,6 +142,7 @@ def attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
 
 def tangent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, tq: Tensor | None,
             tk: Tensor | None, tv: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Tangents of out and of the logarithm of the row sums, a block of rows at a time."""
     b, h, n, _ = q.shape
     rows = max(1, BLOCK // max(1, b * h * k.shape[2]))
     t_out, t_lse = torch.zeros_like(out), torch.zeros_like(lse)
