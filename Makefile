@@ -1,7 +1,8 @@
 # make demo    trains a small language model on real text and leaves runs/demo/
 # make test    runs the whole test suite
+# make setup-full   also installs every package whose kernels can be used; without them their tests are skipped
 #
-# Both first make a virtual environment in .venv and install into it; the second time that is skipped. Overridable:
+# demo and test first make a virtual environment in .venv and install into it; the second time that is skipped. Overridable:
 #   PYTHON=python3.12   the interpreter to start from (3.10 or newer)
 #   VENV=folder         another place for the environment
 #   TORCH=torch==2.11.0 another torch; options of pip may follow, such as --index-url
@@ -29,31 +30,41 @@ lint: setup-dev
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
+setup-full: $(VENV)/.installed-full
 
-# torch comes first and on its own: nothing that follows may choose another one.
+# torch comes first and on its own, and nothing that follows may choose another one.
+KEEP_TORCH = --constraint $(VENV)/torch.txt
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "fnattn needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH)
-	$(PIP) install -e .
+	$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/torch.txt
+	$(PIP) install $(KEEP_TORCH) -e .
 	@touch $@
 
-# The upstream packages that parity tests compare with. This one asks for a great deal that its attentions do not need.
+# The upstream packages that parity tests compare with, and curvlinops. Those without their dependencies ask for a great deal that
+# is not needed here, such as a torchvision that brings another torch.
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -e '.[dev]'
+	$(PIP) install $(KEEP_TORCH) -e '.[dev]'
 	$(PIP) install --no-deps dalle-pytorch==1.6.6 axial_positional_embedding
+	$(PIP) install opt-einsum tqdm jaxtyping mpmath
+	$(PIP) install --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 einconv==0.1.0 unfoldNd==0.2.3 linear_operator
 	@touch $@
 
-# pytorch-fast-transformers is compiled against the installed torch: a C++ compiler and about four minutes. Its build
-# takes an nvcc on the PATH for a sign of a CUDA torch, so nvcc is hidden; KEEP_NVCC=1 shows it.
-setup-full: setup-dev
+# Every package whose kernels can be used. pytorch-fast-transformers is compiled against the installed torch: a C++ compiler
+# and about four minutes. Its build, and DeepSpeed's, take an nvcc on the PATH for a sign of a CUDA torch, so nvcc is hidden;
+# KEEP_NVCC=1 shows it (with a CUDA 13 also NVCC_APPEND_FLAGS=-arch=sm_90 or the like: the package names one that is gone).
+$(VENV)/.installed-full: $(VENV)/.installed-dev
 	@set -e; hidden=$(abspath $(VENV))/without-nvcc; rm -rf $$hidden; mkdir $$hidden; path=$$hidden; \
 	IFS=:; for folder in $$PATH; do \
 	  if [ -z "$(KEEP_NVCC)" ] && [ -x "$$folder/nvcc" ]; then \
 	    for tool in "$$folder"/*; do case $$tool in */nvcc) ;; *) ln -sf "$$tool" $$hidden/ ;; esac; done; \
 	  else path=$$path:$$folder; fi; done; unset IFS; \
+	export PATH=$$path DS_BUILD_OPS=0 CFLAGS="-O3 $$CFLAGS -g0"; \
+	$(PIP) install $(KEEP_TORCH) -e '.[colt5,deepspeed,triton]'; \
 	echo "building pytorch-fast-transformers (about four minutes)"; \
-	PATH=$$path $(PIP) install --no-build-isolation pytorch-fast-transformers==0.4.0
+	$(PIP) install $(KEEP_TORCH) --no-build-isolation pytorch-fast-transformers==0.4.0
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
