@@ -16,6 +16,8 @@ from ..ops.conv_attention import in_window
 from . import upstream, work
 from .case import Case, Contest, Opponent, Work, bytes_of, floats, normal
 
+_SCAN = "gateloop_transformer.gateloop_transformer"
+
 
 def _layer(cfg: Any, make, counted: tuple[Work, Work], s: dict, device: torch.device) -> Contest:
     """Our layer on x [b, n, dim] against the upstream module that make() builds, with the same weights."""
@@ -25,7 +27,8 @@ def _layer(cfg: Any, make, counted: tuple[Work, Work], s: dict, device: torch.de
         return fnattn.apply(params, x, impl=impl)[0]
 
     # A gradient that is scaled on purpose is so on both sides.
-    return Contest((params, normal("x", s["b"], s["n"], cfg.dim, device=device)), ours, lambda: upstream.layer(make(), params), *counted)
+    x = normal("x", s["b"], s["n"], cfg.dim, device=device)
+    return Contest((params, x), ours, lambda: upstream.layer(make(), params), *counted)
 
 
 def _taylor(s: dict, device: torch.device) -> Contest:
@@ -46,7 +49,7 @@ def _gate_loop(s: dict, device: torch.device) -> Contest:
     core = work.gate_loop_narrow(s["b"], s["n"], h) if h == dim else work.gate_loop_wide(s["b"], h, s["n"], dim // h, dim // h)
     counted = work.total(core, work.linear((rows, dim, 5 * dim + 2 * h)))
     return _layer(gate_loop.Config(dim=dim, heads=h),
-                  lambda: upstream.module("gateloop_transformer.gateloop_transformer").GateLoopedAttention(dim, heads=h), counted, s, device)
+                  lambda: upstream.module(_SCAN).GateLoopedAttention(dim, heads=h), counted, s, device)
 
 
 def _simple(s: dict, device: torch.device) -> Contest:
@@ -86,7 +89,8 @@ def _linformer(s: dict, device: torch.device) -> Contest:
     core = Work(4 * b * n * k * dim, b * 8 * n * k), Work(14 * b * n * k * dim, 2 * b * 8 * n * k)
     counted = work.total(mixing, core, work.linear((b * n, dim, 2 * dim)))
     options = {"dim": dim, "seq_len": n, "k": k}
-    return _layer(linformer.Config(**options), lambda: upstream.module("linformer").LinformerSelfAttention(**options), counted, s, device)
+    return _layer(linformer.Config(**options), lambda: upstream.module("linformer").LinformerSelfAttention(**options), counted, s,
+                  device)
 
 
 # ------------------------------------------------------------------------------------------------ decode steps
@@ -139,7 +143,7 @@ def _decode_simple(s: dict, device: torch.device) -> Contest:
 def _decode_gate_loop(s: dict, device: torch.device) -> Contest:
     """Upstream has no cache: it computes the whole sequence again."""
     def theirs(params, x):
-        made = upstream.module("gateloop_transformer.gateloop_transformer").GateLoopedAttention(s["dim"])
+        made = upstream.module(_SCAN).GateLoopedAttention(s["dim"])
         upstream.layer(made, params)
         return Opponent(lambda params, token, state, x: made(x)[:, -1:])
 
@@ -188,8 +192,8 @@ CASES = (
          (1.5, 1.25), "linformer"),
     Case("taylor layer", "layer", _taylor, {"b": 2, "n": 4096, "dim": 512, "h": 32, "d": 16},
          {"b": 1, "n": 128, "dim": 32, "h": 2, "d": 16}, (3.5, 3.5), _FT, memory=False),
-    Case("gate_loop layer d1", "layer", _gate_loop, {"b": 2, "n": 4096, "dim": 512, "h": 512}, {"b": 1, "n": 128, "dim": 64, "h": 64},
-         (1.5, 1.35), _GATE, memory=False),
+    Case("gate_loop layer d1", "layer", _gate_loop, {"b": 2, "n": 4096, "dim": 512, "h": 512},
+         {"b": 1, "n": 128, "dim": 64, "h": 64}, (1.5, 1.35), _GATE, memory=False),
     Case("gate_loop layer h8", "layer", _gate_loop, {"b": 1, "n": 1024, "dim": 512, "h": 8}, {"b": 1, "n": 128, "dim": 64, "h": 4},
          (6, 8), _GATE, memory=False),
     Case("simple_gate_loop layer", "layer", _simple, {"b": 2, "n": 4096, "dim": 512}, {"b": 1, "n": 128, "dim": 64},

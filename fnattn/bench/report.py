@@ -44,7 +44,8 @@ def _processor() -> str:
 
 def preface(about: dict[str, Any]) -> str:
     """What stands above the table."""
-    text = (f"fnattn {about['fnattn']}, torch {about['torch']}, {about['processor']} ({about['instructions']}), device {about['device']}, "
+    text = (f"fnattn {about['fnattn']}, torch {about['torch']}, {about['processor']} ({about['instructions']}), "
+            f"device {about['device']}, "
             f"{about['threads']} of {about['cores']} cores, {about['clock']}, load {about['load']}, float32, "
             f"median of {about['rounds']} rounds")
     if about["peaks"]:
@@ -69,14 +70,17 @@ def line(row: dict[str, Any]) -> str:
     if row["kind"] == "transform":
         sign = ">=" if row["more"] else "<="
         goal = "" if row["goal"] is None else f"{sign}{row['goal']:g}"
-        what = f"{row['pass']} {row['unit_ms']:.3g} ms, this {row['ours_ms']:.3g} ms: {row['multiple']:.2f} {'times as fast' if row['more'] else 'units'}"
+        what = (f"{row['pass']} {row['unit_ms']:.3g} ms, this {row['ours_ms']:.3g} ms: {row['multiple']:.2f} "
+                f"{'times as fast' if row['more'] else 'units'}")
         peer = f"; {row['peer']} {row['upstream_ms']:.3g} ms, {row['ratio']:.2f} times ours" if row.get("upstream_ms") else ""
         return f"{head}{what} {goal} {mark}{peer}"
     ratio, goal = _number(row["ratio"], ".1f"), "" if row["goal"] is None else f"{row['goal']:g}"
     over = "" if row["floor_ms"] is None else f"{row['ours_ms'] / row['floor_ms']:.1f}"
-    held = "" if row["memory_ours_mb"] is None else f"  {row['memory_ours_mb']:.1f}, {_number(row['memory_upstream_mb'], '.0f') or '-'}"
-    text = (f"{head}{SHORT[row['pass']]:<5}{_number(row['upstream_ms'], '.3f'):>12}{row['ours_ms']:>10.3f}{ratio:>8}{goal:>7} {mark:<4}"
-            f"{_number(row['floor_ms'], '.3f'):>9}{over:>8}{held}")
+    held = ""
+    if row["memory_ours_mb"] is not None:
+        held = f"  {row['memory_ours_mb']:.1f}, {_number(row['memory_upstream_mb'], '.0f') or '-'}"
+    text = (f"{head}{SHORT[row['pass']]:<5}{_number(row['upstream_ms'], '.3f'):>12}{row['ours_ms']:>10.3f}{ratio:>8}{goal:>7} "
+            f"{mark:<4}{_number(row['floor_ms'], '.3f'):>9}{over:>8}{held}")
     return text + (f"  ({row['missing']})" if row["missing"] else "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ def names() -> list[str]:
     return [*CASES, *transforms.CASES, *scaling.CASES]
 
 
-def rows(chosen: list[str], options: Options, peaks: Peaks | None, step: Callable[[str], None] = lambda name: None) -> Iterator[dict]:
+def rows(chosen: list[str], options: Options, peaks: Peaks | None,
+         step: Callable[[str], None] = lambda name: None) -> Iterator[dict]:
     """The rows of the chosen cases. step(name) is called before each case. A row with "wrong" has no times."""
     for name in chosen:
         step(name)
@@ -55,10 +57,10 @@ def contest_rows(case: Case, options: Options, peaks: Peaks | None) -> Iterator[
     other = None if opponent is None else Side(opponent.fn, contest.args, opponent.parameters, opponent.takes)
     for which, goal, floor in zip(case.passes, case.goal, (contest.forward, contest.both)):
         run = Side.forward if which == "forward" else Side.both
-        times = timing.alternate(lambda run=run: run(mine), other and (lambda run=run: run(other)), options.rounds, options.device)
+        times = timing.alternate(partial(run, mine), partial(run, other) if other else None, options.rounds, options.device)
         least = peaks.floor(floor) if peaks else None
-        yield {**head, "pass": which, "ours_ms": times.ours, "upstream_ms": times.theirs, "ratio": times.ratio, "spread": times.spread,
-               "goal": None if options.quick else goal, "floor_ms": least, "missing": missing,
+        yield {**head, "pass": which, "ours_ms": times.ours, "upstream_ms": times.theirs, "ratio": times.ratio,
+               "spread": times.spread, "goal": None if options.quick else goal, "floor_ms": least, "missing": missing,
                "memory_ours_mb": (held or {}).get(f"{which} ours"), "memory_upstream_mb": (held or {}).get(f"{which} upstream")}
 
 
@@ -71,7 +73,8 @@ def _opponent(contest: Contest) -> tuple[Opponent | None, str | None]:
         return None, str(reason)
 
 
-def _verdict(case: Case, contest: Contest, sizes: dict, opponent: Opponent | None, options: Options) -> tuple[str | None, str | None]:
+def _verdict(case: Case, contest: Contest, sizes: dict, opponent: Opponent | None,
+             options: Options) -> tuple[str | None, str | None]:
     if case.check and not options.quick:
         contest = case.build({**sizes, **case.check}, options.device)
         opponent, _ = _opponent(contest)
@@ -87,9 +90,9 @@ def multiple_row(case: transforms.Transform, options: Options) -> dict:
     if wrong:
         return {**head, "wrong": wrong}
     times = timing.alternate(made.cost, made.unit, options.rounds, options.device)
-    assert times.ratio is not None and times.theirs is not None
+    faster: Any = times.ratio
     row = {**head, "ours_ms": times.ours, "unit_ms": times.theirs, "spread": times.spread, "more": case.more,
-           "multiple": times.ratio if case.more else 1 / times.ratio, "goal": None if options.quick else case.goal}
+           "multiple": faster if case.more else 1 / faster, "goal": None if options.quick else case.goal}
     if made.peer:
         against = timing.alternate(made.cost, made.peer, options.rounds, options.device)
         row |= {"upstream_ms": against.theirs, "ratio": against.ratio}

@@ -119,6 +119,6 @@ CASES: dict[str, Transform] = {case.name: case for case in (
                 peer="torch SDPA, math" if family == "full" else "")
       for order, word, unit in ((1, "jvp", "forward"), (2, "hvp", "forward+backward"))
       for family, sizes in (("taylor", T16), ("gate_loop", T64), ("full", T64))),
-    Transform("vmap ensemble", _ensemble, {"members": 8, "b": 2, "n": 32, "dim": 32}, {"members": 3, "b": 1, "n": 8, "dim": 16}, 2.0,
-              "loop", True),
+    Transform("vmap ensemble", _ensemble, {"members": 8, "b": 2, "n": 32, "dim": 32}, {"members": 3, "b": 1, "n": 8, "dim": 16},
+              2.0, "loop", True),
 )}

@@ -91,7 +91,8 @@ def _command(args: argparse.Namespace) -> list[str]:
     flags = [f"--{name.replace('_', '-')}" for name in ("quick", "no_memory") if getattr(args, name)]
     values = [word for name in ("rounds", "device", "threads", "out") if getattr(args, name) is not None
               for word in (f"--{name}", str(getattr(args, name)))]
-    return [sys.executable, "-W", "ignore::UserWarning", "-m", "fnattn", "bench", *flags, *values, *(["--case", *args.case] if args.case else [])]
+    python = [sys.executable, "-W", "ignore::UserWarning", "-m", "fnattn"]  # upstream's warnings are not ours to fix
+    return [*python, "bench", *flags, *values, *(["--case", *args.case] if args.case else [])]
 
 
 def _table(args: argparse.Namespace, chosen: list[str]) -> int:
@@ -112,9 +113,11 @@ def _table(args: argparse.Namespace, chosen: list[str]) -> int:
         for row in table.rows(chosen, options, limits, lambda name: bar.update(task, description=name, advance=1)):
             results.append(row)
             print(report.line(row), flush=True)
+            if args.out:  # after every row: a run of many minutes may be interrupted
+                _write(args.out, {"machine": about, "results": [{**row, "met": table.met(row)} for row in results]})
     print("\n" + report.tail(results))
     if args.out:
-        _write(args.out, {"machine": about, "results": [{**row, "met": table.met(row)} for row in results]})
+        print(f"wrote {args.out}")
         drawn = plots.picture(results, f"fnattn {about['fnattn']}, torch {about['torch']}, {about['processor']}, "
                                        f"{about['threads']} thread(s), {about['date']}")
         if drawn:
@@ -126,7 +129,6 @@ def _table(args: argparse.Namespace, chosen: list[str]) -> int:
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.replace(path, (json.dumps(content, indent=1) + "\n").encode())
-    print(f"wrote {path}")
 
 
 def _implementations(args: argparse.Namespace) -> int:
@@ -148,4 +150,5 @@ def _implementations(args: argparse.Namespace) -> int:
                 print(implementations.line(row), flush=True)
     if args.out:
         _write(args.out, {"machine": about, "results": results})
+        print(f"wrote {args.out}")
     return 1 if any("wrong" in row for row in results) else 0
