@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .loop import CHECKPOINT, METRICS
 
 HELP = "look inside a checkpoint: gradients, curvature, attention maps"
 TEXT = 64  # bytes of the validation text whose attention maps are shown by default
+LONGEST = 1024  # bytes of a text: maps grow with the square
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +96,8 @@ def load(args: argparse.Namespace) -> Subject:
     check(windows.shape[0] >= 2, "inspect: {} has room for {} window of {} bytes only; at least 2 are needed.", text.source,
           windows.shape[0], length + 1, remedy="Use a smaller --length or more text.")
     shown = data.encode(args.text) if args.text else text.valid[:TEXT].long()
-    check(shown.shape[0] >= 2, "inspect: --text must have at least 2 bytes; got {}.", shown.shape[0], remedy="Give a line of text.")
+    check(2 <= shown.shape[0] <= LONGEST, "inspect: --text must have 2 to {} bytes; got {}.", LONGEST, shown.shape[0],
+          remedy="Give a few lines of text.")
     limit = getattr(found.cfg.attention, "seq_len", None) or found.cfg.seq_len or shown.shape[0]
     return Subject(params=params if exact else exactly(params), path=path, folder=path.parent, step=found.step, settings=settings,
                    metrics=_metrics(path.parent / METRICS, args.member), windows=windows, source=text.source, shown=shown[:limit],
@@ -116,7 +118,10 @@ def _metrics(path: Path, member: int) -> list[dict]:
     """The lines of metrics.jsonl, of one member; none if the training left no such file."""
     if not path.is_file():
         return []
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = []
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):  # the last line of a killed process
+            lines.append(json.loads(line))
     return [{key: value[member] if isinstance(value, list) else value for key, value in line.items()} for line in lines]
 
 

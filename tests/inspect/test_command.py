@@ -100,7 +100,7 @@ def test_mistakes_end_in_a_message(looked_at, tmp_path, capsys):
     assert main(["inspect", str(looked_at.parent), "--samples", "1"]) == 2
     assert "--samples must be at least 2; got 1" in capsys.readouterr().err
     assert main(["inspect", str(looked_at.parent), "--text", "a"]) == 2
-    assert "--text must have at least 2 bytes; got 1" in capsys.readouterr().err
+    assert "--text must have 2 to 1024 bytes; got 1." in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ in a browser

@@ -115,10 +115,11 @@ def test_sharpness_is_the_largest_eigenvalue(small):
 
 
 def test_the_density_is_that_of_the_eigenvalues(small, key):
-    runs = inspect.spectrum(product(small), small.params, key, runs=12, steps=small.flat.numel())
+    h = small.hessian()
+    runs = inspect.spectrum(lambda v: unravel(h @ ravel(v), small.params), small.params, key, runs=12, steps=small.flat.numel())
     width = 1.0
     found = inspect.density(runs, width=width, points=2000)
-    values = torch.linalg.eigvalsh(small.hessian())
+    values = torch.linalg.eigvalsh(h)
     assert abs(torch.trapezoid(found.density, found.grid) - 1) < 1e-3
     exact = torch.exp(-0.5 * ((found.grid[:, None] - values) / width).square()).mean(1) / (width * (2 * torch.pi) ** 0.5)
     assert torch.trapezoid((found.density - exact).abs(), found.grid) < 0.25  # twelve random starts
