@@ -15,9 +15,13 @@ Source: Vaswani et al. 2017, arXiv 1706.03762; fused forms after Dao et al. 2022
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import softmax as native
+from fnattn_kernels.triton import softmax as triton
 from torch import Tensor
 
 from ..core import peek_int
@@ -44,7 +48,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = 
         scale: what the products are multiplied by; default d^-1/2.
         offset: position of the first query among the keys, an int or a 0-d int64 tensor; default m - n, which aligns the
             queries to the end of the keys.
-        impl: "reference" is plain torch; "native" insists on the fused kernels (CPU); "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "native" insists on the fused kernels (CPU), "triton" on Triton's (CUDA, d and e up to
+            128); "auto" chooses. See `ops.report()`.
     Returns:
         [b, h, n, e] in v's dtype, computed in float32, or in float64 if any input is. Rows that see no key are 0.
     Raises:
@@ -165,8 +170,8 @@ def _attend(q, k, v, mask, start, scale):
     return torch.einsum("bgrij,bgje->bgrie", p, v).flatten(1, 2)
 
 
-# ------------------------------------------------------------------------------------------------ the native kernel
-# Derivative formulas in the native operators' arguments. `out` and `lse` are there unused: see the head of this file.
+# ------------------------------------------------------------------------------------------------ the kernels
+# Derivative formulas in the operators' arguments. `out` and `lse` are there unused: see the head of this file.
 
 
 def _backward_formula(g, q, k, v, mask, out, lse, start, scale, g_lse=None):
@@ -196,20 +201,24 @@ def _tangent_formula(q, k, v, mask, out, lse, tq, tk, tv, start, scale):
     return t_out.flatten(1, 2), t_lse.flatten(1, 2)
 
 
-def _attend_vjp(needs, args, outs, cotangents):
-    q, k, v, mask, start, scale = args
-    g, g_lse = cotangents
-    if g_lse is None:
-        grads = native.attend_backward(g, q, k, v, mask, *outs, start, scale)
-    else:
-        g = torch.zeros_like(outs[0]) if g is None else g
-        grads = _backward_formula(g, q, k, v, mask, *outs, start, scale, g_lse)
-    return (*(x if need else None for x, need in zip(grads, needs)), None, None, None)
+def _rules(kernel: Any) -> dict[str, Callable]:
+    """The derivatives of kernel.attend by kernel.attend_backward and kernel.attend_tangent."""
 
+    def vjp(needs, args, outs, cotangents):
+        q, k, v, mask, start, scale = args
+        g, g_lse = cotangents
+        if g_lse is None:
+            grads = kernel.attend_backward(g, q, k, v, mask, *outs, start, scale)
+        else:
+            g = torch.zeros_like(outs[0]) if g is None else g
+            grads = _backward_formula(g, q, k, v, mask, *outs, start, scale, g_lse)
+        return (*(x if need else None for x, need in zip(grads, needs)), None, None, None)
 
-def _attend_jvp(args, outs, tangents):
-    q, k, v, mask, start, scale = args
-    return native.attend_tangent(q, k, v, mask, *outs, *tangents[:3], start, scale)
+    def jvp(args, outs, tangents):
+        q, k, v, mask, start, scale = args
+        return kernel.attend_tangent(q, k, v, mask, *outs, *tangents[:3], start, scale)
+
+    return {"vjp": vjp, "jvp": jvp}
 
 
 def _fold(operator, mask_at: int):
@@ -237,9 +246,10 @@ def _by_formula(operator, formula, mask_at):
                     batch=_fold(operator, mask_at), save_outputs=False)
 
 
-native.attend.derive(vjp=_attend_vjp, jvp=_attend_jvp, batch=_fold(native.attend, mask_at=3))
-_by_formula(native.attend_backward, _backward_formula, mask_at=4)
-_by_formula(native.attend_tangent, _tangent_formula, mask_at=3)
+for _kernel in (native, triton):
+    _kernel.attend.derive(**_rules(_kernel), batch=_fold(_kernel.attend, mask_at=3))
+    _by_formula(_kernel.attend_backward, _backward_formula, mask_at=4)
+    _by_formula(_kernel.attend_tangent, _tangent_formula, mask_at=3)
 
 
 def _native_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -250,4 +260,12 @@ def _native(q, k, v, mask, start, scale):
     return native.attend(q, k, v, mask, start, scale)[0]
 
 
-KERNELS = (Kernel("native", _native, _native_reason),)
+def _triton(q, k, v, mask, start, scale):
+    return triton.attend(q, k, v, mask, start, scale)[0]
+
+
+KERNELS = (
+    Kernel("native", _native, _native_reason),
+    # Not yet measured on a GPU, so not yet chosen there.
+    Kernel("triton", _triton, triton.why_not, lambda q, k, v: False),
+)

@@ -58,12 +58,12 @@ except RuntimeError as error:
 SHARED = 99 * 1024
 
 
-def compiled(device, name, pointers, integers, constants, floats=(), dtype="fp32"):
+def compiled(device, name, pointers, integers, constants, floats=(), dtype="fp32", masks=()):
     """The named kernel, compiled; its shared memory is checked."""
     kernel, constants = getattr(device, name), dict(constants)
     warps = constants.pop("num_warps", 4)
     kinds = dict.fromkeys(pointers, f"*{dtype}") | dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32")
-    kinds |= dict.fromkeys(constants, "constexpr")
+    kinds |= dict.fromkeys(constants, "constexpr") | dict.fromkeys(masks, "*u8")
     found = lang.compiled_for(kernel, {name: kinds[name] for name in kernel.arg_names}, constants, warps=warps)
     assert found.metadata.shared <= SHARED
     return found
@@ -132,3 +132,18 @@ def test_coor_descent_compiles_for_a_gpu(n, dtype):
     given = ("s", "log_k", "epsilons", "m")
     for name, others in (("iterate", ("y",)), ("iterate_back", ("g", "ds", "dlog_k")), ("tangent", ("ts", "tlog_k", "ty"))):
         compiled(coor_descent_device, name, (*given, *others), ("n", "n_iters"), shape, dtype=dtype)
+
+
+@needs_triton
+@pytest.mark.skipif(lang.INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("width", [16, 128])
+def test_softmax_attention_compiles_for_a_gpu(width):
+    from fnattn_kernels.triton import softmax, softmax_device
+
+    kind = torch.float32
+    shape = dict(softmax.tiles(width, width, kind), CAUSAL=True, MASK=True, ACC=lang.accumulator(kind), PRECISION=lang.PRECISION)
+    sizes = ("n", "m", "d", "e", "heads", "groups", "start", "mask_b", "mask_h", "mask_n", "mask_m")
+    for name, others in (("attend", ("out", "lse")), ("backward_queries", ("g", "lse", "delta", "dq")),
+                         ("backward_keys", ("g", "lse", "delta", "dk", "dv")),
+                         ("tangent", ("out", "lse", "tq", "tk", "tv", "tout", "tlse"))):
+        compiled(softmax_device, name, ("q", "k", "v", *others), sizes, shape, floats=("scale",), masks=("mask",))

@@ -318,7 +318,7 @@ ERRORS = [
      dict(offset=3, causal=True)),
     (dict(offset=torch.tensor([3]), causal=True), TypeError, r"got torch.int64 of shape \[1\]",
      dict(offset=torch.tensor(3), causal=True)),
-    (dict(impl="fused"), ValueError, "impl must be one of 'auto', 'reference', 'native'; got 'fused'", dict(impl="auto")),
+    (dict(impl="fused"), ValueError, "impl must be one of 'auto', 'reference', 'native', 'triton'; got 'fused'", dict(impl="auto")),
 ]
 
 
