@@ -7,7 +7,7 @@ import torch
 from conftest import assert_close
 from fnattn_kernels import colt5
 from fnattn_kernels.contracts import KernelUnavailable
-from interpreted_checks import SOME, case
+from interpreted_checks import FEW, case
 
 from fnattn.ops import coor_descent
 from fnattn.testing import brute, check_operator
@@ -31,7 +31,8 @@ def true(s, k):
 
 
 def test_every_transform_is_right():
-    report = check_operator(wrapped, case("coor_descent").args(), reference=true, rtol=1e-3, compile=False, only=SOME).require()
+    report = check_operator(wrapped, case("coor_descent").args(), reference=true, rtol=1e-3, compile=False,
+                            only=[*FEW, "jvp(grad(f))", "vmap(f), in_dims with None", "FakeTensor: backward"]).require()
     assert all(row.status == "ok" for row in report.rows)
 
 
@@ -46,7 +47,7 @@ def test_compiled_derivatives_are_right():
     assert got.abs().max() > 0
 
 
-@pytest.mark.parametrize("n_iters", [1, 2, 7, 20])
+@pytest.mark.parametrize("n_iters", [1, 2, 11])
 def test_segments_and_masks(n_iters):
     source = torch.Generator().manual_seed(n_iters)
     s = torch.randn(3, 2, 13, generator=source).requires_grad_()
