@@ -7,7 +7,9 @@
  * q, dq [b, h, n, d], k, dk [b, g, n, d], v, dv [b, g, n, e], out, grad (g above) [b, h, n, e], lse [b, h, n], contiguous.
  * keep: bytes [b, n], 0 for keys that are not there, or NULL. The lists: see segment_tile.h.
  *
- * The tangents of value and gradient: segment_tangent.h, segment_second.h. Forward and tangent: one task is a block of queries of a head. Backward: one task is a key head with all its queries, so that
+ * The tangents of value and gradient: segment_tangent.h, segment_second.h.
+ *
+ * Forward and tangent: one task is a block of queries of a head. Backward: one task is a key head with all its queries, so that
  * nobody else adds to dk and dv, and the result does not depend on the number of threads. */
 #ifndef PRECISION
 #define PRECISION 32

@@ -26,12 +26,14 @@ void S(segment_attention_second)(const REAL *grad, const REAL *q, const REAL *k,
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
         const int64_t own_d = wide_d == d ? 0 : n * wide_d, own_e = wide_e == e ? 0 : n * wide_e;
-        REAL *memory = scratch((size_t)(SPAN * (3 * d + 2 * e + 2 * wide_d + 2 * wide_e + 4 * KEYS + 4) + own_d + own_e) * sizeof(REAL));
+        const int64_t block_size = SPAN * (3 * d + 2 * e + 2 * wide_d + 2 * wide_e + 4 * KEYS + 4);
+        REAL *memory = scratch((size_t)(block_size + own_d + own_e) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_r = memory, *tq_r = q_r + wide_d * SPAN, *g_r = tq_r + wide_d * SPAN, *tg_r = g_r + wide_e * SPAN;
         REAL *p = tg_r + wide_e * SPAN, *ds = p + KEYS * SPAN, *tp = ds + KEYS * SPAN, *tds = tp + KEYS * SPAN;
-        REAL *q_t = tds + KEYS * SPAN, *tq_t = q_t + d * SPAN, *g_t = tq_t + d * SPAN, *tg_t = g_t + e * SPAN, *dq_t = tg_t + e * SPAN;
-        REAL *norm = dq_t + d * SPAN, *t_norm = norm + SPAN, *delta = t_norm + SPAN, *t_delta = delta + SPAN, *rest = t_delta + SPAN;
+        REAL *q_t = tds + KEYS * SPAN, *tq_t = q_t + d * SPAN, *g_t = tq_t + d * SPAN, *tg_t = g_t + e * SPAN;
+        REAL *dq_t = tg_t + e * SPAN, *norm = dq_t + d * SPAN, *t_norm = norm + SPAN, *delta = t_norm + SPAN;
+        REAL *t_delta = delta + SPAN, *rest = t_delta + SPAN;
         int32_t at[KEYS];
         uint32_t words[KEYS];
 #pragma omp for schedule(static)

@@ -2,6 +2,10 @@
 
 A pattern that is static, like a window in a picture or a layout of blocks, becomes lists once; the kernel then walks them for
 every head, and touches no pair that its block does not need. Memory beyond the results is that of one block.
+
+Measured in ms of one AVX-512 core, float32, 2 x 8 heads of width 64, 256 text positions and 32 x 32 pixels, value (value and
+gradient), beside plain torch: window 10 (33) and 64 (204), rows or columns 10 (32) and 37 (102), 16-blocks of which 56 % are
+there 13 (42) and 384 (954); tangent 29, 28, 38; Hessian-vector product of the window 120. The lists take 10 ms, once.
 """
 
 from __future__ import annotations
@@ -101,8 +105,9 @@ def operators(name: str, lists: Callable[..., Lists]) -> SegmentOperators:
                  f"Tensor? tk, Tensor? tv, {rest}(Tensor, Tensor)", cpu=tangent,
                  fake=lambda q, k, v, keep, out, lse, *_: (q.new_empty(out.shape), q.new_empty(lse.shape))),
         # Tangents of backward's gradients, given those of out and lse, and of g, q, k, v.
-        Operator(f"{name}_second", 1, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, Tensor t_out, "
-                 f"Tensor t_lse, Tensor? tg, Tensor? tq, Tensor? tk, Tensor? tv, {rest}(Tensor, Tensor, Tensor)", cpu=second,
+        Operator(f"{name}_second", 1, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, "
+                 f"Tensor t_out, Tensor t_lse, Tensor? tg, Tensor? tq, Tensor? tk, Tensor? tv, {rest}"
+                 "(Tensor, Tensor, Tensor)", cpu=second,
                  fake=lambda g, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))))
     found.attend.flops(lambda q, k, v, *_, **__: _flops(2, q, v))
     found.backward.flops(lambda g, q, k, v, *_, **__: _flops(5, q, v))

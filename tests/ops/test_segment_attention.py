@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from fnattn import ops, random
 from fnattn.ops import _segments
 from fnattn.testing import brute
+from fnattn.testing.memory import peak_bytes
 
 F64, F32 = torch.float64, torch.float32
 
@@ -287,6 +288,24 @@ def test_low_precision_is_computed_in_float32(case, dtype):
     for ours, theirs in zip(all_of(attending(name, options), tensors), exact):
         assert ours.dtype == dtype
         assert_close(ours, theirs, dtype)
+
+
+def test_no_table_is_held_for_value_gradient_tangent_or_hessian_vector_product():
+    n = 16 + 24 ** 2
+    tensors = tuple(random.normal(key, (1, 2, n, 8)) for key in random.split(random.key(0), 3))
+    blocks = torch.ones(1, -(-n // 16), -(-n // 16), dtype=torch.bool).tril()
+    for name, options in (("conv_attention", dict(text_len=16, image_size=24)),
+                          ("block_sparse_attention", dict(layout=blocks, block=16, causal=True))):
+        def loss(*a, name=name, options=options):
+            return attending(name, options)(*a).square().sum()
+
+        def product(*a, loss=loss):
+            return torch.func.jvp(torch.func.grad(loss, (0, 1, 2)), a, tensors)[1]
+
+        product(*tensors)
+        for fn, copies in ((attending(name, options), 2), (torch.func.grad(loss, (0, 1, 2)), 8), (product, 20)):
+            assert peak_bytes(fn, *tensors) < copies * tensors[0].nbytes
+        assert 20 * tensors[0].nbytes < 2 * n * n * 4 / 2  # half of one table
 
 
 # ------------------------------------------------------------------------------------------------ lists
