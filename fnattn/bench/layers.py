@@ -192,8 +192,10 @@ CASES = (
          (1.5, 1.25), "linformer"),
     Case("taylor layer", "layer", _taylor, {"b": 2, "n": 4096, "dim": 512, "h": 32, "d": 16},
          {"b": 1, "n": 128, "dim": 32, "h": 2, "d": 16}, (3.5, 3.5), _FT, memory=False),
+    # Among millions of gates some are near 0, where their phase has a derivative of 1 / |a|: the rounding of the projection
+    # alone moves gradients by 4e-4, in plain torch and upstream too.
     Case("gate_loop layer d1", "layer", _gate_loop, {"b": 2, "n": 4096, "dim": 512, "h": 512},
-         {"b": 1, "n": 128, "dim": 64, "h": 64}, (1.5, 1.35), _GATE, memory=False),
+         {"b": 1, "n": 128, "dim": 64, "h": 64}, (1.5, 1.35), _GATE, tolerance=1e-3, memory=False),
     Case("gate_loop layer h8", "layer", _gate_loop, {"b": 1, "n": 1024, "dim": 512, "h": 8}, {"b": 1, "n": 128, "dim": 64, "h": 4},
          (6, 8), _GATE, memory=False),
     Case("simple_gate_loop layer", "layer", _simple, {"b": 2, "n": 4096, "dim": 512}, {"b": 1, "n": 128, "dim": 64},

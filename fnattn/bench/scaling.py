@@ -48,4 +48,4 @@ CASES: dict[str, Scaling] = {case.name: case for case in (
 )}
 LENGTHS = tuple(1024 * 2 ** i for i in range(8))
 QUICK = (512, 1024)
-FLAT = 1.5  # largest cost per token over the smallest, beyond which the table says that it is not flat
+FLAT = 1.5  # growth, a cost per token over a smaller one at a shorter length, beyond which the table says that it is not flat
