@@ -1,7 +1,7 @@
 """The door between mathematics and machines: which kernel serves a call, and why the others do not.
 
 A request by name is served or refused with the reasons; it never falls back. `impl="auto"` takes the first kernel that
-can serve the call and is worth it at this size by the measured table in `_crossover`, else the reference.
+can serve the call and is worth it at this size (`Kernel.worth`, as measured), else the reference.
 """
 
 from __future__ import annotations
