@@ -40,9 +40,9 @@ def _ratios(axes: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
     axes.set_xscale("log")
     axes.axvline(1, color="#59636e", linewidth=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("times as fast as upstream")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
 
 
 def _curves(axes: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
