@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -85,3 +86,16 @@ def test_make_targets_in_the_readme_exist():
 def test_figures_name_a_file_that_is_there():
     for path in re.findall(r"`(benchmarks/results/[^`]+)`", README):
         assert (REPO / path).exists(), path
+
+
+def test_ratios_are_those_of_the_kept_run():
+    path = re.search(r"`(benchmarks/results/[^`]+\.json)`", README).group(1)
+    results = json.loads((REPO / path).read_text())["results"]
+    kept = {(r["case"], r["shape"], r["pass"]): r["ratio"] for r in results if r.get("ratio") is not None}
+    section = README.split("| against upstream, times as fast |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    assert len(section) >= 20
+    for line in section:
+        case, shape, forward, both = [cell.strip() for cell in line.strip("|").split("|")]
+        for name, shown in (("forward", forward), ("forward+backward", both)):
+            ratio = kept.get((case, shape, name))
+            assert shown == ("–" if ratio is None else f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"), (case, name)
