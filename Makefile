@@ -1,5 +1,6 @@
 # make demo    trains a small language model on real text and leaves runs/demo/
 # make test    runs the whole test suite
+# make docs    builds the documentation into site/; open site/index.html
 # make setup-full   also installs every package whose kernels can be used; without them their tests are skipped
 #
 # demo and test first make a virtual environment in .venv and install into it; the second time that is skipped. Overridable:
@@ -16,7 +17,7 @@ PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: demo test lint setup setup-dev setup-full clean
+.PHONY: demo test lint docs setup setup-dev setup-full clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -27,6 +28,10 @@ test: setup-dev
 
 lint: setup-dev
 	$(PY) -m ruff check .
+
+docs: setup
+	$(PIP) install $(KEEP_TORCH) -q -e '.[docs]'
+	$(PY) docs/build.py
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
