@@ -73,7 +73,7 @@ def configure() -> None:
 
 def named_lines(doc: str) -> str:
     """`dim:  width of x.` at the start of a line, with what is indented below it, as one item of a list."""
-    item = re.compile(r"^(?!Source|Different)(\w[\w, ]*):[ ]+(\S.*(?:\n[ ]{8,}\S.*)*)", re.M)
+    item = re.compile(r"^([a-z_]\w*(?:, [a-z_]\w*)*):[ ]+(\S.*(?:\n[ ]{8,}\S.*)*)", re.M)
     doc = item.sub(lambda m: f"- **{m[1]}**: " + re.sub(r"\n +", " ", m[2]), doc)
     return re.sub(r"^(?!- )(\S.*)\n(?=- \*\*)", r"\1\n\n", doc, flags=re.M)
 
@@ -85,11 +85,12 @@ def write(path: Path, markdown: str, body: str = "") -> None:
     """One page with the site's frame; links to .md and .ipynb sources lead to the pages made from them."""
     html = render_helpers.to_html(markdown)
     text = re.sub(r'href="(?!https?:)([^"#]+)\.(?:md|ipynb)(#[^"]*)?"', r'href="\1.html\2"', str(html)) + body
-    title = re.search(r"^# (.+)$", markdown, re.M)
+    title, toc = re.search(r"^# (.+)$", markdown, re.M), html.toc_html or ""
     path.parent.mkdir(parents=True, exist_ok=True)
     page = render.env.get_template("page.html.jinja2")
-    path.write_text(page.render(title=title[1].replace("`", "") if title else path.stem, content=Markup(text), here=path.stem,
-                                contents=Markup(toc if (toc := html.toc_html or "").count("<li") > 1 else ""), root="../" if path.parent.name == "notebooks" else ""))
+    path.write_text(page.render(
+        title=title[1].replace("`", "") if title else path.stem, content=Markup(text), here=path.stem,
+        contents=Markup(toc if toc.count("<li") > 1 else ""), root="../" if path.parent.name == "notebooks" else ""))
 
 
 def code(source: str) -> str:
