@@ -30,7 +30,7 @@ lint: setup-dev
 	$(PY) -m ruff check .
 
 docs: setup
-	$(PIP) install $(KEEP_TORCH) -q -e '.[docs]'
+	@$(PY) -c 'import pdoc' 2>/dev/null || $(PIP) install $(KEEP_TORCH) -e '.[docs]'
 	$(PY) docs/build.py
 
 setup: $(VENV)/.installed

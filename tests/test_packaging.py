@@ -92,7 +92,7 @@ def test_the_metadata_names_version_licence_program_and_extras(wheel):
     assert f"Version: {fnattn.__version__}\n" in metadata and "Requires-Dist: torch>=2.11\n" in metadata
     assert "MIT" in metadata and "LICENSE" in files
     assert "fnattn = fnattn.cli:main" in programs
-    for extra in ("fast-transformers", "colt5", "triton", "deepspeed", "notebooks", "dev", "bench"):
+    for extra in ("fast-transformers", "colt5", "triton", "deepspeed", "notebooks", "docs", "dev", "bench"):
         assert f"Provides-Extra: {extra}\n" in metadata
 
 
