@@ -19,6 +19,7 @@ from torch import Tensor
 from . import brute
 
 REFERENCE = "reference"
+STATES = ("sums", "h0", "state")
 
 
 class Case(NamedTuple):
@@ -42,9 +43,11 @@ class Case(NamedTuple):
     diff: tuple[int, ...] | None = None
 
     def args(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-        """The same tensors every time."""
+        """The same tensors every time. States are float32 at least, as everywhere in the library."""
         source = torch.Generator().manual_seed(17)
-        return tuple(_make(shape, kind, source, dtype) for shape, kind in self.tensors.values())
+        wide = torch.promote_types(dtype, torch.float32)
+        return tuple(_make(shape, kind, source, wide if name.partition(".")[0] in STATES else dtype)
+                     for name, (shape, kind) in self.tensors.items())
 
     def call(self, impl: str) -> Callable:
         """The operator as a function of the tensors alone; importable, so that it can travel to another process."""
