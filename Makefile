@@ -24,7 +24,7 @@ demo: setup
 	$(PY) -m fnattn demo
 
 test: setup-dev
-	$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: setup-dev
 	$(PY) -m ruff check .

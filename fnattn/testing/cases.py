@@ -156,7 +156,7 @@ CASES = (
     Case("coor_descent, exact, mask", "coor_descent", "coor_descent",
          {"s": ((3, 7), "normal"), "k": ((3,), "positive"), "mask": ((3, 7), "mask")}, {"solver": "exact", "eps": 0.3}),
     Case("coor_descent_attention", "coor_attention", "coor_descent_attention",
-         {**_qkv(b=1, g=1, n=3), "sparsity_k": ((3,), "positive")},
+         {**_qkv(b=2, g=1, n=3), "sparsity_k": ((3,), "positive")},
          {"n_iters": 3, "eps": 0.3, "eps_init": 2.0, "eps_decay": 0.7}, dynamic=({0: "b"}, {0: "b"}, {0: "b"}, {})),
     Case("block_sparse_attention", "block_sparse", "block_sparse_attention",
          {**_qkv(), "layout": ((1, 3, 3), "mask")}, {"block": 2},
