@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -53,6 +54,13 @@ def assert_close(actual, expected, dtype: torch.dtype | None = None) -> None:
 def key():
     """A key for tests that need one and do not care which."""
     return fnattn.random.key(17)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """Each test compiles afresh: torch allows eight recompilations of one code object, and all tests share torch.func's."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture
