@@ -4,7 +4,12 @@ A plain C ABI needs neither torch's nor Python's headers: half a second per file
 every Python. Libraries are cached by the hash of source, flags, compiler and processor; a new one is written under a
 temporary name and moved into place, so processes that build at the same time cannot see half a file.
 
-Environment: FNATTN_NATIVE=0 switches native kernels off, FNATTN_CACHE names the cache folder, CC the compiler.
+Environment: FNATTN_NATIVE=0 switches native kernels off, FNATTN_CACHE names the cache folder, CC the compiler. FNATTN_ISA
+says for which instructions to build:
+    native    everything that this processor has (the default)
+    avx2      x86 with AVX2 and FMA, vectors of 32 bytes; refused on processors without them
+    baseline  what every processor of this architecture has, vectors of 16 bytes (SSE2 on x86-64, NEON on aarch64)
+Vectors in the sources are as wide as the instructions allow, never wider (csrc/common.h).
 """
 
 from __future__ import annotations
@@ -26,8 +31,7 @@ from ..contracts import KernelUnavailable
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 COMPILERS = ("cc", "gcc", "clang")
 BASE_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno")
-# Tried in order: a compiler without OpenMP or without -march=native still gives a right, slower library.
-EXTRA_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
+ISA_FLAGS = {"native": ("-march=native",), "avx2": ("-mavx2", "-mfma"), "baseline": ()}
 BUILD_SECONDS = 300
 
 
@@ -37,7 +41,7 @@ def load(source: str) -> ctypes.CDLL:
     Raises:
         KernelUnavailable: switched off, no compiler, no writable cache folder, or the build failed; the text says which.
     """
-    library, reason = _load(source, os.environ.get("FNATTN_NATIVE", "1"))
+    library, reason = _load(source, *_switches())
     if library is None:
         raise KernelUnavailable(f"native kernel {source!r}: {reason}")
     return library
@@ -45,19 +49,23 @@ def load(source: str) -> ctypes.CDLL:
 
 def why_not(source: str) -> str | None:
     """None if csrc/<source>.c is, or can be, compiled and loaded here; else the reason. Builds it if need be."""
-    return _load(source, os.environ.get("FNATTN_NATIVE", "1"))[1]
+    return _load(source, *_switches())[1]
 
 
 # Tracers call this with a constant and must take the answer as one: they cannot look into a compiler run.
 why_not._dynamo_marked_constant = True
 
 
+def _switches() -> tuple[str, str]:
+    return os.environ.get("FNATTN_NATIVE", "1"), os.environ.get("FNATTN_ISA", "native")
+
+
 @functools.cache
-def _load(source: str, switch: str) -> tuple[ctypes.CDLL | None, str | None]:
+def _load(source: str, switch: str, isa: str) -> tuple[ctypes.CDLL | None, str | None]:
     if switch == "0":
         return None, "switched off by FNATTN_NATIVE=0"
     try:
-        return _build(source), None
+        return _build(source, isa), None
     except KernelUnavailable as error:
         # Once per source and process: the call is still served, by plain torch.
         warnings.warn(f"fnattn: native kernel {source!r} is unavailable ({error}); plain torch is used instead.",
@@ -65,12 +73,13 @@ def _load(source: str, switch: str) -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
 
 
-def _build(source: str) -> ctypes.CDLL:
+def _build(source: str, isa: str) -> ctypes.CDLL:
+    extras = _extra_flags(isa)
     compiler = _compiler()
     folder = cache_folder()
     code = b"".join(p.read_bytes() for p in sorted(SOURCES.glob("*.h"))) + (SOURCES / f"{source}.c").read_bytes()
     problem = ""
-    for extra in EXTRA_FLAGS:
+    for extra in extras:
         command = [*compiler, *BASE_FLAGS, *extra]
         stamp = hashlib.sha256(code + repr((command, _compiler_version(tuple(compiler)), _processor())).encode())
         target = folder / f"{source}-{stamp.hexdigest()[:20]}.so"
@@ -93,6 +102,19 @@ def _build(source: str) -> ctypes.CDLL:
         finally:
             temporary.unlink(missing_ok=True)
     raise KernelUnavailable(f"the build with {compiler[0]} failed: {problem}")
+
+
+def _extra_flags(isa: str) -> tuple[tuple[str, ...], ...]:
+    """Flags to try in order: a compiler without OpenMP or without -march=native still gives a right, slower library."""
+    if isa not in ISA_FLAGS:
+        raise KernelUnavailable(f"FNATTN_ISA must be one of {', '.join(ISA_FLAGS)}; got {isa!r}")
+    if isa == "avx2":
+        lacking = [word for word in ("avx2", "fma") if word not in _processor().split()]
+        if lacking:
+            raise KernelUnavailable(f"FNATTN_ISA=avx2: this processor has no {' and no '.join(lacking)}; use native or baseline")
+    flags = ISA_FLAGS[isa]
+    with_and_without = ((*flags, "-fopenmp"), flags)
+    return (with_and_without[0], ("-fopenmp",), flags, ()) if isa == "native" else with_and_without
 
 
 def _compiler() -> list[str]:
