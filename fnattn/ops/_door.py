@@ -1,7 +1,7 @@
 """The door between mathematics and machines: which kernel serves a call, and why the others do not.
 
 A request by name is served or refused with the reasons; it never falls back. `impl="auto"` takes the first kernel that
-can serve the call and is worth it at this size (`Kernel.worth`, as measured), else the reference.
+can serve the call and is worth it at this size (`fnattn_kernels.crossovers`, as measured), else the reference.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from fnattn_kernels import crossovers
 from fnattn_kernels.contracts import KernelUnavailable
 from fnattn_kernels.native import build
 from torch import Tensor
@@ -23,13 +24,19 @@ class Kernel(NamedTuple):
     name:    what impl= calls it.
     run:     the function that computes, differentiable and mappable in every way; arguments are the operator's own.
     why_not: None if it can serve these arguments on this machine, else the reason. Reads shapes, dtypes, devices only.
-    worth:   whether impl="auto" should take it for these arguments.
+    worth:   whether impl="auto" should take it for these arguments, by the limits in `fnattn_kernels.crossovers`; None: what
+             that table says for all arguments.
     """
 
     name: str
     run: Callable
     why_not: Callable[..., str | None]
-    worth: Callable[..., bool] = lambda *args: True
+    worth: Callable[..., bool] | None = None
+
+
+def worthwhile(operator: str, kernel: Kernel, *args) -> bool:
+    """Whether impl="auto" should take this kernel, if it can serve the call."""
+    return crossovers.fixed(operator, kernel.name) if kernel.worth is None else kernel.worth(*args)
 
 
 def choose(operator: str, impl: str, kernels: Sequence[Kernel], *args) -> Kernel | None:
@@ -43,7 +50,7 @@ def choose(operator: str, impl: str, kernels: Sequence[Kernel], *args) -> Kernel
         return None
     if impl == "auto":
         for kernel in kernels:
-            if kernel.worth(*args) and kernel.why_not(*args) is None:
+            if worthwhile(operator, kernel, *args) and kernel.why_not(*args) is None:
                 return kernel
         return None
     for kernel in kernels:

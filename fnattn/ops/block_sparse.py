@@ -14,6 +14,7 @@ torch since 2.0 and were removed in 0.19.7.
 from __future__ import annotations
 
 import torch
+from fnattn_kernels import crossovers
 from fnattn_kernels.deepspeed import sparse_missing
 from torch import Tensor
 from torch.nn.functional import pad
@@ -132,10 +133,13 @@ def _gather_reason(q: Tensor, k: Tensor, v: Tensor, layout: Tensor) -> str | Non
     return "needs to read the layout, which is mapped or traced here" if peek(layout) is None else None
 
 
+_GATHER = crossovers.limits("block_sparse_attention", "gather")
+
+
 def _worth_gathering(q: Tensor, k: Tensor, v: Tensor, layout: Tensor) -> bool:
-    """Gathering copies keys and values once per block that reads them: worth it for long rows that are mostly absent."""
-    values = peek(layout) if q.shape[2] >= 1024 else None
-    return values is not None and float(values.float().mean()) <= 0.25
+    """Long rows that are mostly absent."""
+    values = peek(layout) if q.shape[2] >= _GATHER["length"] else None
+    return values is not None and float(values.float().mean()) <= _GATHER["density"]
 
 
 KERNELS = (

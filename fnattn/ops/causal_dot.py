@@ -124,12 +124,8 @@ fast_transformers.dot_back.derive(
     vjp=lambda needs, args, outs, cotangents: reference_vjp(_ft_gradients, needs, args, cotangents),
     jvp=lambda args, outs, tangents: reference_jvp(_ft_gradients, args, tangents), save_outputs=False)
 
-# "auto" never takes the package. Measured on one core, forward and gradient, 8 heads, n 64 to 4096, d and e 16 to 64: the
-# installed build takes 7 to 56 times as long as the native kernel, and 3 to 21 times as long as plain torch. How fast
-# another build is depends on compiler flags that cannot be seen from here. On CUDA it has not been measured.
 KERNELS = (
     Kernel("native", native.dot, lambda q, k, v: native_reason("causal_dot", q, k, v)),
-    Kernel("fast_transformers", fast_transformers.dot, fast_transformers.why_not, lambda q, k, v: False),
-    # Not yet measured on a GPU, so not yet chosen there.
-    Kernel("triton", triton.dot, triton.why_not, lambda q, k, v: False),
+    Kernel("fast_transformers", fast_transformers.dot, fast_transformers.why_not),
+    Kernel("triton", triton.dot, triton.why_not),
 )

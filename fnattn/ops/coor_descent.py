@@ -241,7 +241,6 @@ def _iterates(why_not: Callable) -> Callable:
 KERNELS = (
     Kernel("native", Solvers(_along_rows(native.iterate), _along_rows(native.exact)),
            lambda s, log_or_k, solver: native_reason(native.SOURCE, s)),
-    # Not yet measured on a GPU, so not yet chosen there.
-    Kernel("triton", Solvers(_along_rows(triton.iterate)), _iterates(lambda s, log_k: triton.why_not(s)), lambda *args: False),
-    Kernel("colt5", Solvers(_along_rows(colt5.iterate)), _iterates(colt5.why_not), lambda *args: False),
+    Kernel("triton", Solvers(_along_rows(triton.iterate)), _iterates(lambda s, log_k: triton.why_not(s))),
+    Kernel("colt5", Solvers(_along_rows(colt5.iterate)), _iterates(colt5.why_not)),
 )

@@ -74,4 +74,4 @@ def _deepspeed(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 # Not yet measured on a GPU, so not yet chosen there.
-KERNELS = (Kernel("deepspeed", _deepspeed, deepspeed.why_not, lambda scores: False),)
+KERNELS = (Kernel("deepspeed", _deepspeed, deepspeed.why_not),)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from ._door import REFERENCE
+from ._door import REFERENCE, worthwhile
 
 # b batch, h heads, n positions, d width of a head, c channels
 
@@ -122,7 +122,7 @@ def rows(dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Iterator[Answer]
         for device in devices():
             for dtype in dtypes:
                 asked = case.asked(*case.call(functools.partial(_zeros, dtype, device), SIZES))
-                answers = [(k.name, k.why_not(*asked), k.worth(*asked)) for k in kernels]
+                answers = [(k.name, k.why_not(*asked), worthwhile(name, k, *asked)) for k in kernels]
                 chosen = next((impl for impl, reason, worth in answers if reason is None and worth), REFERENCE)
                 short = str(dtype).removeprefix("torch.")
                 yield from (Answer(name, device, short, impl, reason, impl == chosen) for impl, reason, _ in answers)

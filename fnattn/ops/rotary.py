@@ -188,5 +188,5 @@ def _package(x: Tensor, angles: Tensor) -> Tensor:
 KERNELS = (
     # Under a compiler plain torch is fused with what surrounds it.
     Kernel("native", _native, lambda x, angles: native_reason("rotary", x), lambda *args: not torch.compiler.is_compiling()),
-    Kernel("rotary_embedding_torch", _package, _package_reason, lambda *args: False),
+    Kernel("rotary_embedding_torch", _package, _package_reason),
 )

@@ -266,6 +266,5 @@ for _scan in (native.scan, triton.scan):
 
 KERNELS = (
     Kernel("native", run_native, lambda a, x, h0: native_reason("scan", a, x, h0)),
-    # Not yet measured on a GPU, so not yet chosen there.
-    Kernel("triton", run_triton, triton_reason, lambda a, x, h0: False),
+    Kernel("triton", run_triton, triton_reason),
 )

@@ -266,6 +266,5 @@ def _triton(q, k, v, mask, start, scale):
 
 KERNELS = (
     Kernel("native", _native, _native_reason),
-    # Not yet measured on a GPU, so not yet chosen there.
-    Kernel("triton", _triton, triton.why_not, lambda q, k, v: False),
+    Kernel("triton", _triton, triton.why_not),
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import crossovers
 from ..contracts import Operator
 from . import softmax_aten as aten
 from .build import why_not
@@ -40,10 +41,14 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     return b, h, g, n, m, d, e
 
 
+_FEW = crossovers.limits("softmax_attention", "native, torch's")
+_HEADS = crossovers.limits("softmax_attention", "native, torch's backward")
+
+
 def _torch_is_better(q: Tensor, k: Tensor) -> bool:
     """No compiler, or too few queries for the vector lanes."""
     n, m = q.shape[2], k.shape[2]
-    return why_not("softmax") is not None or (n < 128 // q.element_size() and m > 2 * n + 8)
+    return why_not("softmax") is not None or (n < _FEW["bytes"] // q.element_size() and m > _FEW["ratio"] * n + _FEW["extra"])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -58,7 +63,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | N
 def _attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor,
                      start: int | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     # One task is a key head; on one core ours is four times as fast.
-    if _torch_is_better(q, k) or 4 * k.shape[0] * k.shape[1] < torch.get_num_threads():
+    if _torch_is_better(q, k) or _HEADS["speed"] * k.shape[0] * k.shape[1] < torch.get_num_threads():
         return aten.attend_backward(g, q, k, v, mask, out, lse, start, scale)
     g, q, k, v, mask, out, lse = _plain(g, q, k, v, mask, out, lse)
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -12,6 +12,7 @@ distinct ones.
 from __future__ import annotations
 
 import torch
+from fnattn_kernels import crossovers
 from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import taylor as native
 from torch import Tensor
@@ -68,9 +69,12 @@ def taylor(q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, sums:
     return out.to(v.dtype), total
 
 
+_QUADRATIC = crossovers.limits("taylor", "reference, quadratic")
+
+
 def _quadratic_up_to(q: Tensor, k: Tensor) -> int:
     """The chunk for plain torch: all of a sequence so short that its [n, n] table costs less than reading the sums."""
-    length, limit = max(q.shape[2], k.shape[2]), 4 * CHUNK
+    length, limit = max(q.shape[2], k.shape[2]), _QUADRATIC["length"]
     return CHUNK if torch.compiler.is_exporting() or length > limit else max(length, 1)
 
 

@@ -1,0 +1,88 @@
+"""When `impl="auto"` takes which kernel: the one table of thresholds, and where each was measured.
+
+    python -m fnattn bench --crossovers
+
+times every implementation at short and long sequences and prints, beside this table, where another choice would have been
+faster. What a person learns from it is written here, with processor and date; nothing else decides.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ALWAYS, NEVER = "always", "never"
+EPYC = "one core of an AMD EPYC with AVX-512, 2026-11"
+UNMEASURED = "not yet measured on a GPU, so not yet chosen there"
+
+
+class Crossover(NamedTuple):
+    """One kernel of one operator.
+
+    takes:    when it is taken if it can serve and no earlier kernel of the operator was: ALWAYS, NEVER, or a condition in
+              words in which {names} are limits. Where kernels share an entry point, what chooses between them.
+    measured: on what, when, and the figures that decide.
+    limits:   the numbers of the condition.
+    """
+
+    operator: str
+    kernel: str
+    takes: str
+    measured: str
+    limits: dict[str, float] = {}
+
+    @property
+    def rule(self) -> str:
+        """The condition with its numbers."""
+        return self.takes.format(**self.limits)
+
+
+TABLE = (
+    Crossover("causal_dot", "native", ALWAYS, EPYC),
+    # How fast another build of the package is depends on compiler flags that cannot be seen from here.
+    Crossover("causal_dot", "fast_transformers", NEVER, f"{EPYC}: value and gradient, 8 heads, n 64 to 4096, d and e 16 to 64, "
+              "7 to 56 times as long as native, 3 to 21 times as long as plain torch"),
+    Crossover("causal_dot", "triton", NEVER, UNMEASURED),
+    Crossover("scan", "native", ALWAYS, EPYC),
+    Crossover("scan", "triton", NEVER, UNMEASURED),
+    Crossover("taylor", "native", ALWAYS, EPYC),
+    # In plain torch: the [n, n] table of a sequence so short that it costs less than reading the sums.
+    Crossover("taylor", "reference, quadratic", "n <= {length} positions", EPYC, {"length": 256}),
+    Crossover("gate_loop", "native", ALWAYS, EPYC),
+    Crossover("simple_gate_loop", "native", ALWAYS, EPYC),
+    Crossover("softmax_attention", "native", ALWAYS, EPYC),
+    # Inside native: torch's own fused kernel, where ours would leave most of its vector lanes idle.
+    Crossover("softmax_attention", "native, torch's", "n < {bytes} / bytes of a number, and more than {ratio} n + {extra} keys",
+              f"{EPYC}: one query, 513 keys, 16 heads 0.08 ms against 0.58", {"bytes": 128, "ratio": 2, "extra": 8}),
+    # Our backward gives a thread a key head.
+    Crossover("softmax_attention", "native, torch's backward", "{speed} b g < threads", EPYC, {"speed": 4}),
+    Crossover("softmax_attention", "triton", NEVER, UNMEASURED),
+    Crossover("masked_softmax", "deepspeed", NEVER, UNMEASURED),
+    # Under a compiler plain torch is fused with what surrounds it.
+    Crossover("rotary", "native", "not while torch.compile traces", EPYC),
+    Crossover("rotary", "rotary_embedding_torch", NEVER, EPYC),
+    Crossover("coor_descent", "native", ALWAYS, EPYC),
+    Crossover("coor_descent", "triton", NEVER, UNMEASURED),
+    Crossover("coor_descent", "colt5", NEVER, UNMEASURED),
+    Crossover("coor_descent_attention", "native", ALWAYS, EPYC),
+    Crossover("conv_attention", "native", ALWAYS, EPYC),
+    Crossover("conv_attention", "bands", ALWAYS, EPYC),
+    Crossover("axial_attention", "native", ALWAYS, EPYC),
+    Crossover("axial_attention", "bands", ALWAYS, EPYC),
+    Crossover("block_sparse_attention", "native", ALWAYS, EPYC),
+    # Gathering copies keys and values once per block that reads them: worth it for long rows that are mostly absent.
+    Crossover("block_sparse_attention", "gather", "n >= {length} and at most {density:.0%} of the blocks are there", EPYC,
+              {"length": 1024, "density": 0.25}),
+    Crossover("block_sparse_attention", "deepspeed", NEVER, "runs on no torch that this library runs on"),
+)
+_BY_NAME = {(row.operator, row.kernel): row for row in TABLE}
+
+
+def limits(operator: str, kernel: str) -> dict[str, float]:
+    """The thresholds of one kernel of one operator."""
+    return _BY_NAME[operator, kernel].limits
+
+
+def fixed(operator: str, kernel: str) -> bool:
+    """Whether a kernel without a condition of its own is taken: unless the table says never."""
+    row = _BY_NAME.get((operator, kernel))
+    return row is None or row.takes != NEVER
