@@ -14,6 +14,8 @@ keeps rounding errors from piling up along the sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from fnattn_kernels.native import scan as native_scan
 from torch import Tensor
@@ -31,14 +33,14 @@ def to_raw(a: Tensor, log_size: Tensor, angle: Tensor) -> Tensor:
     return torch.stack((x * along - y * across, y * along + x * across), -1)
 
 
-def narrow(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor, g: Tensor, g_state: Tensor,
-           g_product: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def narrow(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor, g: Tensor, g_state: Tensor, g_product: Tensor,
+           scan: Callable = native_scan.scan) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, a, h0 for one channel per head; shapes as in reference.narrow."""
     alpha, kv = gate(a), k * v
-    h = native_scan.scan(alpha, torch.stack((kv, torch.zeros_like(kv)), -1), h0, False, True, False, False)
+    h = scan(alpha, torch.stack((kv, torch.zeros_like(kv)), -1), h0, False, True, False, False)
     read = torch.stack((q * g, torch.zeros_like(kv)), -1)
     read = torch.cat((read[:, :-1], (read[:, -1] + g_state)[:, None]), 1)
-    total = native_scan.scan(alpha, read, None, True, True, True, True)  # gradient of H_t from here and from later
+    total = scan(alpha, read, None, True, True, True, True)  # gradient of H_t from here and from later
     through = complex_times(total, conjugate(before(h, 1, h0)))  # gradient of alpha_t
     logs = complex_times(conjugate(alpha), through) + complex_times(g_product, conjugate(product(alpha, 1)))[:, None]
     return (g * h[..., 0], v * total[..., 0], k * total[..., 0], to_raw(a, logs[..., 0], logs[..., 1]),
