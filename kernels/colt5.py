@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .contracts import KernelUnavailable, Operator
-from .native.coor_descent import schedule
+from .native.coor_descent import flops, schedule
 from .triton import missing as triton_missing
 from .triton import power_of_2
 
@@ -130,3 +130,5 @@ iterate_back = Operator("coor_iterate_back_colt5", 1,
                         f"(Tensor s, Tensor log_k, Tensor y, Tensor marks, Tensor g, {_SCHEDULE}) -> (Tensor, Tensor)",
                         cpu=_iterate_back, cuda=_iterate_back,
                         fake=lambda s, log_k, y, marks, g, *options: (s.new_empty(s.shape), log_k.new_empty(log_k.shape)))
+iterate.flops(flops(4, 1))
+iterate_back.flops(flops(7, 2))

@@ -19,10 +19,13 @@ import torch.autograd.forward_ad as fwad
 from torch import Tensor
 from torch._C._functorch import get_single_level_autograd_function_allowed, set_single_level_autograd_function_allowed
 
+from . import sharding
+
 NAMESPACE = "fnattn"
 _LIB = torch.library.Library(NAMESPACE, "FRAGMENT")
 _C = torch._C
 _FLOPS: dict[Any, Callable] = {}
+OPERATORS: list[Operator] = []  # all that were made
 
 
 class KernelUnavailable(RuntimeError):
@@ -68,6 +71,7 @@ class Operator:
         self._vjp: Callable | None = None
         self._jvp: Callable | None = None
         self._save_outputs = True
+        self.splits: list[sharding.Split] = []
         for key, fn in (("CPU", cpu), ("CUDA", cuda), ("CompositeExplicitAutograd", any_device)):
             if fn is not None:
                 _LIB.impl(self.name, fn, key)
@@ -77,6 +81,8 @@ class Operator:
             for device in ("cpu", "cuda"):
                 torch.library.register_autocast(self.qualified, device, autocast, lib=_LIB)
         self._node = _node(self)
+        OPERATORS.append(self)
+        sharding.add(self)
 
     def __repr__(self) -> str:
         return f"Operator({self.qualified})"
@@ -103,8 +109,17 @@ class Operator:
         if "torch.utils.flop_counter" in sys.modules:
             register_flops()
 
+    def split(self, arguments: Sequence[sharding.Axis], results: Sequence[sharding.Axis]) -> None:
+        """Lets DTensor split the operator along one more axis than the batch, for example that of the heads.
+
+        One axis per tensor argument in the order of the schema, and per result; None: whole on every device. (axis,): whole
+        where its size is 1. "sum": results of the devices are to be added.
+        """
+        self.splits.append(sharding.Split(tuple(arguments), tuple(results)))
+
     def _autograd(self, keyset, *args):
         """Runs once per transform level and once at the bottom, like the kernel of a built-in operator."""
+        sharding.on_first_use(args)
         forward_on = _C._is_fwd_grad_enabled()
         reverse = _C.is_grad_enabled() and _C._any_requires_grad(*args)
         if reverse or (forward_on and any(isinstance(a, Tensor) and unpack_dual(a)[1] is not None for a in args)):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .contracts import KernelUnavailable, Operator
+from .native.causal_dot import flops
 
 # Above it the package's CUDA code divides by zero when it counts threads.
 CUDA_WIDTH = 1024
@@ -130,3 +131,7 @@ dot = Operator("causal_dot_ft", 1, "(Tensor q, Tensor k, Tensor v, bool reverse)
 dot_back = Operator("causal_dot_back_ft", 1, "(Tensor q, Tensor k, Tensor v, Tensor g, bool reverse) -> (Tensor, Tensor, Tensor)",
                     cpu=_dot_back, cuda=_dot_back,
                     fake=lambda q, k, v, *rest: tuple(t.new_empty(t.shape) for t in (q, k, v)))
+dot.flops(flops)
+dot_back.flops(lambda q, k, v, *args, **kwargs: 3 * flops(q, k, v))
+dot.split((1, 1, 1), (1,))
+dot_back.split((1, 1, 1, 1), (1, 1, 1))

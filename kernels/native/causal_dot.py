@@ -32,3 +32,4 @@ def flops(q, k, v, *args, **kwargs) -> int:
 # the products of a group of key heads are summed, which makes the operator closed under differentiation.
 dot = Operator("causal_dot_native", 1, "(Tensor q, Tensor k, Tensor v, bool reverse) -> Tensor", fake=_fake, cpu=_dot)
 dot.flops(flops)
+dot.split((1, 1, 1), (1,))

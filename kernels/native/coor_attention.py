@@ -92,3 +92,20 @@ attention_tangent = Operator(
     f"(Tensor q, Tensor k, Tensor v, Tensor log_k, Tensor? keep, Tensor start, Tensor marks, Tensor tq, Tensor tk, Tensor tv, "
     f"Tensor tlog_k, {_OPTIONS}) -> Tensor",
     fake=lambda q, k, v, *others: q.new_empty(*q.shape[:3], v.shape[3]), cpu=_tangent)
+
+
+def _flops(per_d: int, per_e: int, rounds: int):
+    """A FLOP formula: so many operations per pair and channel, and the solver's as in coor_descent."""
+    def formula(q, k, v, *args, **kwargs):
+        (b, h, n, d), m, e = q, k[2], v[3]
+        exact, n_iters = args[-5], args[-1]
+        return b * h * n * m * (per_d * d + per_e * e + 6 * rounds * (2 if exact else n_iters + 1))
+    return formula
+
+
+attention.flops(_flops(2, 2, 1))
+attention_back.flops(_flops(6, 4, 2))
+attention_tangent.flops(_flops(6, 4, 2))
+attention.split((1, 1, 1, 1, None, None), (1, 1))
+attention_back.split((1, 1, 1, 1, None, None, 1, 1), (1, 1, 1, 1))
+attention_tangent.split((1, 1, 1, 1, None, None, 1, 1, 1, 1, 1), (1,))

@@ -105,3 +105,20 @@ exact_back = Operator("coor_exact_back_native", 1,
 tangent = Operator(
     "coor_tangent_native", 1, f"(Tensor s, Tensor log_k, Tensor m, Tensor ts, Tensor tlog_k, bool exact, {_SCHEDULE}) -> Tensor",
     cpu=_tangent, fake=lambda s, *others: _new(s))
+
+
+def flops(n_iters_at: int, rounds: int):
+    """A FLOP formula: `rounds` times the work of an iteration, for each of them and once for the result. An iteration adds the
+    cap, divides by eps, takes the largest off, exponentiates, sums and adds the threshold. The exact solver counts as one.
+    """
+    def formula(s, *args, **kwargs):
+        n_iters = args[n_iters_at] if n_iters_at >= 0 else 1
+        return 6 * rounds * s[0] * s[1] * (n_iters + 1)
+    return formula
+
+
+iterate.flops(flops(4, 1))
+iterate_back.flops(flops(6, 2))
+exact.flops(flops(-1, 1))
+exact_back.flops(flops(-1, 2))
+tangent.flops(lambda s, log_k, m, *args, **kwargs: flops(0, 2)(s, 1 if args[2] else args[6]))

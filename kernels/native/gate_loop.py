@@ -174,3 +174,27 @@ wide_backward = Operator(
     "gate_loop_wide_backward_native", 1,
     "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0, Tensor? g, Tensor? g_last, Tensor? g_product)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", fake=_wide_backward_fake, cpu=_wide_backward)
+
+
+def flops(real: int, heads: bool = False):
+    """A FLOP formula: so many operations per position and entry of the state; what the gates themselves take is not counted."""
+    def formula(q, k, v, *args, **kwargs):
+        return real * q[0] * q[1] * q[2] * (q[3] * v[3] if heads else 1)
+    return formula
+
+
+# Forward: gate times state 2 (complex 6), product k v 1 and its sum 1, product with q and its sum 2. Backward: the state once
+# more, its gradient likewise, and one product each for q, k, v (2 each) and the gate (8 for two complex numbers). Tangent: two
+# recurrences, of which one has two gates and two products, and their reading.
+simple.flops(flops(3))
+simple_backward.flops(flops(10))
+narrow.flops(flops(10))
+narrow_backward.flops(flops(30))
+wide.flops(flops(10, heads=True))
+wide_backward.flops(flops(30, heads=True))
+simple.split((2, 2, 2, 1), (2, 1, 2))
+simple_backward.split((2, 2, 2, 1, 2, 2, 1), (2, 2, 2, 1))
+narrow.split((2, 2, 2, 2, 1), (2, 1, 1, 3))
+narrow_backward.split((2, 2, 2, 2, 1, 3, 1, 2, 1, 1), (2, 2, 2, 2, 1))
+wide.split((1, 1, 1, 1, 1), (1, 1, 1))
+wide_backward.split((1, 1, 1, 1, 1, 1, 1, 1), (1, 1, 1, 1, 1))

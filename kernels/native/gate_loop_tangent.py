@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..contracts import Operator
 from .call import address, function, threads
-from .gate_loop import EVERY, GATE, _heads, _like_rows, _narrow_backward_fake, _packed, _strides, _strides3
+from .gate_loop import EVERY, GATE, _heads, _like_rows, _narrow_backward_fake, _packed, _strides, _strides3, flops
 from .scan import rows
 
 
@@ -98,3 +98,11 @@ narrow_hessian = Operator(
     " Tensor? tg, Tensor? tg_last, Tensor? tg_product) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_narrow_backward_fake, cpu=_narrow_hessian)
 wide = Operator("gate_loop_wide_tangent_native", 1, _FIVE + " -> (Tensor, Tensor, Tensor)", fake=_wide_fake, cpu=_wide)
+simple.flops(flops(12))
+narrow.flops(flops(30))
+narrow_hessian.flops(flops(90))
+wide.flops(flops(30, heads=True))
+simple.split((2, 2, 2, 1, 2, 2, 2, 1), (2, 1))
+narrow.split((2, 2, 2, 2, 1, 2, 2, 2, 2, 1), (2, 1, 1, 3))
+narrow_hessian.split((2, 2, 2, 2, 1, 3, 1, 2, 1, 1, 2, 2, 2, 2, 1, 3, 1, 2, 1, 1), (2, 2, 2, 2, 1))
+wide.split((1,) * 10, (1, 1, 1))

@@ -28,3 +28,4 @@ def _fake(x: Tensor, cos: Tensor, sin: Tensor, rest: bool) -> Tensor:
 # with respect to the angles.
 rotate = Operator("rotary_native", 1, "(Tensor x, Tensor cos, Tensor sin, bool rest) -> Tensor", fake=_fake, cpu=_rotate)
 rotate.flops(lambda x, cos, sin, *args, **kwargs: 6 * x[0] * x[1] * x[2] * cos[2])
+rotate.split((1, None, None), (1,))

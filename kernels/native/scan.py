@@ -38,3 +38,12 @@ def _fake(a: Tensor, x: Tensor, *rest) -> Tensor:
 # m_t = a_before(t) and 1 at the first row visited; conjugated if conjugate. The flags close it under differentiation.
 scan = Operator("scan_native", 1, "(Tensor a, Tensor x, Tensor? h0, bool reverse, bool pairs, bool lag, bool conjugate)"
                 " -> Tensor", fake=_fake, cpu=_scan)
+
+
+def flops(a, x, h0=None, reverse=False, pairs=False, *args, **kwargs) -> int:
+    """Operations of one call, from shapes: a product and a sum, of complex numbers if pairs."""
+    return x[0] * x[1] * x[2] * (8 if pairs else 2)
+
+
+scan.flops(flops)
+scan.split((2, 2, 1), (2,))

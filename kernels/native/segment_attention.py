@@ -113,6 +113,11 @@ def operators(name: str, lists: Callable[..., Lists]) -> SegmentOperators:
     found.backward.flops(lambda g, q, k, v, *_, **__: _flops(5, q, v))
     found.tangent.flops(lambda q, k, v, *_, **__: _flops(5, q, v))
     found.second.flops(lambda g, q, k, v, *_, **__: _flops(12, q, v))
+    shared = (1,)  # a layout for all heads
+    found.attend.split((1, 1, 1, None, shared), (1, 1))
+    found.backward.split((1, 1, 1, 1, None, 1, 1, shared), (1, 1, 1))
+    found.tangent.split((1, 1, 1, None, 1, 1, 1, 1, 1, shared), (1, 1))
+    found.second.split((1, 1, 1, 1, None, *(1,) * 8, shared), (1, 1, 1))
     return found
 
 

@@ -132,3 +132,7 @@ forward.flops(_flops(1, 1))
 backward.flops(_flops(2, 3))
 tangent.flops(_flops(2, 3))
 second.flops(_flops(6, 8))
+forward.split((1, 1, 1, None, 1), (1, 1, 1))
+backward.split((1, 1, 1, None, 1, 1, 1, 1, 1), (1, 1, 1, "sum", 1))  # the heads share keep
+tangent.split((1, 1, 1, None, 1, 1, 1, 1, 1, 1, None, 1), (1, 1, 1))
+second.split((1, 1, 1, None, *(1,) * 13), (1, 1, 1, 1))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Operator
-from ..native.coor_descent import schedule
+from ..native.coor_descent import flops, schedule
 from . import device_code, power_of_2
 from . import why_not as triton_why_not
 
@@ -67,3 +67,6 @@ iterate_back = Operator("coor_iterate_back_triton", 1,
                         cuda=_iterate_back, fake=lambda s, log_k, *rest: (s.new_empty(s.shape), log_k.new_empty(log_k.shape)))
 tangent = Operator("coor_tangent_triton", 1, f"(Tensor s, Tensor log_k, Tensor m, Tensor ts, Tensor tlog_k, {_SCHEDULE}) -> Tensor",
                    cpu=_tangent, cuda=_tangent, fake=lambda s, *rest: s.new_empty(s.shape))
+iterate.flops(flops(4, 1))
+iterate_back.flops(flops(6, 2))
+tangent.flops(flops(7, 2))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Operator
+from ..native.scan import flops
 from . import device_code, power_of_2
 
 # Positions of a chunk and channels of a program.
@@ -39,3 +40,5 @@ def _scan(a: Tensor, x: Tensor, h0: Tensor | None, reverse: bool, pairs: bool, l
 # Arguments and meaning as in native/scan.py.
 scan = Operator("scan_triton", 1, "(Tensor a, Tensor x, Tensor? h0, bool reverse, bool pairs, bool lag, bool conjugate) -> Tensor",
                 cpu=_scan, cuda=_scan, fake=lambda a, x, *rest: x.new_empty(x.shape))
+scan.flops(flops)
+scan.split((2, 2, 1), (2,))

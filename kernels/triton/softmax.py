@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Operator
+from ..native.softmax import declare
 from . import device_code, power_of_2
 from . import why_not as triton_why_not
 
@@ -86,3 +87,4 @@ attend_tangent = Operator("softmax_triton_tangent", 1, "(Tensor q, Tensor k, Ten
                           "Tensor? tq, Tensor? tk, Tensor? tv, SymInt? start, float scale) -> (Tensor, Tensor)",
                           cpu=_tangent, cuda=_tangent,
                           fake=lambda q, k, v, mask, out, lse, *rest: (out.new_empty(out.shape), lse.new_empty(lse.shape)))
+declare(attend, attend_backward, attend_tangent)
