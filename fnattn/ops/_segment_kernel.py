@@ -1,4 +1,4 @@
-"""Attention over static segments of keys in C, as conv_attention, axial_attention and block_sparse_attention use it.
+"""Attention over static segments of keys in C and by Triton, as conv_attention, axial_attention and block_sparse_attention use it.
 
 Value, gradient, tangent, and the tangent of the gradient are fused. They close under differentiation to second order, for with
 f = g . attend(q, k, v), whose gradient in (q, k, v) is `backward`, J its Jacobian and H its symmetric Hessian in (q, k, v):
@@ -13,15 +13,20 @@ and v: a saved result (out, lse, their tangents) is a function of them, not an i
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import segment_attention as native
+from fnattn_kernels.triton import segment_attention as triton
 from torch import Tensor
 
-from . import _segments, softmax
+from . import _segment_tiles, _segments, softmax
 from ._door import Kernel, native_reason
 
-ATTEND, BACKWARD, TANGENT, SECOND = native.operators("segment_attention_native", _segments.lists)
+NATIVE = native.operators("segment_attention_native", _segments.lists)
+TRITON = triton.operators("segment_attention_triton", _segment_tiles.walk)
 
 
 # ------------------------------------------------------------------------------------------------ formulas
@@ -63,77 +68,96 @@ def _where(needs, grads) -> tuple:
     return tuple(x if need else None for x, need in zip(grads, needs))
 
 
-def _attend_vjp(needs, args, outs, cotangents):
-    q, k, v, keep, *pattern = args
-    g, g_lse = cotangents
-    if g_lse is None:
-        grads = BACKWARD(g, q, k, v, keep, *outs, *pattern)
-    else:
-        g = torch.zeros_like(outs[0]) if g is None else g
-        grads = _of_backward(g, q, k, v, keep, *outs, *pattern, g_lse)
-    return (*_where(needs, grads), None, None, None, None)
+def rules(attend, others) -> dict:
+    """vjp and jvp of an operator that computes value and lse, by the other operators of a kernel."""
+
+    def vjp(needs, args, outs, cotangents):
+        q, k, v, keep, *pattern = args
+        g, g_lse = cotangents
+        if g_lse is None:
+            grads = others.backward(g, q, k, v, keep, *outs, *pattern)
+        else:
+            g = torch.zeros_like(outs[0]) if g is None else g
+            grads = _of_backward(g, q, k, v, keep, *outs, *pattern, g_lse)
+        return (*_where(needs, grads), None, None, None, None)
+
+    def jvp(args, outs, tangents):
+        q, k, v, keep, *pattern = args
+        return others.tangent(q, k, v, keep, *outs, *tangents[:3], *pattern)
+
+    return {"vjp": vjp, "jvp": jvp, "batch": softmax._fold(attend, mask_at=4)}
 
 
-def _attend_jvp(args, outs, tangents):
-    q, k, v, keep, *pattern = args
-    return TANGENT(q, k, v, keep, *outs, *tangents[:3], *pattern)
+def _rules_of_backward(ops) -> dict:
+    def vjp(needs, args, outs, cotangents):
+        g, q, k, v, keep, out, lse, *pattern = args
+        moved = ops.tangent(q, k, v, keep, out, lse, *cotangents, *pattern)
+        grads = ops.second(g, q, k, v, keep, out, lse, *moved, None, *cotangents, *pattern) if any(needs[1:4]) else (None,) * 3
+        return (*_where(needs, (moved[0], *grads)), *(None,) * 6)
+
+    def jvp(args, outs, tangents):
+        g, q, k, v, keep, out, lse, *pattern = args
+        moved = tangents[5:7]  # those of out and lse, unless they were saved before anyone moved
+        if any(t is None for t in moved):
+            moved = ops.tangent(q, k, v, keep, out, lse, *tangents[1:4], *pattern)
+        return ops.second(g, q, k, v, keep, out, lse, *moved, *tangents[:4], *pattern)
+
+    return {"vjp": vjp, "jvp": jvp, "batch": softmax._fold(ops.backward, mask_at=7), "save_outputs": False}
 
 
-def _backward_vjp(needs, args, outs, cotangents):
-    g, q, k, v, keep, out, lse, *pattern = args
-    moved = TANGENT(q, k, v, keep, out, lse, *cotangents, *pattern)
-    grads = SECOND(g, q, k, v, keep, out, lse, *moved, None, *cotangents, *pattern) if any(needs[1:4]) else (None,) * 3
-    return (*_where(needs, (moved[0], *grads)), *(None,) * 6)
+def _rules_of_tangent(ops) -> dict:
+    def vjp(needs, args, outs, cotangents):
+        c, c_lse = cotangents
+        if c_lse is not None:
+            return reference_vjp(_of_tangent, needs, args, cotangents)
+        q, k, v, keep, out, lse, *moves = args
+        moves, pattern = moves[:3], moves[3:]
+        first = ops.second(c, q, k, v, keep, out, lse, *outs, None, *moves, *pattern) if any(needs[:3]) else (None,) * 3
+        second = ops.backward(c, q, k, v, keep, out, lse, *pattern) if any(needs[6:9]) else (None,) * 3
+        return (*_where(needs, first), None, None, None, *_where(needs[6:], second), None, None, None)
+
+    return {"vjp": vjp, "jvp": lambda args, outs, tangents: reference_jvp(_of_tangent, args, tangents),
+            "batch": softmax._fold(ops.tangent, mask_at=9)}
 
 
-def _backward_jvp(args, outs, tangents):
-    g, q, k, v, keep, out, lse, *pattern = args
-    moved = tangents[5:7]  # those of out and lse, unless they were saved before anyone moved
-    if any(t is None for t in moved):
-        moved = TANGENT(q, k, v, keep, out, lse, *tangents[1:4], *pattern)
-    return SECOND(g, q, k, v, keep, out, lse, *moved, *tangents[:4], *pattern)
-
-
-def _tangent_vjp(needs, args, outs, cotangents):
-    c, c_lse = cotangents
-    if c_lse is not None:
-        return reference_vjp(_of_tangent, needs, args, cotangents)
-    q, k, v, keep, out, lse, *moves = args
-    moves, pattern = moves[:3], moves[3:]
-    first = SECOND(c, q, k, v, keep, out, lse, *outs, None, *moves, *pattern) if any(needs[:3]) else (None,) * 3
-    second = BACKWARD(c, q, k, v, keep, out, lse, *pattern) if any(needs[6:9]) else (None,) * 3
-    return (*_where(needs, first), None, None, None, *_where(needs[6:], second), None, None, None)
-
-
-def _tangent_jvp(args, outs, tangents):
-    return reference_jvp(_of_tangent, args, tangents)
-
-
-for _operator, _vjp, _jvp, _layout_at in ((ATTEND, _attend_vjp, _attend_jvp, 4), (BACKWARD, _backward_vjp, _backward_jvp, 7),
-                                          (TANGENT, _tangent_vjp, _tangent_jvp, 9)):
-    _operator.derive(vjp=_vjp, jvp=_jvp, batch=softmax._fold(_operator, mask_at=_layout_at), save_outputs=_operator is not BACKWARD)
-softmax._by_formula(SECOND, _of_second, mask_at=13)
+for _ops in (NATIVE, TRITON):
+    _ops.attend.derive(**rules(_ops.attend, _ops))
+    _ops.backward.derive(**_rules_of_backward(_ops))
+    _ops.tangent.derive(**_rules_of_tangent(_ops))
+    softmax._by_formula(_ops.second, _of_second, mask_at=13)
 
 
 # ------------------------------------------------------------------------------------------------ kernels of three operators
 
 
-def _why_not(q: Tensor, k: Tensor, v: Tensor, *_) -> str | None:
+def _native_reason(q: Tensor, k: Tensor, v: Tensor, *_) -> str | None:
     return native_reason("segment_attention", q, k, v)
 
 
-def _conv(q, k, v, mask, text_len, image_size, kernel_size, dilation, scale, text_sees_all, *_):
-    return ATTEND(q, k, v, mask, None, _segments.conv(text_len, image_size, kernel_size, dilation, text_sees_all), scale)[0]
+def _triton_reason(q: Tensor, k: Tensor, v: Tensor, *_) -> str | None:
+    return triton.why_not(q, k, v)
 
 
-def _axial(q, k, v, mask, text_len, image_size, axis, scale, text_sees_all, *_):
-    return ATTEND(q, k, v, mask, None, _segments.axial(text_len, image_size, axis, text_sees_all), scale)[0]
+def _on_gpu(q: Tensor, *_) -> bool:
+    return q.device.type == "cuda"
 
 
-def _blocks(q, k, v, layout, block, causal, keep, scale):
-    return ATTEND(q, k, v, keep, layout[None], _segments.blocks(block, causal), scale)[0]
+def conv(attend, q, k, v, mask, text_len, image_size, kernel_size, dilation, scale, text_sees_all, *_):
+    """The result of `conv_attention` by one of the operators above."""
+    return attend(q, k, v, mask, None, _segments.conv(text_len, image_size, kernel_size, dilation, text_sees_all), scale)[0]
 
 
-CONV = Kernel("native", _conv, _why_not)
-AXIAL = Kernel("native", _axial, _why_not)
-BLOCK_SPARSE = Kernel("native", _blocks, _why_not)
+def axial(attend, q, k, v, mask, text_len, image_size, axis, scale, text_sees_all, *_):
+    """The result of `axial_attention` by one of the operators above."""
+    return attend(q, k, v, mask, None, _segments.axial(text_len, image_size, axis, text_sees_all), scale)[0]
+
+
+def blocks(attend, q, k, v, layout, block, causal, keep, scale):
+    """The result of `block_sparse_attention` by one of the operators above."""
+    return attend(q, k, v, keep, layout[None], _segments.blocks(block, causal), scale)[0]
+
+
+def kernels(run: Callable) -> tuple[Kernel, Kernel]:
+    """"native" and "triton" of the operator that run(attend, ...) computes."""
+    return (Kernel("native", functools.partial(run, NATIVE.attend), _native_reason),
+            Kernel("triton", functools.partial(run, TRITON.attend), _triton_reason, _on_gpu))

@@ -19,7 +19,7 @@ from torch import Tensor
 # n positions, t text positions, S image_size, nb blocks of a layout, c candidate keys
 CONV, AXIAL, BLOCKS = range(3)
 HALF = SPAN // 2
-TILE_ROWS, TILE_COLUMNS = 4, 8  # of the picture; each half of a block is a square
+TILE_ROWS = 4  # of the picture; each half of a block of the native kernel is a square
 
 
 def conv(text_len: int, image_size: int, kernel_size: int, dilation: int, text_sees_all: bool) -> list[int]:
@@ -116,45 +116,65 @@ def _blocks(pattern: tuple[int, ...], layout: Tensor | None, n: int) -> Iterator
             keys = (columns * block + inside).flatten()
             yield every[start:stop], keys[keys < (stop if causal else n)]
         return
+    text = every[:min(n, pattern[1])]
+    for tile in tiles(pattern, n, SPAN):
+        if tile[0] < len(text):
+            yield tile, text[:int(tile[-1]) + 1]
+        else:
+            yield tile, torch.cat((text, around(pattern, n, tile)))
+
+
+def tiles(pattern: tuple[int, ...], n: int, span: int) -> Iterator[Tensor]:
+    """The positions of text and picture, at most `span` together: such as share keys, and none of text with some of the picture.
+
+    span is a multiple of 8.
+    """
     t, side = min(n, pattern[1]), pattern[2]
-    text, pixels = every[:t], n - t
-    for start in range(0, t, SPAN):
-        yield text[start:start + SPAN], text[:start + SPAN]
+    yield from torch.arange(t, device="cpu").split(span) if t else ()
+    pixels = n - t
     rows = -(-pixels // side)
     picture = torch.arange(rows * side, device="cpu").view(rows, side)
-    for tile in _conv_tiles(picture, pattern[4]) if pattern[0] == CONV else _lines(picture, pattern[3]):
+    for tile in _conv_tiles(picture, pattern[4], span) if pattern[0] == CONV else _lines(picture, pattern[3], span):
         tile = tile[tile < pixels]
         if tile.numel():
-            yield t + tile, torch.cat((text, t + _around(pattern, picture, tile, pixels)))
+            yield t + tile
 
 
-def _conv_tiles(picture: Tensor, dilation: int) -> Iterator[Tensor]:
+def _conv_tiles(picture: Tensor, dilation: int, span: int) -> Iterator[Tensor]:
     """Tiles of the pictures that are left when only every dilation-th row and column counts: pixels of a tile share keys."""
+    columns = span // TILE_ROWS
     for first in range(dilation * dilation):
         part = picture[first // dilation::dilation, first % dilation::dilation]
         for rows in part.split(TILE_ROWS):
-            for tile in rows.split(TILE_COLUMNS, 1):
-                yield torch.cat([half.flatten() for half in tile.split(TILE_COLUMNS // 2, 1)])
+            for tile in rows.split(columns, 1):
+                yield torch.cat([half.flatten() for half in tile.split(columns // 2, 1)])
 
 
-def _lines(picture: Tensor, columns: int) -> Iterator[Tensor]:
-    """The picture's rows or columns, several to a block where they are short."""
+def _lines(picture: Tensor, columns: int, span: int) -> Iterator[Tensor]:
+    """The picture's rows or columns, several to a tile where they are short."""
     lines = picture.T if columns else picture
     if not lines.numel():
         return
-    for some in lines.split(max(1, SPAN // lines.shape[1])):
-        yield from some.flatten().split(SPAN)
+    for some in lines.split(max(1, span // lines.shape[1])):
+        yield from some.flatten().split(span)
 
 
-def _around(pattern: tuple[int, ...], picture: Tensor, tile: Tensor, pixels: int) -> Tensor:
-    """The pixels that those of a tile may see: a box, for a window; all lines that it touches, for an axis."""
-    rows, columns = tile // pattern[2], tile % pattern[2]
-    reach = (pattern[3] - 1) * pattern[4] if pattern[0] == CONV else 0
-    top, left = max(0, int(rows.min()) - reach), max(0, int(columns.min()) - reach)
-    if pattern[0] == AXIAL:
-        top, left = (0, left) if pattern[3] else (top, 0)
-    box = picture[top:int(rows.max()) + 1, left:int(columns.max()) + 1].flatten()
-    return box[box < pixels]
+def around(pattern: tuple[int, ...], n: int, tile: Tensor, after: bool = False) -> Tensor:
+    """The positions of pixels that those of a tile may see, or that may see them (after): a box for a window, whole lines."""
+    t, side = pattern[1], pattern[2]
+    last = -(-(n - t) // side) - 1
+    rows, columns = (tile - t) // side, (tile - t) % side
+    top, bottom, left, right = (int(x) for x in (rows.min(), rows.max(), columns.min(), columns.max()))
+    if pattern[0] == CONV:
+        reach = (pattern[3] - 1) * pattern[4]
+        top, left = (top, left) if after else (max(0, top - reach), max(0, left - reach))
+        bottom, right = (min(last, bottom + reach), min(side - 1, right + reach)) if after else (bottom, right)
+    elif pattern[3]:
+        top, bottom = (top, last) if after else (0, bottom)
+    else:
+        left, right = (left, side - 1) if after else (0, right)
+    box = (torch.arange(top, bottom + 1, device="cpu")[:, None] * side + torch.arange(left, right + 1, device="cpu")).flatten()
+    return t + box[box < n - t]
 
 
 class _Made:

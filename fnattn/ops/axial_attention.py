@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _segment_kernel
 from ._door import Kernel, check_heads, choose, no_autocast, widen
 from ._picture import attend, attend_bands, bands_reason, check_mask, check_picture
-from ._segment_kernel import AXIAL
 
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
 
@@ -78,4 +78,4 @@ def _line(q: Tensor, text_len: int, image_size: int, axis: int) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
 
 
-KERNELS = (AXIAL, Kernel("bands", _bands, bands_reason),)
+KERNELS = (*_segment_kernel.kernels(_segment_kernel.axial), Kernel("bands", _bands, bands_reason))

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core import peek
+from . import _segment_kernel
 from ._door import Kernel, check_heads, choose, no_autocast, widen
-from ._segment_kernel import BLOCK_SPARSE
 from .softmax import reference as dense_attention
 from .softmax import weights
 
@@ -143,7 +143,7 @@ def _worth_gathering(q: Tensor, k: Tensor, v: Tensor, layout: Tensor) -> bool:
 
 
 KERNELS = (
-    BLOCK_SPARSE,
+    *_segment_kernel.kernels(_segment_kernel.blocks),
     Kernel("gather", gather, _gather_reason, _worth_gathering),
     # Never runs: its reason is what somebody who asks for DeepSpeed's kernels should read.
     Kernel("deepspeed", reference, lambda *args: sparse_missing()),

@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _segment_kernel
 from ._door import Kernel, check_heads, choose, no_autocast, widen
 from ._picture import attend, attend_bands, bands_reason, check_mask, check_picture
-from ._segment_kernel import CONV
 
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
 
@@ -84,4 +84,4 @@ def in_window(distance: Tensor, kernel_size: int, dilation: int) -> Tensor:
     return (distance >= 0) & (distance <= (kernel_size - 1) * dilation) & (distance % dilation == 0)
 
 
-KERNELS = (CONV, Kernel("bands", _bands, bands_reason),)
+KERNELS = (*_segment_kernel.kernels(_segment_kernel.conv), Kernel("bands", _bands, bands_reason))

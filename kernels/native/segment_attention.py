@@ -91,23 +91,29 @@ def operators(name: str, lists: Callable[..., Lists]) -> SegmentOperators:
         _call("segment_attention_second", made(q, layout, pattern), (g, q, k, v, keep), (*rest, *grads), q, v, 12, scale)
         return grads
 
+    return declare(name, {"cpu": (attend, backward, tangent, second)})
+
+
+def declare(name: str, functions: dict[str, tuple[Callable, ...]]) -> SegmentOperators:
+    """The operators `name`, of which functions["cpu"] and ["cuda"] compute value, gradient, tangent and the gradient's tangent."""
+    of = [{device: four[i] for device, four in functions.items()} for i in range(4)]
     rest = "Tensor? layout, SymInt[] pattern, float scale) -> "
     found = SegmentOperators(
         # out [b, h, n, e] and the scores' log-sum-exp [b, h, n] (0 for a row that sees nothing).
-        Operator(name, 1, f"(Tensor q, Tensor k, Tensor v, Tensor? keep, {rest}(Tensor, Tensor)", cpu=attend,
+        Operator(name, 1, f"(Tensor q, Tensor k, Tensor v, Tensor? keep, {rest}(Tensor, Tensor)", **of[0],
                  fake=lambda q, k, v, *_: (q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1]))),
         # Gradients of q, k, v given g, that of out.
         Operator(f"{name}_backward", 1, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, "
-                 f"{rest}(Tensor, Tensor, Tensor)", cpu=backward,
+                 f"{rest}(Tensor, Tensor, Tensor)", **of[1],
                  fake=lambda g, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))),
         # Tangents of out and lse given those of q, k, v.
         Operator(f"{name}_tangent", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, Tensor? tq, "
-                 f"Tensor? tk, Tensor? tv, {rest}(Tensor, Tensor)", cpu=tangent,
+                 f"Tensor? tk, Tensor? tv, {rest}(Tensor, Tensor)", **of[2],
                  fake=lambda q, k, v, keep, out, lse, *_: (q.new_empty(out.shape), q.new_empty(lse.shape))),
         # Tangents of backward's gradients, given those of out and lse, and of g, q, k, v.
         Operator(f"{name}_second", 1, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, "
                  f"Tensor t_out, Tensor t_lse, Tensor? tg, Tensor? tq, Tensor? tk, Tensor? tv, {rest}"
-                 "(Tensor, Tensor, Tensor)", cpu=second,
+                 "(Tensor, Tensor, Tensor)", **of[3],
                  fake=lambda g, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))))
     found.attend.flops(lambda q, k, v, *_, **__: _flops(2, q, v))
     found.backward.flops(lambda g, q, k, v, *_, **__: _flops(5, q, v))
