@@ -52,4 +52,5 @@
 #include "gate_loop_wide_backward.h"
 #include "gate_loop_tangent.h"
 #include "gate_loop_narrow_hessian.h"
+#include "gate_loop_wide_hessian.h"
 #endif

@@ -171,7 +171,7 @@ def _wide_backward_fake(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor,
 wide = Operator("gate_loop_wide_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0)"
                 " -> (Tensor, Tensor, Tensor)", fake=_wide_fake, cpu=_wide)
 wide_backward = Operator(
-    "gate_loop_wide_backward_native", 1,
+    "gate_loop_wide_backward_native", 2,
     "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0, Tensor? g, Tensor? g_last, Tensor? g_product)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", fake=_wide_backward_fake, cpu=_wide_backward)
 

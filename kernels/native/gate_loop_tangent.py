@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..contracts import Operator
 from .call import address, function, threads
-from .gate_loop import EVERY, GATE, _heads, _like_rows, _narrow_backward_fake, _packed, _strides, _strides3, flops
+from .gate_loop import EVERY, GATE, _heads, _like_rows, _narrow_backward_fake, _packed, _strides, _strides3, _wide_backward_fake, flops
 from .scan import rows
 
 
@@ -83,6 +83,17 @@ def _wide_fake(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
     return _like_rows(q, v.shape[3]), q.new_empty(b, h, d, v.shape[3], 2), q.new_empty(b, h, 2)
 
 
+def _wide_hessian(q, k, v, a, h0, g, g_last, g_product, tq, tk, tv, ta, th0, tg, tg_last, tg_product) -> tuple[Tensor, ...]:
+    q, k, v, a, g, tq, tk, tv, ta, tg = (_heads(t) for t in (q, k, v, a, g, tq, tk, tv, ta, tg))
+    h0, g_last, g_product, th0, tg_last, tg_product = (_packed(t) for t in (h0, g_last, g_product, th0, tg_last, tg_product))
+    (b, h, n, d), e = q.shape, v.shape[3]
+    grads = _wide_backward_fake(q, k, v)
+    function("gate_loop", "gate_loop_wide_hessian", q.dtype, "p" * 21 + "i" * 48)(
+        *map(address, (q, k, v, a, h0, g, g_last, g_product, tq, tk, tv, ta, th0, tg, tg_last, tg_product, *grads)), b, h, n, d, e,
+        *_strides3(q, k, v, a, g, tq, tk, tv, ta, tg, *grads[:4]), threads(24 * b * h * n * d * e))
+    return grads
+
+
 _FIVE = "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? ta, Tensor? th0)"
 simple = Operator("simple_gate_loop_tangent_native", 1,
                   "(Tensor q, Tensor x, Tensor a, Tensor? h0, Tensor? tq, Tensor? tx, Tensor? ta, Tensor? th0, bool reverse)"
@@ -98,11 +109,19 @@ narrow_hessian = Operator(
     " Tensor? tg, Tensor? tg_last, Tensor? tg_product) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_narrow_backward_fake, cpu=_narrow_hessian)
 wide = Operator("gate_loop_wide_tangent_native", 1, _FIVE + " -> (Tensor, Tensor, Tensor)", fake=_wide_fake, cpu=_wide)
+# The arguments of gate_loop_wide_backward, then one tangent each.
+wide_hessian = Operator(
+    "gate_loop_wide_hessian_native", 1,
+    "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0, Tensor? g, Tensor? g_last, Tensor? g_product, Tensor? tq, Tensor? tk,"
+    " Tensor? tv, Tensor? ta, Tensor? th0, Tensor? tg, Tensor? tg_last, Tensor? tg_product)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", fake=_wide_backward_fake, cpu=_wide_hessian)
 simple.flops(flops(12))
 narrow.flops(flops(30))
 narrow_hessian.flops(flops(90))
 wide.flops(flops(30, heads=True))
+wide_hessian.flops(flops(90, heads=True))
 simple.split((2, 2, 2, 1, 2, 2, 2, 1), (2, 1))
 narrow.split((2, 2, 2, 2, 1, 2, 2, 2, 2, 1), (2, 1, 1, 3))
 narrow_hessian.split((2, 2, 2, 2, 1, 3, 1, 2, 1, 1, 2, 2, 2, 2, 1, 3, 1, 2, 1, 1), (2, 2, 2, 2, 1))
 wide.split((1,) * 10, (1, 1, 1))
+wide_hessian.split((1,) * 16, (1,) * 5)

@@ -175,10 +175,28 @@ def _wide_vjp(needs, args, outs, cotangents):
     return tuple(g if need else None for g, need in zip(grads, needs))
 
 
-def _wide_backward_reference(q, k, v, a, h0, g, g_last, g_product):
-    outer = q[:, :, 0, :, None, None] * v[:, :, 0, None, :, None]
-    state = torch.cat((outer, outer), -1)
-    return backward.wide(q, k, v, a, _zeros(h0, state), _zeros(g, v), _zeros(g_last, state), _zeros(g_product, a[:, :, 0]))
+def _wide_backward_vjp(needs, args, outs, cotangents):
+    """Hessian times vector: backward is a gradient, so its transposed derivative is its derivative."""
+    q, k, v, a, h0, *given = args
+    moves = [*cotangents[:4], None if h0 is None else cotangents[4]]
+    grads = [None] * 5
+    if any(needs[:5]):
+        grads = native_tangent.wide_hessian(*args, *moves, None, None, None)
+    if any(needs[5:]):  # it is linear in the cotangents it is given: what they meet is the forward pass's tangent
+        out, last, logs = native_tangent.wide(q, k, v, a, h0, *moves)
+        product = complex_times(reference.product(reference.gate(a), 2), logs) if needs[7] else None
+        given = [out, last, product]
+    return tuple(g if need else None for g, need in zip((*grads, *given), needs))
+
+
+def _wide_backward_jvp(args, outs, tangents):
+    return native_tangent.wide_hessian(*args, *tangents)
+
+
+def _wide_hessian_reference(*args):
+    state = args[0][:, :, 0, :, None, None] * args[2][:, :, 0, None, :, None] * args[3][:, :, :1, :].unsqueeze(2)
+    like = args[0], args[1], args[2], args[3], state, args[2], state, args[3][:, :, 0]
+    return tangent.wide_backward(*(_zeros(t, x) for t, x in zip(args, like * 2)))
 
 
 def _zeros(t: Tensor | None, like: Tensor) -> Tensor:
@@ -215,9 +233,10 @@ native.wide.derive(vjp=_wide_vjp, jvp=_wide_jvp)
 native.narrow_backward.derive(
     vjp=lambda needs, args, outs, cotangents: reference_vjp(_narrow_backward_reference, needs, args, cotangents),
     jvp=_narrow_backward_jvp, save_outputs=False)
-_derive_from(native.wide_backward, _wide_backward_reference, 4)
+native.wide_backward.derive(vjp=_wide_backward_vjp, jvp=_wide_backward_jvp, save_outputs=False)
 _derive_from(native_tangent.narrow, _narrow_tangent_reference, 0)
 _derive_from(native_tangent.narrow_hessian, _narrow_hessian_reference, 0)
 _derive_from(native_tangent.wide, tangent.wide, 1)
 
+_derive_from(native_tangent.wide_hessian, _wide_hessian_reference, 4)
 KERNELS = (Kernel("native", run_native, lambda *args: native_reason("gate_loop", *args)),)
