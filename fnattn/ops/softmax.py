@@ -7,25 +7,27 @@ A row that sees no key gives exactly 0, with finite derivatives. Derivatives, wi
     tangent    out_i' = sum_j p_ij (ds_ij v_j + v_j') - r_i out_i
     gradient   ds_ij = p_ij (g_i . v_j - g_i . out_i)    dq = scale ds k    dk = scale ds^T q    dv = p^T g
 
-The native kernel computes these without an [n, m] table. Derivatives of the derivatives are those of the plain-torch
-formulas below, which recompute the weights from q, k and v: a saved sum is a function of them, not an input.
+The fused kernels compute these, and the tangent of the gradient, without an [n, m] table: Hessian-vector products too have linear
+memory. Further derivatives are those of plain-torch formulas; see `_softmax_rules`.
 
 Source: Vaswani et al. 2017, arXiv 1706.03762; fused forms after Dao et al. 2022, arXiv 2205.14135.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import softmax as native
 from fnattn_kernels.triton import softmax as triton
 from torch import Tensor
 
 from ..core import peek_int
 from ._door import Kernel, check_heads, choose, no_autocast, widen
+from ._softmax_rules import _backward_formula as _backward_formula
+from ._softmax_rules import _by_formula as _by_formula
+from ._softmax_rules import _fold as _fold
+from ._softmax_rules import _table, derive
+from ._softmax_rules import _tangent_formula as _tangent_formula
+from ._softmax_rules import weights as weights
 
 # b batch, h query heads, g key heads, n queries, m keys, d width of q and k, e width of v
 TABLE = 1 << 24  # scores that the reference holds at once; beyond, it works through the queries in blocks
@@ -37,7 +39,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = 
 
         out_i = sum_j p_ij v_j        p_ij = exp(scale q_i . k_j) / sum over visible j of exp(scale q_i . k_j)
 
-    Time grows with n m (d + e). "native" makes no [n, m] table for the value, the gradient or the tangent.
+    Time grows with n m (d + e). The kernels make no [n, m] table for value, gradient, tangent or
+    Hessian-vector product.
 
     Args:
         q: [b, h, n, d], floating point.
@@ -113,41 +116,6 @@ def _start(n: int, m: int, mask: Tensor | None, causal: bool, offset: int | Tens
 # ------------------------------------------------------------------------------------------------ plain torch
 
 
-def weights(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Softmax over the last axis among the allowed entries; rows without one are exactly 0, with finite derivatives.
-
-    scores [..., m]; allowed bool, broadcastable to scores. The only softmax in the library.
-    """
-    if scores.shape[-1] == 0:
-        return scores
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -torch.inf)
-    top = scores.detach().amax(-1, keepdim=True)
-    top = torch.where(top.isfinite(), top, torch.zeros_like(top))
-    p = (scores - top).exp()
-    # The largest entry of a row is exp(0) = 1, so only the sum of an empty row is below 1; a half keeps its slope at zero.
-    return p / p.sum(-1, keepdim=True).clamp_min(0.5)
-
-
-def _allowed(mask: Tensor | None, start: int | None, n: int, m: int, g: int, device: torch.device) -> Tensor | None:
-    """What may be attended, broadcastable to [b, g, h/g, n, m]; None: everything."""
-    seen = None
-    if mask is not None:
-        seen = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (g, mask.shape[1] // g))
-    if start is not None:
-        past = torch.arange(m, device=device) <= start + torch.arange(n, device=device)[:, None]
-        seen = past if seen is None else seen & past
-    return seen
-
-
-def _table(q: Tensor, k: Tensor, mask: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
-    """q grouped by key heads [b, g, r, n, d], and the weights [b, g, r, n, m]."""
-    g, m = k.shape[1:3]
-    q = q.unflatten(1, (g, q.shape[1] // g if g else 0))
-    scores = torch.einsum("bgrid,bgjd->bgrij", q * scale, k)
-    return q, weights(scores, _allowed(mask, start, q.shape[3], m, g, q.device))
-
-
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, start: int | None = None,
               scale: float = 1.0) -> Tensor:
     """The same in plain torch; when the table of scores would be large, a block of queries at a time."""
@@ -171,85 +139,9 @@ def _attend(q, k, v, mask, start, scale):
 
 
 # ------------------------------------------------------------------------------------------------ the kernels
-# Derivative formulas in the operators' arguments. `out` and `lse` are there unused: see the head of this file.
-
-
-def _backward_formula(g, q, k, v, mask, out, lse, start, scale, g_lse=None):
-    q, p = _table(q, k, mask, start, scale)
-    g = g.unflatten(1, q.shape[1:3])
-    slope = torch.einsum("bgrie,bgje->bgrij", g, v)
-    slope = slope - (p * slope).sum(-1, keepdim=True)
-    if g_lse is not None:
-        slope = slope + g_lse.unflatten(1, q.shape[1:3])[..., None]
-    slope = p * slope * scale
-    return (torch.einsum("bgrij,bgjd->bgrid", slope, k).flatten(1, 2), torch.einsum("bgrij,bgrid->bgjd", slope, q),
-            torch.einsum("bgrij,bgrie->bgje", p, g))
-
-
-def _tangent_formula(q, k, v, mask, out, lse, tq, tk, tv, start, scale):
-    q, p = _table(q, k, mask, start, scale)
-    moved = torch.zeros_like(p)
-    if tq is not None:
-        moved = moved + torch.einsum("bgrid,bgjd->bgrij", tq.unflatten(1, q.shape[1:3]), k)
-    if tk is not None:
-        moved = moved + torch.einsum("bgrid,bgjd->bgrij", q, tk)
-    moved = p * moved * scale
-    t_lse = moved.sum(-1)
-    t_out = torch.einsum("bgrij,bgje->bgrie", moved - t_lse[..., None] * p, v)
-    if tv is not None:
-        t_out = t_out + torch.einsum("bgrij,bgje->bgrie", p, tv)
-    return t_out.flatten(1, 2), t_lse.flatten(1, 2)
-
-
-def _rules(kernel: Any) -> dict[str, Callable]:
-    """The derivatives of kernel.attend by kernel.attend_backward and kernel.attend_tangent."""
-
-    def vjp(needs, args, outs, cotangents):
-        q, k, v, mask, start, scale = args
-        g, g_lse = cotangents
-        if g_lse is None:
-            grads = kernel.attend_backward(g, q, k, v, mask, *outs, start, scale)
-        else:
-            g = torch.zeros_like(outs[0]) if g is None else g
-            grads = _backward_formula(g, q, k, v, mask, *outs, start, scale, g_lse)
-        return (*(x if need else None for x, need in zip(grads, needs)), None, None, None)
-
-    def jvp(args, outs, tangents):
-        q, k, v, mask, start, scale = args
-        return kernel.attend_tangent(q, k, v, mask, *outs, *tangents[:3], start, scale)
-
-    return {"vjp": vjp, "jvp": jvp}
-
-
-def _fold(operator, mask_at: int):
-    """The mapped axis becomes part of the batch axis; a mask that all members and sequences share is not repeated."""
-
-    def rule(info, in_dims, *args):
-        size = info.batch_size
-        b = (args[0] if in_dims[0] is None else args[0].movedim(in_dims[0], 0)[0]).shape[0]
-
-        def merge(i, x, dim):
-            if not isinstance(x, Tensor) or i == mask_at and dim is None and x.shape[0] == 1:
-                return x
-            x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            return x.expand(size, b, *x.shape[2:]).flatten(0, 1)
-
-        outs = operator(*[merge(i, x, d) for i, (x, d) in enumerate(zip(args, in_dims))])
-        return tuple(out.unflatten(0, (size, b)) for out in outs), (0,) * len(outs)
-
-    return rule
-
-
-def _by_formula(operator, formula, mask_at):
-    operator.derive(vjp=lambda needs, args, outs, cotangents: reference_vjp(formula, needs, args, cotangents),
-                    jvp=lambda args, outs, tangents: reference_jvp(formula, args, tangents),
-                    batch=_fold(operator, mask_at), save_outputs=False)
-
 
 for _kernel in (native, triton):
-    _kernel.attend.derive(**_rules(_kernel), batch=_fold(_kernel.attend, mask_at=3))
-    _by_formula(_kernel.attend_backward, _backward_formula, mask_at=4)
-    _by_formula(_kernel.attend_tangent, _tangent_formula, mask_at=3)
+    derive(_kernel)
 
 
 def _native_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:

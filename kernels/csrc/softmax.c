@@ -3,8 +3,8 @@
  *     out_i = sum_j p_ij v_j      lse_i = log sum_j exp(scale q_i . k_j)      (0 and 0 for a query that sees no key)
  *     ds_ij = p_ij (g_i . v_j - g_i . out_i)      dq = scale ds k      dk = scale ds^T q      dv = p^T g
  *
- * q, dq [b, h, n, d], k, dk [b, g, m, d], v, dv [b, g, m, e], out, grad (g above) [b, h, n, e], lse [b, h, n], contiguous.
- * mask: bytes [b, h, n, m] with strides (sb, sh, sn, 1), or NULL. causal: key j is seen if j <= start + i.
+ * q, dq [b, h, n, d], k, dk [b, g, m, d], v, dv [b, g, m, e], out, grad (g above) [b, h, n, e], lse [b, h, n, 1], read and written
+ * where they lie; see softmax_call.h.
  *
  * Forward: one task is a block of queries, with a running maximum. Backward: one task is a key head with all its queries, so
  * that nobody else adds to dk and dv, and the result does not depend on the number of threads. */
@@ -17,32 +17,32 @@
 #else
 #include "softmax_tile.h"
 
-/* Adds a tile of scores p, already hidden where need be, and its values to the sums relative to the maximum `top`; leaves the
- * weights in p. */
-static void S(add_tile)(REAL *p, const REAL *v, int64_t count, int64_t e, REAL *acc, REAL *sum, REAL *top) {
+/* Turns a tile of scores, already hidden where need be, into weights relative to the running maximum `top` of queries x .. WIDTH,
+ * adds them to `sum`, and shrinks what was summed before. */
+static void S(weigh)(REAL *p, int64_t count, int64_t e, int64_t x, REAL *acc, REAL *sum, REAL *top) {
     const VF nothing = (VF){0} - (REAL)INFINITY;
-    for (int x = 0; x < 4; x++) {
-        VF old = ((VF *)top)[x], best = old;
+    for (; x < WIDTH; x += LANES) {
+        VF old = *(VF *)(top + x), best = old;
         for (int64_t j = 0; j < count; j++) {
-            VF score = ((VF *)(p + j * WIDTH))[x];
+            VF score = *(VF *)(p + j * WIDTH + x);
             best = S(select)(score > best, score, best);
         }
-        VF base = S(select)(best == nothing, (VF){0}, best), shrink = S(exponential)(old - base), total = ((VF *)sum)[x] * shrink;
+        VF base = S(select)(best == nothing, (VF){0}, best), shrink = S(exponential)(old - base), total = *(VF *)(sum + x) * shrink;
         for (int64_t j = 0; j < count; j++) {
-            VF *p_j = (VF *)(p + j * WIDTH) + x;
+            VF *p_j = (VF *)(p + j * WIDTH + x);
             *p_j = S(exponential)(*p_j - base);
             total += *p_j;
         }
-        for (int64_t c = 0; c < e; c++) ((VF *)(acc + c * WIDTH))[x] *= shrink;
-        ((VF *)sum)[x] = total;
-        ((VF *)top)[x] = best;
+        for (int64_t c = 0; c < e; c++) *(VF *)(acc + c * WIDTH + x) *= shrink;
+        *(VF *)(sum + x) = total;
+        *(VF *)(top + x) = best;
     }
-    S(times_queries)(acc, v, 1, e, p, e, count);
 }
 
-void S(softmax)(const REAL *q, const REAL *k, const REAL *v, const uint8_t *mask, REAL *out, REAL *lse, int64_t b, int64_t h,
-                int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, int64_t sb, int64_t sh, int64_t sn, int64_t causal,
-                int64_t start, int64_t threads, double scale) {
+/* call->of: q, k, v; out, lse. */
+void S(softmax)(const softmax_call *call, double scale) {
+    SIZES;
+    const strided *of = call->of;
     const int64_t blocks = (n + WIDTH - 1) / WIDTH, tasks = b * h * blocks;
     if (!tasks || !g) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
@@ -53,93 +53,86 @@ void S(softmax)(const REAL *q, const REAL *k, const REAL *v, const uint8_t *mask
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             /* The last queries of a causal head have the most keys: first, so that no thread is left with them alone. */
-            int64_t head = task / blocks, i0 = (blocks - 1 - task % blocks) * WIDTH, first = head * n + i0;
-            int64_t rows = min64(WIDTH, n - i0), keys = head / h * g + head % h / (h / g);
-            memset(q_t, 0, (size_t)(WIDTH * d) * sizeof(REAL));
+            const int64_t i0 = (blocks - 1 - task % blocks) * WIDTH, rows = min64(WIDTH, n - i0);
+            const int64_t batch = task / blocks / h, head = task / blocks % h, keys = head / (h / g);
+            const REAL *k = S(head)(of + 1, batch, keys), *v = S(head)(of + 2, batch, keys);
+            const uint8_t *seen = mask_row(call, batch, head, i0);
+            const int64_t end = causal ? min64(m, start + i0 + rows) : m, diagonal = causal ? start + i0 : m;
+            S(queries)(q_t, NULL, 0, S(head)(of, batch, head) + i0 * of->row, of->row, rows, d, (REAL)scale);
             memset(acc, 0, (size_t)(WIDTH * (e + 1)) * sizeof(REAL));
             for (int64_t i = 0; i < WIDTH; i++) top[i] = -INFINITY;
-            S(transpose)(q_t, q + first * d, rows, d, (REAL)scale);
-            const uint8_t *seen = mask ? mask + head / h * sb + head % h * sh + i0 * sn : NULL;
-            int64_t end = causal ? min64(m, start + i0 + rows) : m;
-            for (int64_t j0 = 0; j0 < end; j0 += KEYS) {
-                int64_t at = keys * m + j0, count = min64(KEYS, end - j0);
-                memset(p, 0, (size_t)(count * WIDTH) * sizeof(REAL));
-                S(times_queries)(p, k + at * d, d, 1, q_t, count, d);
-                S(hide)(p, -INFINITY, rows, count, causal ? j0 - start - i0 : -m, seen ? seen + j0 : NULL, sn);
-                S(add_tile)(p, v + at * e, count, e, acc, sum, top);
+            for (int64_t j0 = 0, x, count; j0 < end; j0 += count) {
+                count = next_tile(j0, end, KEYS, diagonal, LANES, &x);
+                S(scores)(p, k + j0 * of[1].row, of[1].row, q_t, count, d, x, 0);
+                S(hide)(p, x, rows, count, j0 - diagonal, seen ? seen + j0 : NULL, call->mask.row);
+                S(weigh)(p, count, e, x, acc, sum, top);
+                S(values)(acc, v + j0 * of[2].row, of[2].row, p, count, e, x);
             }
+            REAL *out = S(head)(of + 3, batch, head) + i0 * of[3].row, *lse = S(head)(of + 4, batch, head) + i0 * of[4].row;
             for (int64_t i = 0; i < rows; i++) {
-                int empty = top[i] == -INFINITY;
-                lse[first + i] = empty ? 0 : top[i] + (REAL)log((double)sum[i]);
-                REAL share = empty ? 0 : 1 / sum[i];
-                for (int64_t c = 0; c < e; c++) out[(first + i) * e + c] = acc[c * WIDTH + i] * share;
+                const int empty = top[i] == -INFINITY;
+                lse[i * of[4].row] = empty ? 0 : top[i] + (REAL)log((double)sum[i]);
+                sum[i] = empty ? 0 : 1 / sum[i];
+                for (int64_t c = 0; c < e; c++) out[i * of[3].row + c] = acc[c * WIDTH + i] * sum[i];
             }
         }
         free(memory);
     }
 }
 
-/* factor x [rows][d] into the rows of t, which are `width` wide. */
-static void S(spread)(REAL *t, int64_t width, const REAL *x, int64_t rows, int64_t d, REAL factor) {
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t c = 0; c < d; c++) t[i * width + c] = factor * x[i * d + c];
-}
-
-void S(softmax_backward)(const REAL *grad, const REAL *q, const REAL *k, const REAL *v, const uint8_t *mask, const REAL *out,
-                         const REAL *lse, REAL *dq, REAL *dk, REAL *dv, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m,
-                         int64_t d, int64_t e, int64_t sb, int64_t sh, int64_t sn, int64_t causal, int64_t start,
-                         int64_t threads, double scale) {
+/* call->of: grad, q, k, v, out, lse; dq, dk, dv. */
+void S(softmax_backward)(const softmax_call *call, double scale) {
+    SIZES;
+    const strided *of = call->of;
     const int64_t blocks = (n + WIDTH - 1) / WIDTH, tasks = b * g, shared = g ? h / g : 0;
     const int64_t wide_d = (d + LANES - 1) / LANES * LANES, wide_e = (e + LANES - 1) / LANES * LANES;
+    /* Sums of dk and dv are taken in place, unless a row is no whole number of vectors. */
+    const int64_t own_d = wide_d == d ? 0 : m * wide_d, own_e = wide_e == e ? 0 : m * wide_e;
     if (!tasks) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        int64_t per_block = WIDTH * (2 * d + e + wide_d + wide_e + 2), tile = KEYS * WIDTH;
-        REAL *memory = scratch((size_t)(per_block + 2 * tile + m * (wide_d + wide_e)) * sizeof(REAL));
+        REAL *memory = scratch((size_t)(WIDTH * (2 * d + e + wide_d + wide_e + 2 + 2 * KEYS) + own_d + own_e) * sizeof(REAL));
         if (!memory) abort();
-        REAL *q_t = memory, *g_t = q_t + d * WIDTH, *dq_t = g_t + e * WIDTH, *q_r = dq_t + d * WIDTH, *g_r = q_r + wide_d * WIDTH;
-        REAL *norm = g_r + wide_e * WIDTH, *delta = norm + WIDTH, *p = delta + WIDTH, *ds = p + tile;
-        REAL *dk_sum = ds + tile, *dv_sum = dk_sum + m * wide_d;
+        REAL *q_r = memory, *g_r = q_r + wide_d * WIDTH, *q_t = g_r + wide_e * WIDTH, *g_t = q_t + d * WIDTH, *dq_t = g_t + e * WIDTH;
+        REAL *norm = dq_t + d * WIDTH, *delta = norm + WIDTH, *p = delta + WIDTH, *ds = p + KEYS * WIDTH, *own = ds + KEYS * WIDTH;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {
-            const REAL *k_t = k + task * m * d, *v_t = v + task * m * e;
-            memset(dk_sum, 0, (size_t)(m * (wide_d + wide_e)) * sizeof(REAL));
+            const int64_t batch = task / g, keys = task % g, k_row = of[2].row, v_row = of[3].row;
+            const REAL *k = S(head)(of + 2, batch, keys), *v = S(head)(of + 3, batch, keys);
+            const S(sums) dk = S(sums_of)(of + 7, batch, keys, own_d ? own : NULL, m, d, wide_d);
+            const S(sums) dv = S(sums_of)(of + 8, batch, keys, own_e ? own + own_d : NULL, m, e, wide_e);
             for (int64_t block = 0; block < shared * blocks; block++) {
-                int64_t head = task * shared + block / blocks, i0 = block % blocks * WIDTH, first = head * n + i0;
-                int64_t rows = min64(WIDTH, n - i0), end = causal ? min64(m, start + i0 + rows) : m;
-                memset(memory, 0, (size_t)per_block * sizeof(REAL));
-                S(transpose)(q_t, q + first * d, rows, d, (REAL)scale);
-                S(transpose)(g_t, grad + first * e, rows, e, 1);
-                S(spread)(q_r, wide_d, q + first * d, rows, d, (REAL)scale);
-                S(spread)(g_r, wide_e, grad + first * e, rows, e, 1);
+                const int64_t head = keys * shared + block / blocks, i0 = block % blocks * WIDTH, rows = min64(WIDTH, n - i0);
+                const int64_t end = causal ? min64(m, start + i0 + rows) : m, diagonal = causal ? start + i0 : m;
+                const REAL *grad = S(head)(of, batch, head) + i0 * of->row, *out = S(head)(of + 4, batch, head) + i0 * of[4].row;
+                const REAL *lse = S(head)(of + 5, batch, head) + i0 * of[5].row;
+                const uint8_t *seen = mask_row(call, batch, head, i0);
+                S(queries)(q_t, q_r, wide_d, S(head)(of + 1, batch, head) + i0 * of[1].row, of[1].row, rows, d, (REAL)scale);
+                S(queries)(g_t, g_r, wide_e, grad, of->row, rows, e, 1);
+                memset(dq_t, 0, (size_t)(WIDTH * (d + 2)) * sizeof(REAL));
                 for (int64_t i = 0; i < rows; i++) {
-                    norm[i] = lse[first + i];
-                    for (int64_t c = 0; c < e; c++) delta[i] += grad[(first + i) * e + c] * out[(first + i) * e + c];
+                    norm[i] = lse[i * of[5].row];
+                    for (int64_t c = 0; c < e; c++) delta[i] += grad[i * of->row + c] * out[i * of[4].row + c];
                 }
-                const uint8_t *seen = mask ? mask + head / h * sb + head % h * sh + i0 * sn : NULL;
-                for (int64_t j0 = 0; j0 < end; j0 += KEYS) {
-                    int64_t count = min64(KEYS, end - j0);
-                    memset(p, 0, (size_t)(2 * tile) * sizeof(REAL));
-                    S(times_queries)(p, k_t + j0 * d, d, 1, q_t, count, d);
-                    S(times_queries)(ds, v_t + j0 * e, e, 1, g_t, count, e);
-                    S(hide)(p, -INFINITY, rows, count, causal ? j0 - start - i0 : -m, seen ? seen + j0 : NULL, sn);
-                    for (int64_t j = 0; j < count; j++)
-                        for (int x = 0; x < 4; x++) {
-                            VF *p_j = (VF *)(p + j * WIDTH) + x, *ds_j = (VF *)(ds + j * WIDTH) + x;
-                            *p_j = S(exponential)(*p_j - ((VF *)norm)[x]);
-                            *ds_j = *p_j * (*ds_j - ((VF *)delta)[x]);
+                for (int64_t j0 = 0, x, count; j0 < end; j0 += count) {
+                    count = next_tile(j0, end, KEYS, diagonal, LANES, &x);
+                    S(scores)(p, k + j0 * k_row, k_row, q_t, count, d, x, 0);
+                    S(scores)(ds, v + j0 * v_row, v_row, g_t, count, e, x, 0);
+                    S(hide)(p, x, rows, count, j0 - diagonal, seen ? seen + j0 : NULL, call->mask.row);
+                    for (int64_t j = 0; j < count * WIDTH; j += WIDTH)
+                        for (int64_t y = x; y < WIDTH; y += LANES) {
+                            VF *p_j = (VF *)(p + j + y), *ds_j = (VF *)(ds + j + y);
+                            *p_j = S(exponential)(*p_j - *(VF *)(norm + y));
+                            *ds_j = *p_j * (*ds_j - *(VF *)(delta + y));
                         }
-                    S(times_queries)(dq_t, k_t + j0 * d, 1, d, ds, d, count);
-                    S(multiply)(dk_sum + j0 * wide_d, wide_d, ds, WIDTH, 1, q_r, wide_d, count, rows, wide_d / LANES);
-                    S(multiply)(dv_sum + j0 * wide_e, wide_e, p, WIDTH, 1, g_r, wide_e, count, rows, wide_e / LANES);
+                    S(values)(dq_t, k + j0 * k_row, k_row, ds, count, d, x);
+                    S(keys)(dk.at + j0 * dk.row, dk.row, ds, q_r, wide_d, count, rows, x);
+                    S(keys)(dv.at + j0 * dv.row, dv.row, p, g_r, wide_e, count, rows, x);
                 }
-                for (int64_t i = 0; i < rows; i++)
-                    for (int64_t c = 0; c < d; c++) dq[(first + i) * d + c] = (REAL)scale * dq_t[c * WIDTH + i];
+                S(rows_of)(S(head)(of + 6, batch, head) + i0 * of[6].row, of[6].row, dq_t, rows, d, (REAL)scale);
             }
-            for (int64_t j = 0; j < m; j++) {
-                memcpy(dk + (task * m + j) * d, dk_sum + j * wide_d, (size_t)d * sizeof(REAL));
-                memcpy(dv + (task * m + j) * e, dv_sum + j * wide_e, (size_t)e * sizeof(REAL));
-            }
+            S(sums_back)(of + 7, batch, keys, dk, m, d);
+            S(sums_back)(of + 8, batch, keys, dv, m, e);
         }
         free(memory);
     }

@@ -4,6 +4,7 @@
  * once, while keys and values are read as they are, one scalar for all queries. Included once per precision, with PRECISION 32
  * or 64; defines REAL, S(name), VF, LANES, WIDTH and static functions of that precision. */
 #include "common.h"
+#include "softmax_call.h"
 
 #ifndef KEYS
 #define KEYS 64 /* keys in a tile */
@@ -69,12 +70,12 @@ static inline VF S(exponential)(VF x) {
     return (VF)(~vanishes & ((S(ints))sum + ((S(ints))shifted << FRACTION_BITS)));
 }
 
-/* c[r][0 .. X vectors) += sum_k a[r * row + k * column] b[k][..] for the R rows from i on, with as many sums in registers. */
+/* c[r][0 .. X vectors) = (more: +=) sum_k a[r * row + k * column] b[k][..] for the R rows from i on, as many sums in registers. */
 #define MULTIPLY(R, X)                                                                                                      \
     for (; i + R <= rows; i += R) {                                                                                         \
         VF sum[R][X];                                                                                                       \
         for (int r = 0; r < R; r++)                                                                                         \
-            for (int x = 0; x < X; x++) sum[r][x] = ((VF *)(c + (i + r) * c_row))[x];                                       \
+            for (int x = 0; x < X; x++) sum[r][x] = more ? ((VF *)(c + (i + r) * c_row))[x] : (VF){0};                      \
         for (int64_t k = 0; k < inner; k++) {                                                                               \
             VF b_k[X];                                                                                                      \
             for (int x = 0; x < X; x++) b_k[x] = ((const VF *)(b + k * b_row))[x];                                          \
@@ -101,9 +102,9 @@ static inline VF S(exponential)(VF x) {
         MULTIPLY(1, X)                                         \
     }
 
-/* c [rows][vectors] += a [rows][inner] b [inner][vectors]; the rows of c and b start c_row and b_row numbers apart. */
+/* c [rows][vectors] = (more: +=) a [rows][inner] b [inner][vectors]; the rows of c and b start c_row and b_row numbers apart. */
 static void S(multiply)(REAL *restrict c, int64_t c_row, const REAL *restrict a, int64_t row, int64_t column,
-                        const REAL *restrict b, int64_t b_row, int64_t rows, int64_t inner, int64_t vectors) {
+                        const REAL *restrict b, int64_t b_row, int64_t rows, int64_t inner, int64_t vectors, int more) {
 #if WIDEST == 4
     COLUMNS(4)
 #endif
@@ -111,26 +112,71 @@ static void S(multiply)(REAL *restrict c, int64_t c_row, const REAL *restrict a,
     COLUMNS(1)
 }
 
-/* Products with the queries of a block: c [rows][WIDTH] += a [rows][inner] b [inner][WIDTH]. */
-static inline void S(times_queries)(REAL *c, const REAL *a, int64_t row, int64_t column, const REAL *b, int64_t rows,
-                                    int64_t inner) {
-    S(multiply)(c, WIDTH, a, row, column, b, WIDTH, rows, inner, 4);
+/* Products of keys k, whose rows lie k_row apart, with queries x .. WIDTH of a block: p [count][WIDTH] = (more: +=) k q_t. */
+static inline void S(scores)(REAL *p, const REAL *k, int64_t k_row, const REAL *q_t, int64_t count, int64_t d, int64_t x, int more) {
+    S(multiply)(p + x, WIDTH, k, k_row, 1, q_t + x, WIDTH, count, d, (WIDTH - x) / LANES, more);
 }
 
-/* factor x [rows][d] into the columns of t [d][WIDTH]; the columns that are left stay what they are. */
-static inline void S(transpose)(REAL *t, const REAL *x, int64_t rows, int64_t d, REAL factor) {
+/* Sums over keys for queries x .. WIDTH: acc [e][WIDTH] += v^T p. */
+static inline void S(values)(REAL *acc, const REAL *v, int64_t v_row, const REAL *p, int64_t count, int64_t e, int64_t x) {
+    S(multiply)(acc + x, WIDTH, v, 1, v_row, p + x, WIDTH, e, count, (WIDTH - x) / LANES, 1);
+}
+
+/* Sums over queries x .. rows: dk += p q_r, with the queries in the rows of q_r [WIDTH][wide]. */
+static inline void S(keys)(REAL *dk, int64_t dk_row, const REAL *p, const REAL *q_r, int64_t wide, int64_t count, int64_t rows,
+                           int64_t x) {
+    S(multiply)(dk, dk_row, p + x, WIDTH, 1, q_r + x * wide, wide, count, rows - x, wide / LANES, 1);
+}
+
+/* factor x into the columns of t [d][WIDTH], the rest zeros, and, if there is a place, into the rows of r [WIDTH][wide]. */
+static void S(queries)(REAL *t, REAL *r, int64_t wide, const REAL *x, int64_t x_row, int64_t rows, int64_t d, REAL factor) {
+    if (rows < WIDTH) memset(t, 0, (size_t)(WIDTH * d) * sizeof(REAL));
     for (int64_t i = 0; i < rows; i++)
-        for (int64_t c = 0; c < d; c++) t[c * WIDTH + i] = factor * x[i * d + c];
+        for (int64_t c = 0; c < d; c++) t[c * WIDTH + i] = factor * x[i * x_row + c];
+    if (!r) return;
+    if (wide > d) memset(r, 0, (size_t)(WIDTH * wide) * sizeof(REAL));
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t c = 0; c < d; c++) r[i * wide + c] = factor * x[i * x_row + c];
 }
 
-/* Writes `value` over what may not be seen in a tile of `count` keys: key j by the first `hidden` + j queries, and what the mask
- * says; its rows, one per query, are `stride` apart. */
-static inline void S(hide)(REAL *tile, REAL value, int64_t rows, int64_t count, int64_t hidden, const uint8_t *mask, int64_t stride) {
+/* factor times the columns of t [d][WIDTH] into rows. */
+static inline void S(rows_of)(REAL *x, int64_t x_row, const REAL *t, int64_t rows, int64_t d, REAL factor) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t c = 0; c < d; c++) x[i * x_row + c] = factor * t[c * WIDTH + i];
+}
+
+/* The rows of one head of a tensor, or NULL. */
+static inline REAL *S(head)(const strided *t, int64_t batch, int64_t head) {
+    return t->address ? (REAL *)(intptr_t)t->address + batch * t->batch + head * t->head : NULL;
+}
+
+/* -infinity over what may not be seen in a tile of `count` keys by queries x .. rows: key j by the first `hidden` + j queries, and
+ * what the mask says; its rows, one per query, are `stride` apart. */
+static inline void S(hide)(REAL *tile, int64_t x, int64_t rows, int64_t count, int64_t hidden, const uint8_t *mask, int64_t stride) {
     for (int64_t j = 0; j < count; j++, tile += WIDTH) {
-        for (int64_t i = 0; i < min64(WIDTH, hidden + j); i++) tile[i] = value;
+        for (int64_t i = x; i < min64(WIDTH, hidden + j); i++) tile[i] = -INFINITY;
         if (mask && stride)
-            for (int64_t i = 0; i < rows; i++) tile[i] = mask[i * stride + j] ? tile[i] : value;
+            for (int64_t i = x; i < rows; i++) tile[i] = mask[i * stride + j] ? tile[i] : -INFINITY;
         else if (mask && !mask[j])
-            for (int64_t i = 0; i < WIDTH; i++) tile[i] = value;
+            for (int64_t i = x; i < WIDTH; i++) tile[i] = -INFINITY;
     }
+}
+
+/* Where sums over queries, a row per key, are taken. */
+typedef struct {
+    REAL *at;
+    int64_t row;
+} S(sums);
+
+/* Zeros for the rows of one head of a result: the rows themselves, or `own`, whose rows are as wide as whole vectors. */
+static inline S(sums) S(sums_of)(const strided *t, int64_t batch, int64_t head, REAL *own, int64_t rows, int64_t d, int64_t wide) {
+    const S(sums) found = {own ? own : S(head)(t, batch, head), own ? wide : t->row};
+    for (int64_t j = 0; j < rows; j++) memset(found.at + j * found.row, 0, (size_t)(own ? wide : d) * sizeof(REAL));
+    return found;
+}
+
+/* The sums into the result, if they are not there already. */
+static inline void S(sums_back)(const strided *t, int64_t batch, int64_t head, S(sums) sums, int64_t rows, int64_t d) {
+    REAL *to = S(head)(t, batch, head);
+    for (int64_t j = 0; j < rows && sums.at != to; j++) memcpy(to + j * t->row, sums.at + j * sums.row, (size_t)d * sizeof(REAL));
 }

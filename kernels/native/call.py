@@ -30,6 +30,11 @@ def address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
+def strided(t: Tensor | None) -> tuple[int, ...]:
+    """Address and first three strides of a tensor, zeros for None: `strided` in csrc/softmax_call.h."""
+    return (0, 0, 0, 0) if t is None else (t.data_ptr(), *t.stride()[:3])
+
+
 def threads(work: int) -> int:
     """How many threads a call of `work` multiply-adds may use: torch's setting, or 1 if it is small."""
     return torch.get_num_threads() if work >= PARALLEL_FROM else 1

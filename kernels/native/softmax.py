@@ -1,4 +1,6 @@
-"""Fused softmax attention on CPU: forward, backward and tangent without an [n, m] table; see csrc/softmax*.c.
+"""Fused softmax attention on CPU: value, gradient, tangent and the gradient's tangent, without an [n, m] table; csrc/softmax*.c.
+
+Tensors are read and written where they lie: heads that were split from one projection are not copied.
 
 torch's own fused kernels (`softmax_aten`) serve without a compiler, and where ours would idle: a few queries against many
 keys, which fill a part of the vector lanes only, and a backward with far fewer key heads than threads. Measured in ms of one
@@ -8,6 +10,10 @@ backward 2.5 (4.9) against 8.6 (15.4); one query against 513 keys, 16 heads: 0.5
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,25 +21,31 @@ from .. import crossovers
 from ..contracts import Operator
 from . import softmax_aten as aten
 from .build import why_not
-from .call import address, function, threads
+from .call import function, strided, threads
 
 # b batch, h query heads, g key heads, n queries, m keys, d width of q and k, e width of v.
 # mask: bool [b or 1, h or 1, n or 1, m]; start: position of the first query, None if not causal.
 
 
 def _call(source: str, name: str, mask: Tensor | None, tensors: tuple, sizes: tuple, start: int | None, scale: float) -> None:
-    """Calls the C function on contiguous tensors (None: a null pointer); the mask stands at its place in `tensors`."""
-    strides = [0] * 3
-    if mask is not None:
-        strides = [stride if size > 1 else 0 for stride, size in zip(mask.stride(), mask.shape[:3])]
+    """Calls the C function; tensors of three or four axes, None where there is none. Layout: csrc/softmax_call.h."""
     b, h, _, n, m, d, _ = sizes
-    dtype = tensors[0].dtype
-    function(source, name, dtype, "p" * len(tensors) + "i" * 13 + "d")(
-        *map(address, tensors), *sizes, *strides, int(start is not None), start or 0, threads(b * h * n * m * d), scale)
+    seen = None if mask is None else mask.expand(b, h, n, m)
+    numbers = [*sizes, int(start is not None), start or 0, threads(b * h * n * m * d), *strided(seen)]
+    for t in tensors:
+        numbers += strided(t)
+    function(source, name, tensors[0].dtype, "pd")((ctypes.c_int64 * len(numbers))(*numbers), scale)
 
 
-def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
+def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, copied only if their rows are not in one piece."""
+    return [t if t is None or t.stride(-1) == 1 or t.shape[-1] < 2 else t.contiguous() for t in tensors]
+
+
+def _result(like: Tensor, width: int) -> Tensor:
+    """[b, heads, rows, width], laid out [b, rows, heads, width]: so heads are merged, or a split undone, without a copy."""
+    b, heads, rows = like.shape[:3]
+    return like.new_empty_strided((b, heads, rows, width), (rows * heads * width, width, heads * width, 1))
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
@@ -54,9 +66,9 @@ def _torch_is_better(q: Tensor, k: Tensor) -> bool:
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
     if _torch_is_better(q, k):
         return aten.attend(q, k, v, mask, start, scale)
-    q, k, v, mask = _plain(q, k, v, mask)
-    out, lse = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype), torch.empty(q.shape[:3], dtype=q.dtype)
-    _call("softmax", "softmax", mask, (q, k, v, mask, out, lse), _sizes(q, k, v), start, scale)
+    q, k, v, mask = _rows(q, k, v, mask)
+    out, lse = _result(q, v.shape[3]), torch.empty(q.shape[:3], dtype=q.dtype)
+    _call("softmax", "softmax", mask, (q, k, v, out, lse), _sizes(q, k, v), start, scale)
     return out, lse
 
 
@@ -65,9 +77,9 @@ def _attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | 
     # One task is a key head; on one core ours is four times as fast.
     if _torch_is_better(q, k) or _HEADS["speed"] * k.shape[0] * k.shape[1] < torch.get_num_threads():
         return aten.attend_backward(g, q, k, v, mask, out, lse, start, scale)
-    g, q, k, v, mask, out, lse = _plain(g, q, k, v, mask, out, lse)
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    _call("softmax", "softmax_backward", mask, (g, q, k, v, mask, out, lse, *grads), _sizes(q, k, v), start, scale)
+    g, q, k, v, mask, out = _rows(g, q, k, v, mask, out)
+    grads = tuple(_result(t, t.shape[3]) for t in (q, k, v))
+    _call("softmax", "softmax_backward", mask, (g, q, k, v, out, lse, *grads), _sizes(q, k, v), start, scale)
     return grads
 
 
@@ -75,39 +87,71 @@ def _tangent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, 
              tk: Tensor | None, tv: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
     if why_not("softmax_tangent") is not None:
         return aten.tangent(q, k, v, mask, out, lse, tq, tk, tv, start, scale)
-    q, k, v, mask, out, lse, tq, tk, tv = _plain(q, k, v, mask, out, lse, tq, tk, tv)
-    tangents = torch.empty_like(out), torch.empty_like(lse)
-    _call("softmax_tangent", "softmax_tangent", mask, (q, k, v, mask, out, lse, tq, tk, tv, *tangents), _sizes(q, k, v), start,
-          scale)
-    return tangents
+    q, k, v, mask, out, tq, tk, tv = _rows(q, k, v, mask, out, tq, tk, tv)
+    moved = _result(out, out.shape[3]), torch.empty(lse.shape, dtype=lse.dtype)
+    _call("softmax_tangent", "softmax_tangent", mask, (q, k, v, out, lse, tq, tk, tv, *moved), _sizes(q, k, v), start, scale)
+    return moved
+
+
+def _second(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, t_out: Tensor,
+            t_lse: Tensor, tg: Tensor | None, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, start: int | None,
+            scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    if why_not("softmax_second") is not None:
+        return aten.second(g, q, k, v, mask, out, lse, t_out, t_lse, tg, tq, tk, tv, start, scale)
+    g, q, k, v, mask, out, t_out, tg, tq, tk, tv = _rows(g, q, k, v, mask, out, t_out, tg, tq, tk, tv)
+    grads = tuple(_result(t, t.shape[3]) for t in (q, k, v))
+    _call("softmax_second", "softmax_second", mask, (g, q, k, v, out, lse, t_out, t_lse, tg, tq, tk, tv, *grads), _sizes(q, k, v),
+          start, scale)
+    return grads
 
 
 # ------------------------------------------------------------------------------------------------ dispatcher operators
 
 
-def _fake(q, k, v, mask, start, scale):
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1])
+class SoftmaxOperators(NamedTuple):
+    """The operators of one implementation; see `operators`."""
+
+    attend: Operator
+    attend_backward: Operator
+    attend_tangent: Operator
+    attend_second: Operator
 
 
-def _fake_backward(g, q, k, v, mask, out, lse, start, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def operators(name: str, result: Callable[[Tensor, int], Tensor], **functions: tuple[Callable, ...]) -> SoftmaxOperators:
+    """The operators `name`; functions["cpu"] and ["cuda"] compute value, gradient, tangent and the gradient's tangent.
 
+    result(like, width): an empty [b, heads, rows, width] as the functions lay out theirs, for tracing.
+    """
+    of = [{device: four[i] for device, four in functions.items()} for i in range(4)]
+    given, rest = "Tensor q, Tensor k, Tensor v, Tensor? mask", "SymInt? start, float scale) -> "
 
-def _fake_tangent(q, k, v, mask, out, lse, tq, tk, tv, start, scale):
-    return q.new_empty(out.shape), q.new_empty(lse.shape)
+    def fake_gradients(g, q, k, v, *rest):
+        return tuple(result(t, t.shape[3]) for t in (q, k, v))
 
-
-# out [b, h, n, e] and the scores' log-sum-exp [b, h, n] (0 for a row that sees nothing).
-attend = Operator("softmax_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor? mask, SymInt? start, float scale) -> "
-                  "(Tensor, Tensor)", fake=_fake, cpu=_attend)
-# Gradients of q, k, v given g, that of out.
-attend_backward = Operator("softmax_native_backward", 1, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, "
-                           "Tensor lse, SymInt? start, float scale) -> (Tensor, Tensor, Tensor)",
-                           fake=_fake_backward, cpu=_attend_backward)
-# Tangents of out and lse given those of q, k, v.
-attend_tangent = Operator("softmax_native_tangent", 1, "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, "
-                          "Tensor? tq, Tensor? tk, Tensor? tv, SymInt? start, float scale) -> (Tensor, Tensor)",
-                          fake=_fake_tangent, cpu=_tangent)
+    found = SoftmaxOperators(
+        # out [b, h, n, e] and the scores' log-sum-exp [b, h, n] (of a row that sees nothing, any number).
+        Operator(name, 2, f"({given}, {rest}(Tensor, Tensor)", **of[0],
+                 fake=lambda q, k, v, *rest: (result(q, v.shape[3]), q.new_empty(q.shape[:3]))),
+        # Gradients of q, k, v given g, that of out.
+        Operator(f"{name}_backward", 2, f"(Tensor g, {given}, Tensor out, Tensor lse, {rest}(Tensor, Tensor, Tensor)", **of[1],
+                 fake=fake_gradients),
+        # Tangents of out and lse given those of q, k, v.
+        Operator(f"{name}_tangent", 2, f"({given}, Tensor out, Tensor lse, Tensor? tq, Tensor? tk, Tensor? tv, {rest}"
+                 "(Tensor, Tensor)", **of[2],
+                 fake=lambda q, k, v, mask, out, lse, *rest: (result(out, out.shape[3]), lse.new_empty(lse.shape))),
+        # Tangents of attend_backward's gradients, given those of out and lse, and of g, q, k, v.
+        Operator(f"{name}_second", 1, f"(Tensor g, {given}, Tensor out, Tensor lse, Tensor t_out, Tensor t_lse, Tensor? tg, "
+                 f"Tensor? tq, Tensor? tk, Tensor? tv, {rest}(Tensor, Tensor, Tensor)", **of[3], fake=fake_gradients))
+    found.attend.flops(lambda q, k, v, *args, **kwargs: _flops(2, q, k, v))
+    found.attend_backward.flops(lambda g, q, k, v, *args, **kwargs: _flops(5, q, k, v))
+    found.attend_tangent.flops(lambda q, k, v, *args, **kwargs: _flops(5, q, k, v))
+    found.attend_second.flops(lambda g, q, k, v, *args, **kwargs: _flops(12, q, k, v))
+    shared = (1,)  # a mask for all heads
+    found.attend.split((1, 1, 1, shared), (1, 1))
+    found.attend_backward.split((1, 1, 1, 1, shared, 1, 1), (1, 1, 1))
+    found.attend_tangent.split((1, 1, 1, shared, 1, 1, 1, 1, 1), (1, 1))
+    found.attend_second.split((1, 1, 1, 1, shared, *(1,) * 8), (1, 1, 1))
+    return found
 
 
 def _flops(products: int, q, k, v) -> int:
@@ -115,14 +159,5 @@ def _flops(products: int, q, k, v) -> int:
     return products * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
 
 
-def declare(attend: Operator, backward: Operator, tangent: Operator) -> None:
-    """FLOP formulas, and that DTensor may split the heads; a mask that all heads have in common is shared."""
-    attend.flops(lambda q, k, v, *args, **kwargs: _flops(2, q, k, v))
-    backward.flops(lambda g, q, k, v, *args, **kwargs: _flops(5, q, k, v))
-    tangent.flops(lambda q, k, v, *args, **kwargs: _flops(5, q, k, v))
-    attend.split((1, 1, 1, (1,)), (1, 1))
-    backward.split((1, 1, 1, 1, (1,), 1, 1), (1, 1, 1))
-    tangent.split((1, 1, 1, (1,), 1, 1, 1, 1, 1), (1, 1))
-
-
-declare(attend, attend_backward, attend_tangent)
+attend, attend_backward, attend_tangent, attend_second = operators(
+    "softmax_native", _result, cpu=(_attend, _attend_backward, _tangent, _second))

@@ -1,4 +1,4 @@
-"""Softmax attention on CPU without C of our own: torch's own fused forward and backward, and a tangent in blocks of queries.
+"""Softmax attention on CPU without C of our own: torch's own fused forward and backward, and tangents in blocks of queries.
 
 torch's kernels know neither grouped heads, nor values of another width, nor a causal offset, nor empty inputs (they crash on
 those); what follows lays such calls out as ones that they do know. Keys that every query sees and keys on the diagonal are
@@ -7,13 +7,15 @@ attended to apart and merged by their log-sum-exp, so no mask table is made for 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Scores that the tangent holds at once.
+# Scores that a tangent holds at once.
 BLOCK = 1 << 19
 
 # b batch, h query heads, g key heads, r = h / g, n queries, m keys, d width of q and k, e width of v.
@@ -92,12 +94,18 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool,
     return out, lse
 
 
+def _zeros(like: Tensor, width: int) -> Tensor:
+    """[b, heads, rows, width], laid out [b, rows, heads, width], as every result of the kernels."""
+    b, heads, rows = like.shape[:3]
+    return like.new_zeros(b, rows, heads, width).transpose(1, 2)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
     """out [b, h, n, e] and the logarithm of each row's sum of exponentials [b, h, n]; both 0 where a row sees no key."""
     (b, h, n, _), e = q.shape, v.shape[3]
     segments = _segments(n, k.shape[2], start) if b * h * e else []
     if not segments:
-        return q.new_zeros(b, h, n, e), q.new_zeros(b, h, n)
+        return _zeros(q, e), q.new_zeros(b, h, n)
     parts = [_forward(q[:, :, first:], k[:, :, begin:end], v[:, :, begin:end], _cut(mask, first, begin, end), causal, scale)
              for first, begin, end, causal in segments]
     out, lse = parts[0]
@@ -110,14 +118,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | No
     first = segments[0][0]
     if first:
         out, lse = pad(out, (0, 0, first, 0)), pad(lse, (first, 0))
-    return out.contiguous(), lse.contiguous()
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
 def attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor,
                      start: int | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for the cotangent g of out."""
     (b, h, n, d), e = q.shape, v.shape[3]
-    grads = torch.zeros_like(q, memory_format=torch.contiguous_format), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    grads = _zeros(q, d), _zeros(k, d), _zeros(v, e)
     if not b * h * e:
         return grads
     width, lse = max(d, e), lse.contiguous()
@@ -143,40 +151,80 @@ def attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
 def tangent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, tq: Tensor | None,
             tk: Tensor | None, tv: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
     """Tangents of out and of the logarithm of the row sums, a block of rows at a time."""
-    b, h, n, _ = q.shape
-    rows = max(1, BLOCK // max(1, b * h * k.shape[2]))
-    t_out, t_lse = torch.zeros_like(out), torch.zeros_like(lse)
-    for i in range(0, n, rows):
-        here = slice(i, i + rows)
-        blocks = [t if t is None else t[:, :, here] for t in (q, out, lse, tq)]
-        t_out[:, :, here], t_lse[:, :, here] = _tangent_rows(
-            *blocks, k, v, tk, tv, mask if mask is None or mask.shape[2] == 1 else mask[:, :, here],
-            None if start is None else start + i, scale)
+    t_out, t_lse = _zeros(out, out.shape[3]), torch.zeros_like(lse)
+    for here, hidden in _row_blocks(q, k, mask, start):
+        p, moved = _weights(q, k, lse, tq, tk, hidden, here, scale)
+        t_lse[:, :, here] = moved.sum(-1).flatten(1, 2)
+        block = _from_keys(moved, v) - t_lse[:, :, here, None] * out[:, :, here]
+        t_out[:, :, here] = block if tv is None else block + _from_keys(p, tv)
     return t_out, t_lse
 
 
-def _tangent_rows(q, out, lse, tq, k, v, tk, tv, mask, start, scale):
-    """The tangent for a block of queries; every table is [b, g, r, rows, m]."""
-    g, m, rows = k.shape[1], k.shape[2], q.shape[2]
-    q, out, lse, tq = (None if t is None else t.unflatten(1, (g, -1)) for t in (q, out, lse, tq))
+def second(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, t_out: Tensor, t_lse: Tensor,
+           tg: Tensor | None, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, start: int | None,
+           scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Tangents of the gradients of q, k and v, a block of rows at a time; the formulas are in csrc/softmax_second.c."""
+    dq, dk, dv = _zeros(q, q.shape[3]), _zeros(k, k.shape[3]), _zeros(v, v.shape[3])
+    groups = k.shape[1]
+    for here, hidden in _row_blocks(q, k, mask, start):
+        p, moved = _weights(q, k, lse, tq, tk, hidden, here, scale)
+        moved = moved - p * _grouped(t_lse[:, :, here, None], groups)
+        g_h, slope = g[:, :, here], _by_keys(g[:, :, here], v) - _grouped((g * out).sum(-1, keepdim=True)[:, :, here], groups)
+        t_slope = -_grouped((g_h * t_out[:, :, here]).sum(-1, keepdim=True), groups)
+        if tv is not None:
+            t_slope = t_slope + _by_keys(g_h, tv)
+        if tg is not None:
+            t_slope = t_slope + _by_keys(tg[:, :, here], v) - _grouped((tg * out).sum(-1, keepdim=True)[:, :, here], groups)
+            dv += _from_queries(p, tg[:, :, here])
+        dv += _from_queries(moved, g_h)
+        ds, tds = p * slope * scale, (moved * slope + p * t_slope) * scale
+        dq[:, :, here] = _from_keys(tds, k) if tk is None else _from_keys(tds, k) + _from_keys(ds, tk)
+        dk += _from_queries(tds, q[:, :, here])
+        if tq is not None:
+            dk += _from_queries(ds, tq[:, :, here])
+    return dq, dk, dv
 
-    def by_keys(x, y):
-        return torch.einsum("bgrid,bgjd->bgrij", x, y)
 
-    hidden = torch.zeros((), dtype=torch.bool)
-    if mask is not None:
-        hidden = ~(mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (g, -1)))
-    if start is not None:
-        hidden = hidden | (torch.arange(m) > start + torch.arange(rows)[:, None])
-    p = (by_keys(q, k) * scale - lse[..., None]).masked_fill(hidden, -torch.inf).exp()
+def _row_blocks(q: Tensor, k: Tensor, mask: Tensor | None, start: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of queries, so few that a table [b, h, rows, m] is small, and which keys they do not see [b, g, r, rows, m]."""
+    b, h, n, _ = q.shape
+    g, m = k.shape[1:3]
+    rows = max(1, BLOCK // max(1, b * h * m))
+    for i in range(0, n if g else 0, rows):
+        here = slice(i, min(n, i + rows))
+        hidden = torch.zeros((), dtype=torch.bool)
+        if mask is not None:
+            part = mask if mask.shape[2] == 1 else mask[:, :, here]
+            hidden = ~(part[:, :, None] if part.shape[1] == 1 else _grouped(part, g))
+        if start is not None:
+            hidden = hidden | (torch.arange(m) > start + torch.arange(i, here.stop)[:, None])
+        yield here, hidden
+
+
+def _weights(q: Tensor, k: Tensor, lse: Tensor, tq: Tensor | None, tk: Tensor | None, hidden: Tensor, here: slice,
+             scale: float) -> tuple[Tensor, Tensor]:
+    """The weights of a block of queries, and each weight times its score's tangent."""
+    p = (_by_keys(q[:, :, here], k) * scale - _grouped(lse[:, :, here, None], k.shape[1])).masked_fill(hidden, -torch.inf).exp()
     moved = torch.zeros_like(p)
     if tq is not None:
-        moved += by_keys(tq, k)
+        moved += _by_keys(tq[:, :, here], k)
     if tk is not None:
-        moved += by_keys(q, tk)
-    moved *= p * scale
-    t_lse = moved.sum(-1)
-    t_out = torch.einsum("bgrij,bgje->bgrie", moved, v) - t_lse[..., None] * out
-    if tv is not None:
-        t_out = t_out + torch.einsum("bgrij,bgje->bgrie", p, tv)
-    return t_out.flatten(1, 2), t_lse.flatten(1, 2)
+        moved += _by_keys(q[:, :, here], tk)
+    return p, moved * p * scale
+
+
+def _grouped(t: Tensor, g: int) -> Tensor:
+    return t.unflatten(1, (g, t.shape[1] // g))
+
+
+def _by_keys(x: Tensor, y: Tensor) -> Tensor:
+    """Products of queries and keys [b, g, r, n, m]."""
+    return torch.einsum("bgrid,bgjd->bgrij", _grouped(x, y.shape[1]), y)
+
+
+def _from_keys(p: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("bgrij,bgjd->bgrid", p, x).flatten(1, 2)
+
+
+def _from_queries(p: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("bgrij,bgrid->bgjd", p, _grouped(x, p.shape[1]))

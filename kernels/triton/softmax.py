@@ -1,12 +1,14 @@
-"""Triton kernels of softmax attention: value, gradient and tangent; see softmax_device.py. Measured: not yet on a GPU."""
+"""Triton kernels of softmax attention: value, gradient, tangent and the gradient's tangent, without an [n, m] table.
+
+See softmax_device.py and softmax_second_device.py. Measured: not yet on a GPU.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..contracts import Operator
-from ..native.softmax import declare
+from ..native.softmax import operators
 from . import device_code, power_of_2
 from . import why_not as triton_why_not
 
@@ -32,9 +34,9 @@ def tiles(d: int, e: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _launch(name: str, blocks_of: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | None, scale: float,
-            *tensors: Tensor) -> None:
+            *tensors: Tensor, source: str = "softmax", **constants: bool) -> None:
     """One program per head and tile of queries (blocks_of "N") or of keys ("M")."""
-    device, lang = device_code("softmax", q, k, v)
+    device, lang = device_code(source, q, k, v)
     b, h, n, d = q.shape
     g, m, e = k.shape[1], k.shape[2], v.shape[3]
     tile = tiles(d, e, q.dtype)
@@ -44,7 +46,7 @@ def _launch(name: str, blocks_of: str, q: Tensor, k: Tensor, v: Tensor, mask: Te
     with torch.cuda.device_of(q):
         getattr(device, name)[grid](q, k, v, seen, *tensors, n, m, d, e, h, g, 0 if start is None else start, scale, *strides,
                                     CAUSAL=start is not None, MASK=mask is not None, **tile, ACC=lang.accumulator(q.dtype),
-                                    PRECISION=lang.PRECISION)
+                                    PRECISION=lang.PRECISION, **constants)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -76,15 +78,24 @@ def _tangent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, 
     return tout, tlse
 
 
+def _second(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, t_out: Tensor, t_lse: Tensor,
+            tg: Tensor | None, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, start: int | None,
+            scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    g, q, k, v, lse, t_lse = (t.contiguous() for t in (g, q, k, v, lse, t_lse))
+    tq, tk, tv = (torch.zeros_like(x) if t is None else t.contiguous() for x, t in ((q, tq), (k, tk), (v, tv)))
+    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+    if 0 not in (*q.shape, *k.shape, *v.shape):
+        t_delta = (g * t_out).sum(-1) if tg is None else (g * t_out + tg * out).sum(-1)
+        given = (g, lse, (g * out).sum(-1), t_lse, t_delta, g if tg is None else tg.contiguous(), tq, tk, tv)
+        for name, blocks_of, results in (("second_queries", "N", (dq,)), ("second_keys", "M", (dk, dv))):
+            _launch(name, blocks_of, q, k, v, mask, start, scale, *given, *results, source="softmax_second", G_MOVES=tg is not None)
+    return dq, dk, dv
+
+
+def _result(like: Tensor, width: int) -> Tensor:
+    return like.new_empty(*like.shape[:3], width)
+
+
 # Arguments and meaning as in native/softmax.py.
-attend = Operator("softmax_triton", 1, "(Tensor q, Tensor k, Tensor v, Tensor? mask, SymInt? start, float scale) -> (Tensor, Tensor)",
-                  cpu=_attend, cuda=_attend,
-                  fake=lambda q, k, v, *rest: (q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])))
-attend_backward = Operator("softmax_triton_backward", 1, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, "
-                           "Tensor lse, SymInt? start, float scale) -> (Tensor, Tensor, Tensor)", cpu=_backward, cuda=_backward,
-                           fake=lambda g, q, k, v, *rest: tuple(t.new_empty(t.shape) for t in (q, k, v)))
-attend_tangent = Operator("softmax_triton_tangent", 1, "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, "
-                          "Tensor? tq, Tensor? tk, Tensor? tv, SymInt? start, float scale) -> (Tensor, Tensor)",
-                          cpu=_tangent, cuda=_tangent,
-                          fake=lambda q, k, v, mask, out, lse, *rest: (out.new_empty(out.shape), lse.new_empty(lse.shape)))
-declare(attend, attend_backward, attend_tangent)
+_functions = (_attend, _backward, _tangent, _second)
+attend, attend_backward, attend_tangent, attend_second = operators("softmax_triton", _result, cpu=_functions, cuda=_functions)

@@ -1,0 +1,190 @@
+"""The derivatives of softmax attention: formulas in plain torch, and rules that close the fused operators under differentiation.
+
+Value, gradient, tangent, and the tangent of the gradient are fused. They close to second order, for with f = g . attend(q, k, v),
+whose gradient in (q, k, v) is `attend_backward`, J the Jacobian of attend and H the symmetric Hessian of f in (q, k, v):
+
+    tangent of attend_backward along (tg, t)       attend_second = H t + J^T tg
+    pull-back of c through attend_backward         H c for (q, k, v);   J c for g, which is `attend_tangent`
+    pull-back of c through attend_tangent          H t of c . attend for (q, k, v);   J^T c for t, which is `attend_backward`
+
+So a Hessian-vector product, in whichever mode, needs no [n, m] table. A tangent of a tangent and third derivatives are those of
+the formulas. All recompute the weights from q, k and v: a saved result (out, lse, their tangents) is a function of them, not an
+input, and is never differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fnattn_kernels.contracts import reference_jvp, reference_vjp
+from torch import Tensor
+
+# b batch, h query heads, g key heads, r = h / g, n queries, m keys, d width of q and k, e width of v
+
+
+def weights(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Softmax over the last axis among the allowed entries; rows without one are exactly 0, with finite derivatives.
+
+    scores [..., m]; allowed bool, broadcastable to scores. The only softmax in the library.
+    """
+    if scores.shape[-1] == 0:
+        return scores
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    top = scores.detach().amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, torch.zeros_like(top))
+    p = (scores - top).exp()
+    # The largest entry of a row is exp(0) = 1, so only the sum of an empty row is below 1; a half keeps its slope at zero.
+    return p / p.sum(-1, keepdim=True).clamp_min(0.5)
+
+
+def _allowed(mask: Tensor | None, start: int | None, n: int, m: int, g: int, device: torch.device) -> Tensor | None:
+    """What may be attended, broadcastable to [b, g, h/g, n, m]; None: everything."""
+    seen = None
+    if mask is not None:
+        seen = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (g, mask.shape[1] // g))
+    if start is not None:
+        past = torch.arange(m, device=device) <= start + torch.arange(n, device=device)[:, None]
+        seen = past if seen is None else seen & past
+    return seen
+
+
+def _table(q: Tensor, k: Tensor, mask: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
+    """q grouped by key heads [b, g, r, n, d], and the weights [b, g, r, n, m]."""
+    g, m = k.shape[1:3]
+    q = q.unflatten(1, (g, q.shape[1] // g if g else 0))
+    scores = torch.einsum("bgrid,bgjd->bgrij", q * scale, k)
+    return q, weights(scores, _allowed(mask, start, q.shape[3], m, g, q.device))
+
+
+# ------------------------------------------------------------------------------------------------ formulas
+# In the operators' arguments. `out`, `lse`, `t_out` and `t_lse` are there unused: see the head of this file.
+
+
+def _backward_formula(g, q, k, v, mask, out, lse, start, scale, g_lse=None):
+    q, p = _table(q, k, mask, start, scale)
+    g = g.unflatten(1, q.shape[1:3])
+    slope = torch.einsum("bgrie,bgje->bgrij", g, v)
+    slope = slope - (p * slope).sum(-1, keepdim=True)
+    if g_lse is not None:
+        slope = slope + g_lse.unflatten(1, q.shape[1:3])[..., None]
+    slope = p * slope * scale
+    return (torch.einsum("bgrij,bgjd->bgrid", slope, k).flatten(1, 2), torch.einsum("bgrij,bgrid->bgjd", slope, q),
+            torch.einsum("bgrij,bgrie->bgje", p, g))
+
+
+def _tangent_formula(q, k, v, mask, out, lse, tq, tk, tv, start, scale):
+    q, p = _table(q, k, mask, start, scale)
+    moved = torch.zeros_like(p)
+    if tq is not None:
+        moved = moved + torch.einsum("bgrid,bgjd->bgrij", tq.unflatten(1, q.shape[1:3]), k)
+    if tk is not None:
+        moved = moved + torch.einsum("bgrid,bgjd->bgrij", q, tk)
+    moved = p * moved * scale
+    t_lse = moved.sum(-1)
+    t_out = torch.einsum("bgrij,bgje->bgrie", moved - t_lse[..., None] * p, v)
+    if tv is not None:
+        t_out = t_out + torch.einsum("bgrij,bgje->bgrie", p, tv)
+    return t_out.flatten(1, 2), t_lse.flatten(1, 2)
+
+
+def _second_formula(g, q, k, v, mask, out, lse, t_out, t_lse, tg, tq, tk, tv, start, scale):
+    tg, tq, tk, tv = (torch.zeros_like(x) if t is None else t for x, t in ((g, tg), (q, tq), (k, tk), (v, tv)))
+    q, p = _table(q, k, mask, start, scale)
+    g, tg, tq = (t.unflatten(1, q.shape[1:3]) for t in (g, tg, tq))
+    ts = scale * (torch.einsum("bgrid,bgjd->bgrij", tq, k) + torch.einsum("bgrid,bgjd->bgrij", q, tk))
+    tp = p * (ts - (p * ts).sum(-1, keepdim=True))
+    slope = torch.einsum("bgrie,bgje->bgrij", g, v)
+    t_slope = torch.einsum("bgrie,bgje->bgrij", tg, v) + torch.einsum("bgrie,bgje->bgrij", g, tv)
+    t_slope = t_slope - (tp * slope + p * t_slope).sum(-1, keepdim=True)
+    slope = slope - (p * slope).sum(-1, keepdim=True)
+    ds, tds = scale * p * slope, scale * (tp * slope + p * t_slope)
+    dq = torch.einsum("bgrij,bgjd->bgrid", tds, k) + torch.einsum("bgrij,bgjd->bgrid", ds, tk)
+    dk = torch.einsum("bgrij,bgrid->bgjd", tds, q) + torch.einsum("bgrij,bgrid->bgjd", ds, tq)
+    dv = torch.einsum("bgrij,bgrie->bgje", tp, g) + torch.einsum("bgrij,bgrie->bgje", p, tg)
+    return dq.flatten(1, 2), dk, dv
+
+
+# ------------------------------------------------------------------------------------------------ rules
+
+
+def derive(kernel: Any) -> None:
+    """Gives the operators attend, attend_backward, attend_tangent and attend_second of `kernel` their derivatives and vmap rules."""
+    attend, backward, tangent, second = kernel.attend, kernel.attend_backward, kernel.attend_tangent, kernel.attend_second
+
+    def attend_vjp(needs, args, outs, cotangents):
+        q, k, v, mask, *rest = args
+        g, g_lse = cotangents
+        if g_lse is None:
+            grads = backward(g, q, k, v, mask, *outs, *rest)
+        else:
+            g = torch.zeros_like(outs[0]) if g is None else g
+            grads = _backward_formula(g, q, k, v, mask, *outs, *rest, g_lse)
+        return (*_where(needs, grads), None, None, None)
+
+    def attend_jvp(args, outs, tangents):
+        q, k, v, mask, *rest = args
+        return tangent(q, k, v, mask, *outs, *tangents[:3], *rest)
+
+    def backward_vjp(needs, args, outs, cotangents):
+        g, q, k, v, mask, out, lse, *rest = args
+        moved = tangent(q, k, v, mask, out, lse, *cotangents, *rest)
+        grads = second(g, q, k, v, mask, out, lse, *moved, None, *cotangents, *rest) if any(needs[1:4]) else (None,) * 3
+        return (*_where(needs, (moved[0], *grads)), None, None, None, None, None)
+
+    def backward_jvp(args, outs, tangents):
+        g, q, k, v, mask, out, lse, *rest = args
+        if all(t is None for t in tangents[1:4]):
+            return backward(tangents[0], q, k, v, mask, out, lse, *rest)
+        moved = tangents[5:7]  # those of out and lse, unless they were saved before anyone moved
+        if any(t is None for t in moved):
+            moved = tangent(q, k, v, mask, out, lse, *tangents[1:4], *rest)
+        return second(g, q, k, v, mask, out, lse, *moved, *tangents[:4], *rest)
+
+    def tangent_vjp(needs, args, outs, cotangents):
+        c, c_lse = cotangents
+        if c_lse is not None:
+            return reference_vjp(_tangent_formula, needs, args, cotangents)
+        q, k, v, mask, out, lse, tq, tk, tv, *rest = args
+        first = second(c, q, k, v, mask, out, lse, *outs, None, tq, tk, tv, *rest) if any(needs[:3]) else (None,) * 3
+        moves = backward(c, q, k, v, mask, out, lse, *rest) if any(needs[6:9]) else (None,) * 3
+        return (*_where(needs, first), None, None, None, *_where(needs[6:], moves), None, None)
+
+    def tangent_jvp(args, outs, tangents):
+        return reference_jvp(_tangent_formula, args, tangents)
+
+    attend.derive(vjp=attend_vjp, jvp=attend_jvp, batch=_fold(attend, mask_at=3))
+    backward.derive(vjp=backward_vjp, jvp=backward_jvp, batch=_fold(backward, mask_at=4), save_outputs=False)
+    tangent.derive(vjp=tangent_vjp, jvp=tangent_jvp, batch=_fold(tangent, mask_at=3))
+    _by_formula(second, _second_formula, mask_at=4)
+
+
+def _where(needs, grads) -> tuple:
+    return tuple(x if need else None for x, need in zip(grads, needs))
+
+
+def _fold(operator, mask_at: int):
+    """The mapped axis becomes part of the batch axis; a mask that all members and sequences share is not repeated."""
+
+    def rule(info, in_dims, *args):
+        size = info.batch_size
+        b = (args[0] if in_dims[0] is None else args[0].movedim(in_dims[0], 0)[0]).shape[0]
+
+        def merge(i, x, dim):
+            if not isinstance(x, Tensor) or i == mask_at and dim is None and x.shape[0] == 1:
+                return x
+            x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x.expand(size, b, *x.shape[2:]).flatten(0, 1)
+
+        outs = operator(*[merge(i, x, d) for i, (x, d) in enumerate(zip(args, in_dims))])
+        return tuple(out.unflatten(0, (size, b)) for out in outs), (0,) * len(outs)
+
+    return rule
+
+
+def _by_formula(operator, formula, mask_at):
+    operator.derive(vjp=lambda needs, args, outs, cotangents: reference_vjp(formula, needs, args, cotangents),
+                    jvp=lambda args, outs, tangents: reference_jvp(formula, args, tangents),
+                    batch=_fold(operator, mask_at), save_outputs=False)
