@@ -10,24 +10,12 @@ from collections.abc import Callable
 import torch
 from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.triton import gate_loop_channels as channels
+from fnattn_kernels.triton import gate_loop_heads as heads
 from fnattn_kernels.triton import scan as triton_scan
-from fnattn_kernels.triton import why_not as triton_why_not
 from torch import Tensor
 
 from ..scan import before, complex_times
 from . import backward, tangent
-
-
-def why_not(*tensors: Tensor | None) -> str | None:
-    """None if the kernels of one number per channel can take these tensors, else the reason."""
-    return triton_why_not(*tensors)
-
-
-def why_not_heads(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> str | None:
-    """The same for heads."""
-    if max(q.shape[3], v.shape[3]) > 1:
-        return f"needs heads of width 1, got {q.shape[3]} and {v.shape[3]}"
-    return triton_why_not(q, k, v, *others)
 
 
 def worth(*tensors) -> bool:
@@ -123,3 +111,26 @@ def _simple_tangent_formula(q, kv, a, h0, marks, tq, tkv, ta, th0, reverse):
 channels.simple.derive(vjp=_simple_vjp, jvp=_simple_jvp)
 _derive_from(channels.simple_backward, _simple_backward_formula)
 _derive_from(channels.simple_tangent, _simple_tangent_formula)
+
+
+# ------------------------------------------------------------------------------------------------ a complex number per head
+
+
+def _wide_vjp(needs, args, outs, cotangents):
+    return _needed(heads.wide_backward(*args, *cotangents), needs)
+
+
+def _wide_jvp(args, outs, tangents):
+    out, last, logs = heads.wide_tangent(*args, *tangents)
+    return out, last, complex_times(outs[2], logs)
+
+
+def _wide_backward_formula(q, k, v, a, h0, g, g_last, g_product):
+    outer = q[:, :, 0, :, None, None] * v[:, :, 0, None, :, None]
+    state = torch.cat((outer, outer), -1)
+    return backward.wide(q, k, v, a, _zeros(h0, state), _zeros(g, v), _zeros(g_last, state), _zeros(g_product, a[:, :, 0]))
+
+
+heads.wide.derive(vjp=_wide_vjp, jvp=_wide_jvp)
+_derive_from(heads.wide_backward, _wide_backward_formula)
+_derive_from(heads.wide_tangent, tangent.wide)
