@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._door import Kernel, check_heads, choose, compute_dtype, native_reason, no_autocast
 from ..scan import complex_times
-from . import backward, reference, tangent
+from . import backward, reference, tangent, triton
 
 # b batch, h heads, g key heads, n positions, d width of q and k, e width of v
 
@@ -47,7 +47,8 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, a: Tensor, *, state: tuple[Tensor
         v: [b, g, n, e].
         a: [b, h, n, 2] raw gates as (re, im).
         state: (H [b, h, d, e, 2], A [b, h, 2]) that a previous call returned; None at the start of a sequence.
-        impl: "reference" is plain torch; "native" insists on the C kernels (CPU); "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "native" insists on the C kernels (CPU), "triton" on Triton's (CUDA, d and e up to 128):
+            a parallel scan for width 1, chunks of 64 for wider heads; "auto" chooses. See `ops.report()`.
     Returns:
         out [b, h, n, e] in v's dtype, and the state in float32, or in float64 if any input is; sums run in the latter.
     Raises:
@@ -237,6 +238,19 @@ native.wide_backward.derive(vjp=_wide_backward_vjp, jvp=_wide_backward_jvp, save
 _derive_from(native_tangent.narrow, _narrow_tangent_reference, 0)
 _derive_from(native_tangent.narrow_hessian, _narrow_hessian_reference, 0)
 _derive_from(native_tangent.wide, tangent.wide, 1)
-
 _derive_from(native_tangent.wide_hessian, _wide_hessian_reference, 4)
-KERNELS = (Kernel("native", run_native, lambda *args: native_reason("gate_loop", *args)),)
+
+
+def run_triton(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Triton's kernels, likewise."""
+    if q.numel() == 0 or v.numel() == 0:
+        return plain(q, k, v, a, h0)
+    if _is_narrow(q, v):
+        return _narrowly(triton.channels.narrow, q, k, v, a, h0)
+    return triton.heads.wide(q, k, v, a, h0)
+
+
+KERNELS = (
+    Kernel("native", run_native, lambda *args: native_reason("gate_loop", *args)),
+    Kernel("triton", run_triton, triton.heads.why_not, triton.worth),
+)

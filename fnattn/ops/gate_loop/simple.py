@@ -10,11 +10,13 @@ from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import gate_loop as native
 from fnattn_kernels.native import gate_loop_tangent as native_tangent
 from fnattn_kernels.native import scan as native_scan
+from fnattn_kernels.triton import why_not as triton_why_not
 from torch import Tensor
 
 from .._door import Kernel, choose, native_reason, no_autocast, widen
 from ..scan import before
 from ..scan import reference as scan_reference
+from . import triton
 
 # b batch, n positions, c channels
 
@@ -31,7 +33,8 @@ def simple_gate_loop(q: Tensor, kv: Tensor, a: Tensor, h0: Tensor | None = None,
         q, kv, a: [b, n, c], floating point; a before the sigmoid.
         h0: [b, c] state before the first position visited; zeros if None.
         reverse: run from the last position to the first.
-        impl: "reference" is plain torch; "native" insists on the C kernel (CPU); "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "native" insists on the C kernel (CPU), "triton" on Triton's (CUDA), a parallel scan;
+            "auto" chooses. See `ops.report()`.
     Returns:
         out [b, n, c] in kv's dtype, and the state [b, c] after the last position visited, in float32, or in float64 if any
         input is; sums run in the latter.
@@ -129,4 +132,13 @@ for operator, fn in ((native.simple_backward, _backward_reference), (native_tang
     operator.derive(vjp=lambda needs, args, outs, cotangents, fn=fn: reference_vjp(fn, needs, args, cotangents),
                     jvp=lambda args, outs, tangents, fn=fn: reference_jvp(fn, args, tangents), save_outputs=False)
 
-KERNELS = (Kernel("native", run_native, lambda *args: native_reason("gate_loop", *args)),)
+
+def run_triton(q: Tensor, kv: Tensor, a: Tensor, h0: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Triton's kernel, likewise."""
+    return reference(q, kv, a, h0, reverse) if kv.numel() == 0 else triton.channels.simple(q, kv, a, h0, reverse)[:2]
+
+
+KERNELS = (
+    Kernel("native", run_native, lambda *args: native_reason("gate_loop", *args)),
+    Kernel("triton", run_triton, triton_why_not, triton.worth),
+)
