@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import stat
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from fnattn_kernels.contracts import KernelUnavailable
 from fnattn_kernels.native import build
 
 REPO = Path(__file__).resolve().parent.parent
@@ -122,3 +125,75 @@ def test_the_result_does_not_depend_on_the_number_of_threads(tmp_path, threads):
     print(causal_dot(x, x, x, impl="native").double().pow(2).sum().item().hex())
     """
     assert run(tmp_path, program.format(threads)) == run(tmp_path, program.format("1"))
+
+
+ISA_PROGRAM = """
+import sys, torch
+from fnattn_kernels.native import build
+# The quickest build that has the same vectors; other flags are other files in the cache.
+build.BASE_FLAGS = tuple("-O1" if flag == "-O3" else flag for flag in build.BASE_FLAGS)
+from fnattn.bench.implementations import disagreement
+from fnattn.ops.report import CASES, rows
+torch.set_num_threads(1)
+for source in sorted(p.stem for p in build.SOURCES.glob("*.c")):
+    print("BUILT", source, build.why_not(source))
+for name in dict.fromkeys(row.operator for row in rows() if row.impl == "native"):
+    for sizes in ({"b": 1, "h": 2, "n": 67, "d": 34}, {"b": 2, "h": 1, "n": 37, "d": 6}):
+        print("CHECKED", name, disagreement(name, sizes, "cpu", "native"))
+"""
+ISAS = ["avx2", "baseline"]
+
+
+def supported(isa):
+    try:
+        build._extra_flags(isa)
+    except KernelUnavailable as error:
+        pytest.skip(str(error))
+
+
+@needs_compiler
+@pytest.mark.parametrize("compiler", [None, "clang"], ids=["default", "clang"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_kernel_is_right_when_built_for_fewer_instructions(tmp_path, isa, compiler):
+    supported(isa)
+    if compiler and not shutil.which(compiler):
+        pytest.skip(f"{compiler} is not installed")
+    out = run(tmp_path, ISA_PROGRAM, FNATTN_ISA=isa, **({"CC": compiler} if compiler else {})).splitlines()
+    built, checked = ([line for line in out if line.startswith(word)] for word in ("BUILT", "CHECKED"))
+    assert len(built) == len(list(build.SOURCES.glob("*.c"))) and len(checked) >= 20
+    assert all(line.endswith(" None") for line in built + checked), "\n".join(out)
+    if shutil.which("objdump") and platform.machine() == "x86_64":
+        for library in (tmp_path / "cache").glob("*.so"):
+            code = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+            assert "%xmm" in code and "%zmm" not in code and ("%ymm" in code) <= (isa == "avx2"), library.name
+
+
+@needs_compiler
+def test_libraries_for_different_instructions_are_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("FNATTN_CACHE", str(tmp_path))
+    for count, isa in enumerate(("native", "baseline", "baseline"), 1):
+        build._build("rotary", isa)
+        assert len(list(tmp_path.iterdir())) == min(count, 2)
+
+
+@pytest.mark.parametrize("isa, words", [("avx9", "FNATTN_ISA must be one of native, avx2, baseline; got 'avx9'"),
+                                        ("avx2", "this processor has no avx2 and no fma")])
+def test_instructions_that_are_not_there_are_refused_with_the_reason(monkeypatch, isa, words):
+    monkeypatch.setattr(build, "_processor", lambda: "flags : sse sse2 avx512f")
+    build._load.cache_clear()
+    monkeypatch.setenv("FNATTN_ISA", isa)
+    try:
+        with pytest.warns(RuntimeWarning, match=words), pytest.raises(KernelUnavailable, match=words):
+            build.load("causal_dot")
+        assert words in build.why_not("causal_dot")
+    finally:
+        build._load.cache_clear()
+
+
+@pytest.mark.parametrize("source", sorted(p.stem for p in build.SOURCES.glob("*.c")))
+def test_every_kernel_compiles_for_aarch64(tmp_path, source):
+    cross = shutil.which("aarch64-linux-gnu-gcc")
+    if not cross:
+        pytest.skip("aarch64-linux-gnu-gcc is not installed")
+    command = [cross, "-O1", "-std=gnu11", "-fPIC", "-fopenmp", "-c", str(build.SOURCES / f"{source}.c")]
+    subprocess.run([*command, "-o", str(tmp_path / "out.o")], check=True, capture_output=True)
