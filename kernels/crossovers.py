@@ -45,6 +45,8 @@ TABLE = (
     Crossover("scan", "native", ALWAYS, EPYC),
     Crossover("scan", "triton", NEVER, UNMEASURED),
     Crossover("taylor", "native", ALWAYS, EPYC),
+    # It makes no [n, F] table of features, as plain torch does, whose every chunk reads one from memory.
+    Crossover("taylor", "triton", ALWAYS, "not yet measured on a GPU: compiled for one, and right in Triton's interpreter"),
     # In plain torch: the [n, n] table of a sequence so short that it costs less than reading the sums.
     Crossover("taylor", "reference, quadratic", "n <= {length} positions", EPYC, {"length": 256}),
     Crossover("gate_loop", "native", ALWAYS, EPYC),

@@ -18,6 +18,7 @@ from fnattn_kernels.native import taylor as native
 from torch import Tensor
 
 from .._door import Kernel, check_heads, choose, compute_dtype, native_reason, no_autocast
+from . import triton
 from .reference import CHUNK, EPS, gradients, reference, tangents
 from .second import gradient_tangents
 
@@ -42,7 +43,8 @@ def taylor(q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, sums:
         sums: [b, g, F, e + 1], what earlier calls returned; None for the start of a sequence.
         causal: whether query i sees the keys up to i only. Earlier calls' keys are seen by all.
         scale: factor on q.k; default d^-1/2.
-        impl: "reference" is plain torch; "native" insists on the C kernel (CPU); "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "native" insists on the C kernel (CPU), "triton" on Triton's (CUDA, d up to 64, e up to
+            128); "auto" chooses. See `ops.report()`.
     Returns:
         out: [b, h, n, e] in v's dtype, summed in float32, or in float64 if any input is.
         sums: [b, g, F, e + 1] in the dtype of summation: sum_j psi(k_j) [v_j, 1]^T over earlier keys and these, where
@@ -161,4 +163,7 @@ native.backward.derive(vjp=_backward_vjp, jvp=_backward_jvp, save_outputs=False)
 native.tangent.derive(**_from_reference(tangents))
 native.second.derive(**_from_reference(gradient_tangents))
 
-KERNELS = (Kernel("native", native.forward, lambda q, k, v: native_reason("taylor", q, k, v)),)
+KERNELS = (
+    Kernel("native", native.forward, lambda q, k, v: native_reason("taylor", q, k, v)),
+    Kernel("triton", triton.kernel.forward, triton.kernel.why_not),
+)
