@@ -5,7 +5,7 @@ per transform level and reaches that kernel each time, exactly as it does for a 
 node. The documented ways (`custom_op` with `register_autograd`, a bare `autograd.Function`) return zero derivatives
 without an error under some transforms, which is why none of them is used.
 
-Private torch names are confined to this file.
+Private torch names are confined to this file and to sharding.py.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class Operator:
         self.op = self.packet.default
         self._vjp: Callable | None = None
         self._jvp: Callable | None = None
+        self._both: Callable | None = None
         self._save_outputs = True
         self.splits: list[sharding.Split] = []
         for key, fn in (("CPU", cpu), ("CUDA", cuda), ("CompositeExplicitAutograd", any_device)):
@@ -90,17 +91,20 @@ class Operator:
     def __call__(self, *args):
         return self.packet(*args)
 
-    def derive(self, *, vjp: Callable, jvp: Callable, batch: Callable | None = None, save_outputs: bool = True) -> None:
+    def derive(self, *, vjp: Callable, jvp: Callable, both: Callable | None = None, batch: Callable | None = None,
+               save_outputs: bool = True) -> None:
         """Gives the operator its derivatives and its vmap rule.
 
         vjp(needs, args, outs, cotangents) -> one gradient per argument (None where not needed or not a tensor);
             cotangents of unused outputs are None.
         jvp(args, outs, tangents) -> tangent of each output; tangents[i] is None where argument i has none.
             It runs inside a forward-mode level: plain differentiable torch code and Operators only, no torch.func.
+        both(args, tangents) -> (outs, tangent of each output): the operator and jvp in one, where that is cheaper; used where
+            forward mode is all there is at a level. The rest is as for jvp.
         batch: the rule for torch.library.register_vmap; default: fold the mapped axis into the leading axis.
         save_outputs: whether the rules read `outs`; False saves their memory.
         """
-        self._vjp, self._jvp, self._save_outputs = vjp, jvp, save_outputs
+        self._vjp, self._jvp, self._both, self._save_outputs = vjp, jvp, both, save_outputs
         torch.library.register_vmap(self.qualified, batch or fold(self), lib=_LIB)
 
     def flops(self, formula: Callable) -> None:
@@ -127,6 +131,8 @@ class Operator:
                 raise DerivativeUnsupported(
                     f"{self.qualified} is a raw kernel without derivatives, and an input carries a gradient or tangent.\n"
                     f"  Call the public operator in fnattn.ops instead.")
+            if self._both is not None and not reverse:
+                return self._along(args)
             before = get_single_level_autograd_function_allowed()
             set_single_level_autograd_function_allowed(True)
             try:
@@ -135,6 +141,12 @@ class Operator:
                 set_single_level_autograd_function_allowed(before)
         with _C._AutoDispatchBelowADInplaceOrView():
             return self.op.redispatch(keyset & _C._after_autograd_keyset, *args)
+
+    def _along(self, args):
+        """Value and tangent of a level that has forward mode only."""
+        split = [unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in args]
+        outs, tangents = self._both([primal for primal, _ in split], [tangent for _, tangent in split])
+        return tuple(map(make_dual, outs, tangents))
 
 
 def register_flops() -> None:

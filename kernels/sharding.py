@@ -58,7 +58,7 @@ def _rule(operator: Any):
     def rule(*args):
         from torch.distributed.tensor import Partial, Replicate, Shard
 
-        tensors = _tensor_arguments(operator)
+        tensors = tensor_arguments(operator)
         shapes = [getattr(args[i], "shape", None) for i in tensors]
         devices = next(a.mesh.size() for a in args if hasattr(a, "mesh"))
 
@@ -78,7 +78,7 @@ def _rule(operator: Any):
     return rule
 
 
-def _tensor_arguments(operator: Any) -> list[int]:
+def tensor_arguments(operator: Any) -> list[int]:
     """Positions of the arguments that are tensors, or may be."""
     return [i for i, a in enumerate(operator.op._schema.arguments) if "Tensor" in str(a.type)]
 
@@ -90,7 +90,7 @@ def count_results(operator: Any) -> int:
 
 def splits(operator: Any) -> list[Split]:
     """Every way to split an operator: along the batch, and as declared."""
-    batch = Split(((0,),) * len(_tensor_arguments(operator)), (0,) * count_results(operator))
+    batch = Split(((0,),) * len(tensor_arguments(operator)), (0,) * count_results(operator))
     return [batch, *operator.splits]
 
 

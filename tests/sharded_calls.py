@@ -66,10 +66,10 @@ CALLS = {
     "coor_descent, exact": Call(lambda s: ops.coor_descent(s, 2.0, solver="exact", eps=0.3, impl="native"), ((2, 4, 6),)),
     "coor_descent_attention": Call(lambda q, k, v: ops.coor_descent_attention(q, k, v, sparsity_k=2.0, **_SOLVER, impl="native"), _qkv()),
     "block_sparse_attention": Call(
-        lambda q, k, v, layout: ops.block_sparse_attention(q, k, v, layout, block=2, causal=True, impl="native"), _qkv(),
+        lambda q, k, v, layout: ops.block_sparse_attention(q, k, v, layout, block=2, causal=True, impl="native"), _qkv(g=4),
         lambda: (_layout(1),)),
     "block_sparse_attention, a layout per head": Call(
-        lambda q, k, v, layout: ops.block_sparse_attention(q, k, v, layout, block=2, impl="native"), _qkv(), lambda: (_layout(4),)),
+        lambda q, k, v, layout: ops.block_sparse_attention(q, k, v, layout, block=2, impl="native"), _qkv(g=4), lambda: (_layout(4),)),
     "conv_attention": Call(lambda q, k, v, keep: ops.conv_attention(q, k, v, **_PICTURE, kernel_size=3, mask=keep, impl="native"), _qkv(),
                            lambda: (_keep(),)),
     "axial_attention": Call(lambda q, k, v: ops.axial_attention(q, k, v, **_PICTURE, axis=1, impl="native"), _qkv()),

@@ -27,6 +27,7 @@ FLOORS = (
 # Private names of torch may move with any release; each file that touches them is here: one knows where to look.
 PRIVATE = {
     "kernels/contracts.py": "the Autograd-key kernel that every operator rests on",
+    "kernels/sharding.py": "what DTensor remembers a decision by",
     "fnattn/tree.py": "torch's pytree module; remat's forward mode",
     "kernels/native/softmax_aten.py": "torch's fused attention for the CPU has no public name",
     "fnattn/core.py": "whether Python may look at a value",

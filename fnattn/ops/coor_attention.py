@@ -67,7 +67,7 @@ def coor_descent_attention(q: Tensor, k: Tensor, v: Tensor, sparsity_k: float | 
     like = q.new_empty(0, dtype=compute_dtype(q, k, v))
     log_or_k = spread_k(who, sparsity_k, q.shape[:3], like, solver)
     wide = log_or_k.dtype
-    start = _start(who, offset, m - nulls - n if causal else m, b, q.device)
+    start = _start(who, offset, m - nulls - n if causal else m, b, q)
     options = (nulls, float(d ** -0.5 if scale is None else scale), solver == "exact", *settings(eps, eps_init, eps_decay, n_iters))
     kernel = choose(who, impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
@@ -86,7 +86,7 @@ def _check_mask(keep: Tensor | None, k: Tensor) -> None:
                          f"got {list(keep.shape)}.\n  Give one bool for each key, null keys included.")
 
 
-def _start(who: str, offset: int | Tensor | None, default: int, b: int, device: torch.device) -> Tensor:
+def _start(who: str, offset: int | Tensor | None, default: int, b: int, like: Tensor) -> Tensor:
     """The position of the first query, for each sequence: int64 [b]."""
     if offset is None:
         offset = default
@@ -96,7 +96,7 @@ def _start(who: str, offset: int | Tensor | None, default: int, b: int, device: 
         if offset.ndim > 1 or offset.ndim == 1 and offset.shape[0] != 1 and offset.shape[0] != b:
             raise ValueError(f"{who}: offset must be [] or [{b}]; got {list(offset.shape)}.\n  Give one position per sequence.")
         return offset.to(torch.int64).expand(b)
-    return torch.full((b,), offset, dtype=torch.int64, device=device)
+    return like.new_full((b,), offset, dtype=torch.int64)
 
 
 # ------------------------------------------------------------------------------------------------ plain torch

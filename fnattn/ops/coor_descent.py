@@ -101,7 +101,7 @@ def _prepare(s, k, mask, eps, eps_init, eps_decay, n_iters, solver) -> tuple[Ten
 def spread_k(who: str, k: float | Tensor, shape: torch.Size, like: Tensor, solver: str) -> Tensor:
     """log k (k itself for the exact solver) as a wide tensor of this shape."""
     if not isinstance(k, Tensor):
-        k = torch.tensor(float(k), device=like.device, dtype=torch.float64)
+        k = like.new_full((), float(k), dtype=torch.float64)  # of like's kind: a DTensor if it is one
         dtype = compute_dtype(like)
     else:
         if k.dtype == torch.bool or k.is_complex():
