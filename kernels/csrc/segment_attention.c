@@ -4,8 +4,8 @@
  *     out_i = sum_j p_ij v_j      lse_i = log sum_j exp(scale q_i . k_j)      (0 and 0 for a query that sees no key)
  *     ds_ij = p_ij (g_i . v_j - g_i . out_i)      dq = scale ds k      dk = scale ds^T q      dv = p^T g
  *
- * q, dq [b, h, n, d], k, dk [b, g, n, d], v, dv [b, g, n, e], out, grad (g above) [b, h, n, e], lse [b, h, n], contiguous.
- * keep: bytes [b, n], 0 for keys that are not there, or NULL. The lists: see segment_tile.h.
+ * q, dq [b, h, n, d], k, dk [b, g, n, d], v, dv [b, g, n, e], out, grad (g above) [b, h, n, e], lse [b, h, n, 1], read and written
+ * where they lie. The arguments and the lists: see segment_tile.h.
  *
  * The tangents of value and gradient: segment_tangent.h, segment_second.h.
  *
@@ -45,10 +45,9 @@ static void S(segment_weigh)(REAL *p, int64_t count, int64_t vectors, REAL *sum,
     }
 }
 
-void S(segment_attention)(const REAL *q, const REAL *k, const REAL *v, const uint8_t *keep, const int32_t *group,
-                          const int32_t *blocks, const int32_t *tiles, const int32_t *data, REAL *out, REAL *lse, int64_t b,
-                          int64_t h, int64_t g, int64_t n, int64_t d, int64_t e, int64_t count, int64_t threads, double scale) {
-    const segment_lists lists = {group, (const segment_block *)blocks, (const segment_tile *)tiles, data, count};
+/* call->of: q, k, v; out, lse. */
+void S(segment_attention)(const segment_call *call, double scale) {
+    UNPACK;
     const int64_t tasks = b * h * count;
     if (!tasks) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
@@ -61,78 +60,79 @@ void S(segment_attention)(const REAL *q, const REAL *k, const REAL *v, const uin
         uint32_t words[KEYS];
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
-            const int64_t head = task / count, key_head = head / h * g + head % h / (h / g);
-            const segment_block *block = lists.blocks + (group ? group[head] : 0) * count + task % count;
-            const int32_t *positions = data + block->positions;
-            const uint8_t *kept = keep && !block->free ? keep + head / h * n : NULL;
-            S(segment_queries)(q_t, NULL, 0, q + head * n * d, positions, block->rows, d, (REAL)scale);
+            const int64_t batch = task / count / h, head = task / count % h, keys = head / (h / g);
+            const segment_block *block = segment_block_of(&lists, batch * h + head, task % count);
+            const int32_t *positions = lists.data + block->positions;
+            const uint8_t *kept = segment_kept(call, block, batch);
+            const REAL *k = S(head)(of + 1, batch, keys), *v = S(head)(of + 2, batch, keys);
+            REAL *out = S(head)(of + 3, batch, head), *lse = S(head)(of + 4, batch, head);
+            S(segment_queries)(q_t, NULL, 0, S(head)(of, batch, head), of->row, positions, block->rows, d, (REAL)scale);
             memset(acc, 0, (size_t)(SPAN * (e + 1)) * sizeof(REAL));
             for (int64_t i = 0; i < SPAN; i++) top[i] = -INFINITY;
             for (const segment_tile *tile = lists.tiles + block->first; tile < lists.tiles + block->end; tile++) {
                 const int seen = segment_keys(&lists, tile, kept, at, words);
                 if (seen == NOBODY) continue;
                 const int64_t x = tile->half == 2 ? SPAN / 2 : 0, vectors = (tile->half ? SPAN / 2 : SPAN) / LANES;
-                S(segment_scores)(p + x, k + key_head * n * d, at, q_t + x, tile->count, d, vectors, 0);
+                S(segment_scores)(p + x, k, of[1].row, at, q_t + x, tile->count, d, vectors, 0);
                 if (seen == SOME) S(segment_hide)(p + x, words, x, tile->count, vectors);
                 S(segment_weigh)(p + x, tile->count, vectors, sum + x, top + x, shrink + x);
-                S(segment_values)(acc + x, v + key_head * n * e, at, p + x, shrink + x, tile->count, e, vectors);
+                S(segment_values)(acc + x, v, of[2].row, at, p + x, shrink + x, tile->count, e, vectors);
             }
             for (int64_t i = 0; i < block->rows; i++) {
-                const int64_t row = head * n + positions[i];
                 const int empty = top[i] == -INFINITY;
                 const REAL share = empty ? 0 : 1 / sum[i];
-                lse[row] = empty ? 0 : top[i] + (REAL)log((double)sum[i]);
-                for (int64_t c = 0; c < e; c++) out[row * e + c] = acc[c * SPAN + i] * share;
+                lse[positions[i] * of[4].row] = empty ? 0 : top[i] + (REAL)log((double)sum[i]);
+                for (int64_t c = 0; c < e; c++) out[positions[i] * of[3].row + c] = acc[c * SPAN + i] * share;
             }
         }
         free(memory);
     }
 }
 
-void S(segment_attention_backward)(const REAL *grad, const REAL *q, const REAL *k, const REAL *v, const uint8_t *keep,
-                                   const int32_t *group, const int32_t *blocks, const int32_t *tiles, const int32_t *data,
-                                   const REAL *out, const REAL *lse, REAL *dq, REAL *dk, REAL *dv, int64_t b, int64_t h, int64_t g,
-                                   int64_t n, int64_t d, int64_t e, int64_t count, int64_t threads, double scale) {
-    const segment_lists lists = {group, (const segment_block *)blocks, (const segment_tile *)tiles, data, count};
-    const int64_t tasks = b * g, shared = g ? h / g : 0;
+/* call->of: grad, q, k, v, out, lse; dq, dk, dv. */
+void S(segment_attention_backward)(const segment_call *call, double scale) {
+    UNPACK;
+    const int64_t n = call->n, tasks = b * g, shared = g ? h / g : 0;
     const int64_t wide_d = (d + LANES - 1) / LANES * LANES, wide_e = (e + LANES - 1) / LANES * LANES;
     if (!tasks) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
+        /* Sums in place, unless a row is no whole number of vectors. */
         const int64_t own_d = wide_d == d ? 0 : n * wide_d, own_e = wide_e == e ? 0 : n * wide_e;
         REAL *memory = scratch((size_t)(SPAN * (2 * d + e + wide_d + wide_e + 2 * KEYS + 2) + own_d + own_e) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_r = memory, *g_r = q_r + wide_d * SPAN, *q_t = g_r + wide_e * SPAN, *g_t = q_t + d * SPAN, *dq_t = g_t + e * SPAN;
-        REAL *norm = dq_t + d * SPAN, *delta = norm + SPAN, *p = delta + SPAN, *ds = p + KEYS * SPAN, *rest = ds + KEYS * SPAN;
+        REAL *norm = dq_t + d * SPAN, *delta = norm + SPAN, *p = delta + SPAN, *ds = p + KEYS * SPAN, *own = ds + KEYS * SPAN;
         int32_t at[KEYS];
         uint32_t words[KEYS];
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {
-            const REAL *k_h = k + task * n * d, *v_h = v + task * n * e;
-            /* Sums in place, unless a row is no whole number of vectors. */
-            REAL *dk_h = own_d ? rest : dk + task * n * d, *dv_h = own_e ? rest + own_d : dv + task * n * e;
-            memset(dk_h, 0, (size_t)(n * wide_d) * sizeof(REAL));
-            memset(dv_h, 0, (size_t)(n * wide_e) * sizeof(REAL));
+            const int64_t batch = task / g, keys = task % g;
+            const REAL *k = S(head)(of + 2, batch, keys), *v = S(head)(of + 3, batch, keys);
+            const S(sums) dk = S(sums_of)(of + 7, batch, keys, own_d ? own : NULL, n, d, wide_d);
+            const S(sums) dv = S(sums_of)(of + 8, batch, keys, own_e ? own + own_d : NULL, n, e, wide_e);
             for (int64_t turn = 0; turn < shared * count; turn++) {
-                const int64_t head = task * shared + turn / count;
-                const segment_block *block = lists.blocks + (group ? group[head] : 0) * count + turn % count;
-                const int32_t *positions = data + block->positions;
-                const uint8_t *kept = keep && !block->free ? keep + head / h * n : NULL;
-                S(segment_queries)(q_t, q_r, wide_d, q + head * n * d, positions, block->rows, d, (REAL)scale);
-                S(segment_queries)(g_t, g_r, wide_e, grad + head * n * e, positions, block->rows, e, 1);
+                const int64_t head = keys * shared + turn / count;
+                const segment_block *block = segment_block_of(&lists, batch * h + head, turn % count);
+                const int32_t *positions = lists.data + block->positions;
+                const uint8_t *kept = segment_kept(call, block, batch);
+                const REAL *grad = S(head)(of, batch, head), *out = S(head)(of + 4, batch, head), *lse = S(head)(of + 5, batch, head);
+                REAL *dq = S(head)(of + 6, batch, head);
+                S(segment_queries)(q_t, q_r, wide_d, S(head)(of + 1, batch, head), of[1].row, positions, block->rows, d, (REAL)scale);
+                S(segment_queries)(g_t, g_r, wide_e, grad, of->row, positions, block->rows, e, 1);
                 memset(dq_t, 0, (size_t)(SPAN * (d + 2)) * sizeof(REAL));
                 for (int64_t i = 0; i < block->rows; i++) {
-                    const int64_t row = head * n + positions[i];
-                    norm[i] = lse[row];
-                    for (int64_t c = 0; c < e; c++) delta[i] += grad[row * e + c] * out[row * e + c];
+                    const REAL *grad_i = grad + positions[i] * of->row, *out_i = out + positions[i] * of[4].row;
+                    norm[i] = lse[positions[i] * of[5].row];
+                    for (int64_t c = 0; c < e; c++) delta[i] += grad_i[c] * out_i[c];
                 }
                 for (const segment_tile *tile = lists.tiles + block->first; tile < lists.tiles + block->end; tile++) {
                     const int seen = segment_keys(&lists, tile, kept, at, words);
                     if (seen == NOBODY) continue;
                     const int64_t x = tile->half == 2 ? SPAN / 2 : 0;
                     const int64_t queries = tile->half ? SPAN / 2 : SPAN, vectors = queries / LANES;
-                    S(segment_scores)(p + x, k_h, at, q_t + x, tile->count, d, vectors, 0);
-                    S(segment_scores)(ds + x, v_h, at, g_t + x, tile->count, e, vectors, 0);
+                    S(segment_scores)(p + x, k, of[2].row, at, q_t + x, tile->count, d, vectors, 0);
+                    S(segment_scores)(ds + x, v, of[3].row, at, g_t + x, tile->count, e, vectors, 0);
                     if (seen == SOME) S(segment_hide)(p + x, words, x, tile->count, vectors);
                     for (int64_t y = x; y < x + queries; y += LANES) {
                         const VF norm_y = *(VF *)(norm + y), delta_y = *(VF *)(delta + y);
@@ -142,17 +142,15 @@ void S(segment_attention_backward)(const REAL *grad, const REAL *q, const REAL *
                             *ds_j = *p_j * (*ds_j - delta_y);
                         }
                     }
-                    S(segment_values)(dq_t + x, k_h, at, ds + x, NULL, tile->count, d, vectors);
-                    S(segment_spread)(dk_h, at, ds + x, q_r + x * wide_d, tile->count, queries, wide_d);
-                    S(segment_spread)(dv_h, at, p + x, g_r + x * wide_e, tile->count, queries, wide_e);
+                    S(segment_values)(dq_t + x, k, of[2].row, at, ds + x, NULL, tile->count, d, vectors);
+                    S(segment_spread)(dk, at, ds + x, q_r + x * wide_d, tile->count, queries, wide_d);
+                    S(segment_spread)(dv, at, p + x, g_r + x * wide_e, tile->count, queries, wide_e);
                 }
                 for (int64_t i = 0; i < block->rows; i++)
-                    for (int64_t c = 0; c < d; c++) dq[(head * n + positions[i]) * d + c] = (REAL)scale * dq_t[c * SPAN + i];
+                    for (int64_t c = 0; c < d; c++) dq[positions[i] * of[6].row + c] = (REAL)scale * dq_t[c * SPAN + i];
             }
-            for (int64_t j = 0; j < n; j++) {
-                if (own_d) memcpy(dk + (task * n + j) * d, dk_h + j * wide_d, (size_t)d * sizeof(REAL));
-                if (own_e) memcpy(dv + (task * n + j) * e, dv_h + j * wide_e, (size_t)e * sizeof(REAL));
-            }
+            S(sums_back)(of + 7, batch, keys, dk, n, d);
+            S(sums_back)(of + 8, batch, keys, dv, n, e);
         }
         free(memory);
     }

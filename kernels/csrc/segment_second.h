@@ -6,21 +6,18 @@
  *     t_dq = scale (tds k + ds tk)      t_dk = scale (tds^T q + ds^T tq)      t_dv = tp^T g + p^T tg
  *
  * Included once per precision. One task is a key head, as in the gradient. */
-static void S(segment_pair)(REAL *p, const REAL *k, const REAL *q_moved, const REAL *k_moved, const REAL *q_t, const int32_t *at,
-                            int64_t count, int64_t d, int64_t vectors) {
-    if (q_moved) S(segment_scores)(p, k, at, q_moved, count, d, vectors, 0);
-    if (k_moved) S(segment_scores)(p, k_moved, at, q_t, count, d, vectors, q_moved != NULL);
+static void S(segment_pair)(REAL *p, const REAL *k, int64_t k_row, const REAL *q_moved, const REAL *k_moved, int64_t moved_row,
+                            const REAL *q_t, const int32_t *at, int64_t count, int64_t d, int64_t vectors) {
+    if (q_moved) S(segment_scores)(p, k, k_row, at, q_moved, count, d, vectors, 0);
+    if (k_moved) S(segment_scores)(p, k_moved, moved_row, at, q_t, count, d, vectors, q_moved != NULL);
     if (!q_moved && !k_moved)
         for (int64_t j = 0; j < count; j++) memset(p + j * SPAN, 0, (size_t)(vectors * LANES) * sizeof(REAL));
 }
 
-void S(segment_attention_second)(const REAL *grad, const REAL *q, const REAL *k, const REAL *v, const uint8_t *keep,
-                                 const int32_t *group, const int32_t *blocks, const int32_t *tiles, const int32_t *data,
-                                 const REAL *out, const REAL *lse, const REAL *t_out, const REAL *t_lse, const REAL *tg,
-                                 const REAL *tq, const REAL *tk, const REAL *tv, REAL *dq, REAL *dk, REAL *dv, int64_t b, int64_t h,
-                                 int64_t g, int64_t n, int64_t d, int64_t e, int64_t count, int64_t threads, double scale) {
-    const segment_lists lists = {group, (const segment_block *)blocks, (const segment_tile *)tiles, data, count};
-    const int64_t tasks = b * g, shared = g ? h / g : 0;
+/* call->of: grad, q, k, v, out, lse, t_out, t_lse, tg, tq, tk, tv; t_dq, t_dk, t_dv. */
+void S(segment_attention_second)(const segment_call *call, double scale) {
+    UNPACK;
+    const int64_t n = call->n, tasks = b * g, shared = g ? h / g : 0;
     const int64_t wide_d = (d + LANES - 1) / LANES * LANES, wide_e = (e + LANES - 1) / LANES * LANES;
     if (!tasks) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
@@ -33,33 +30,38 @@ void S(segment_attention_second)(const REAL *grad, const REAL *q, const REAL *k,
         REAL *p = tg_r + wide_e * SPAN, *ds = p + KEYS * SPAN, *tp = ds + KEYS * SPAN, *tds = tp + KEYS * SPAN;
         REAL *q_t = tds + KEYS * SPAN, *tq_t = q_t + d * SPAN, *g_t = tq_t + d * SPAN, *tg_t = g_t + e * SPAN;
         REAL *dq_t = tg_t + e * SPAN, *norm = dq_t + d * SPAN, *t_norm = norm + SPAN, *delta = t_norm + SPAN;
-        REAL *t_delta = delta + SPAN, *rest = t_delta + SPAN;
+        REAL *t_delta = delta + SPAN, *own = t_delta + SPAN;
         int32_t at[KEYS];
         uint32_t words[KEYS];
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {
-            const REAL *k_h = k + task * n * d, *v_h = v + task * n * e;
-            const REAL *tk_h = tk ? tk + task * n * d : NULL, *tv_h = tv ? tv + task * n * e : NULL;
-            REAL *dk_h = own_d ? rest : dk + task * n * d, *dv_h = own_e ? rest + own_d : dv + task * n * e;
-            memset(dk_h, 0, (size_t)(n * wide_d) * sizeof(REAL));
-            memset(dv_h, 0, (size_t)(n * wide_e) * sizeof(REAL));
+            const int64_t batch = task / g, keys = task % g, k_row = of[2].row, v_row = of[3].row, tk_row = of[10].row, tv_row = of[11].row;
+            const REAL *k = S(head)(of + 2, batch, keys), *v = S(head)(of + 3, batch, keys);
+            const REAL *tk = S(head)(of + 10, batch, keys), *tv = S(head)(of + 11, batch, keys);
+            const S(sums) dk = S(sums_of)(of + 13, batch, keys, own_d ? own : NULL, n, d, wide_d);
+            const S(sums) dv = S(sums_of)(of + 14, batch, keys, own_e ? own + own_d : NULL, n, e, wide_e);
             for (int64_t turn = 0; turn < shared * count; turn++) {
-                const int64_t head = task * shared + turn / count;
-                const segment_block *block = lists.blocks + (group ? group[head] : 0) * count + turn % count;
-                const int32_t *positions = data + block->positions;
-                const uint8_t *kept = keep && !block->free ? keep + head / h * n : NULL;
-                S(segment_queries)(q_t, q_r, wide_d, q + head * n * d, positions, block->rows, d, (REAL)scale);
-                S(segment_queries)(g_t, g_r, wide_e, grad + head * n * e, positions, block->rows, e, 1);
-                if (tq) S(segment_queries)(tq_t, tq_r, wide_d, tq + head * n * d, positions, block->rows, d, (REAL)scale);
-                if (tg) S(segment_queries)(tg_t, tg_r, wide_e, tg + head * n * e, positions, block->rows, e, 1);
+                const int64_t head = keys * shared + turn / count;
+                const segment_block *block = segment_block_of(&lists, batch * h + head, turn % count);
+                const int32_t *positions = lists.data + block->positions;
+                const uint8_t *kept = segment_kept(call, block, batch);
+                const REAL *grad = S(head)(of, batch, head), *out = S(head)(of + 4, batch, head), *lse = S(head)(of + 5, batch, head);
+                const REAL *t_out = S(head)(of + 6, batch, head), *t_lse = S(head)(of + 7, batch, head);
+                const REAL *tg = S(head)(of + 8, batch, head), *tq = S(head)(of + 9, batch, head);
+                REAL *dq = S(head)(of + 12, batch, head);
+                S(segment_queries)(q_t, q_r, wide_d, S(head)(of + 1, batch, head), of[1].row, positions, block->rows, d, (REAL)scale);
+                S(segment_queries)(g_t, g_r, wide_e, grad, of->row, positions, block->rows, e, 1);
+                if (tq) S(segment_queries)(tq_t, tq_r, wide_d, tq, of[9].row, positions, block->rows, d, (REAL)scale);
+                if (tg) S(segment_queries)(tg_t, tg_r, wide_e, tg, of[8].row, positions, block->rows, e, 1);
                 memset(dq_t, 0, (size_t)(SPAN * (d + 4)) * sizeof(REAL));
                 for (int64_t i = 0; i < block->rows; i++) {
-                    const int64_t row = head * n + positions[i];
-                    norm[i] = lse[row];
-                    t_norm[i] = t_lse[row];
-                    for (int64_t c = row * e; c < (row + 1) * e; c++) {
-                        delta[i] += grad[c] * out[c];
-                        t_delta[i] += grad[c] * t_out[c] + (tg ? tg[c] * out[c] : 0);
+                    const REAL *grad_i = grad + positions[i] * of->row, *out_i = out + positions[i] * of[4].row;
+                    const REAL *t_out_i = t_out + positions[i] * of[6].row, *tg_i = tg ? tg + positions[i] * of[8].row : NULL;
+                    norm[i] = lse[positions[i] * of[5].row];
+                    t_norm[i] = t_lse[positions[i] * of[7].row];
+                    for (int64_t c = 0; c < e; c++) {
+                        delta[i] += grad_i[c] * out_i[c];
+                        t_delta[i] += grad_i[c] * t_out_i[c] + (tg_i ? tg_i[c] * out_i[c] : 0);
                     }
                 }
                 for (const segment_tile *tile = lists.tiles + block->first; tile < lists.tiles + block->end; tile++) {
@@ -67,10 +69,10 @@ void S(segment_attention_second)(const REAL *grad, const REAL *q, const REAL *k,
                     if (seen == NOBODY) continue;
                     const int64_t x = tile->half == 2 ? SPAN / 2 : 0, size = tile->count;
                     const int64_t queries = tile->half ? SPAN / 2 : SPAN, vectors = queries / LANES;
-                    S(segment_scores)(p + x, k_h, at, q_t + x, size, d, vectors, 0);
-                    S(segment_scores)(ds + x, v_h, at, g_t + x, size, e, vectors, 0);
-                    S(segment_pair)(tp + x, k_h, tq ? tq_t + x : NULL, tk_h, q_t + x, at, size, d, vectors);
-                    S(segment_pair)(tds + x, v_h, tg ? tg_t + x : NULL, tv_h, g_t + x, at, size, e, vectors);
+                    S(segment_scores)(p + x, k, k_row, at, q_t + x, size, d, vectors, 0);
+                    S(segment_scores)(ds + x, v, v_row, at, g_t + x, size, e, vectors, 0);
+                    S(segment_pair)(tp + x, k, k_row, tq ? tq_t + x : NULL, tk, tk_row, q_t + x, at, size, d, vectors);
+                    S(segment_pair)(tds + x, v, v_row, tg ? tg_t + x : NULL, tv, tv_row, g_t + x, at, size, e, vectors);
                     if (seen == SOME) S(segment_hide)(p + x, words, x, size, vectors);
                     for (int64_t y = x; y < x + queries; y += LANES) {
                         const VF norm_y = *(VF *)(norm + y), t_norm_y = *(VF *)(t_norm + y);
@@ -84,20 +86,18 @@ void S(segment_attention_second)(const REAL *grad, const REAL *q, const REAL *k,
                             *(VF *)(tds + j) = tp_j * slope + p_j * (*(VF *)(tds + j) - t_delta_y);
                         }
                     }
-                    S(segment_values)(dq_t + x, k_h, at, tds + x, NULL, size, d, vectors);
-                    if (tk) S(segment_values)(dq_t + x, tk_h, at, ds + x, NULL, size, d, vectors);
-                    S(segment_spread)(dk_h, at, tds + x, q_r + x * wide_d, size, queries, wide_d);
-                    if (tq) S(segment_spread)(dk_h, at, ds + x, tq_r + x * wide_d, size, queries, wide_d);
-                    S(segment_spread)(dv_h, at, tp + x, g_r + x * wide_e, size, queries, wide_e);
-                    if (tg) S(segment_spread)(dv_h, at, p + x, tg_r + x * wide_e, size, queries, wide_e);
+                    S(segment_values)(dq_t + x, k, k_row, at, tds + x, NULL, size, d, vectors);
+                    if (tk) S(segment_values)(dq_t + x, tk, tk_row, at, ds + x, NULL, size, d, vectors);
+                    S(segment_spread)(dk, at, tds + x, q_r + x * wide_d, size, queries, wide_d);
+                    if (tq) S(segment_spread)(dk, at, ds + x, tq_r + x * wide_d, size, queries, wide_d);
+                    S(segment_spread)(dv, at, tp + x, g_r + x * wide_e, size, queries, wide_e);
+                    if (tg) S(segment_spread)(dv, at, p + x, tg_r + x * wide_e, size, queries, wide_e);
                 }
                 for (int64_t i = 0; i < block->rows; i++)
-                    for (int64_t c = 0; c < d; c++) dq[(head * n + positions[i]) * d + c] = (REAL)scale * dq_t[c * SPAN + i];
+                    for (int64_t c = 0; c < d; c++) dq[positions[i] * of[12].row + c] = (REAL)scale * dq_t[c * SPAN + i];
             }
-            for (int64_t j = 0; j < n; j++) {
-                if (own_d) memcpy(dk + (task * n + j) * d, dk_h + j * wide_d, (size_t)d * sizeof(REAL));
-                if (own_e) memcpy(dv + (task * n + j) * e, dv_h + j * wide_e, (size_t)e * sizeof(REAL));
-            }
+            S(sums_back)(of + 13, batch, keys, dk, n, d);
+            S(sums_back)(of + 14, batch, keys, dv, n, e);
         }
         free(memory);
     }

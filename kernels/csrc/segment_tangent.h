@@ -4,12 +4,9 @@
  *     t_out_i = sum_j (w_ij v_j + p_ij tv_j) - t_lse_i out_i
  *
  * tq, tk, tv are shaped like q, k, v and may be NULL. Included once per precision. */
-void S(segment_attention_tangent)(const REAL *q, const REAL *k, const REAL *v, const uint8_t *keep, const int32_t *group,
-                                  const int32_t *blocks, const int32_t *tiles, const int32_t *data, const REAL *out,
-                                  const REAL *lse, const REAL *tq, const REAL *tk, const REAL *tv, REAL *t_out, REAL *t_lse,
-                                  int64_t b, int64_t h, int64_t g, int64_t n, int64_t d, int64_t e, int64_t count, int64_t threads,
-                                  double scale) {
-    const segment_lists lists = {group, (const segment_block *)blocks, (const segment_tile *)tiles, data, count};
+/* call->of: q, k, v, out, lse, tq, tk, tv; t_out, t_lse. */
+void S(segment_attention_tangent)(const segment_call *call, double scale) {
+    UNPACK;
     const int64_t tasks = b * h * count;
     if (!tasks) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
@@ -22,21 +19,25 @@ void S(segment_attention_tangent)(const REAL *q, const REAL *k, const REAL *v, c
         uint32_t words[KEYS];
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
-            const int64_t head = task / count, key_head = head / h * g + head % h / (h / g), keys = key_head * n;
-            const segment_block *block = lists.blocks + (group ? group[head] : 0) * count + task % count;
-            const int32_t *positions = data + block->positions;
-            const uint8_t *kept = keep && !block->free ? keep + head / h * n : NULL;
-            S(segment_queries)(q_t, NULL, 0, q + head * n * d, positions, block->rows, d, (REAL)scale);
-            if (tq) S(segment_queries)(tq_t, NULL, 0, tq + head * n * d, positions, block->rows, d, (REAL)scale);
+            const int64_t batch = task / count / h, head = task / count % h, keys = head / (h / g);
+            const segment_block *block = segment_block_of(&lists, batch * h + head, task % count);
+            const int32_t *positions = lists.data + block->positions;
+            const uint8_t *kept = segment_kept(call, block, batch);
+            const REAL *k = S(head)(of + 1, batch, keys), *v = S(head)(of + 2, batch, keys), *out = S(head)(of + 3, batch, head);
+            const REAL *lse = S(head)(of + 4, batch, head), *tq = S(head)(of + 5, batch, head), *tk = S(head)(of + 6, batch, keys);
+            const REAL *tv = S(head)(of + 7, batch, keys);
+            REAL *t_out = S(head)(of + 8, batch, head), *t_lse = S(head)(of + 9, batch, head);
+            S(segment_queries)(q_t, NULL, 0, S(head)(of, batch, head), of->row, positions, block->rows, d, (REAL)scale);
+            if (tq) S(segment_queries)(tq_t, NULL, 0, tq, of[5].row, positions, block->rows, d, (REAL)scale);
             memset(acc, 0, (size_t)(SPAN * (e + 2)) * sizeof(REAL));
-            for (int64_t i = 0; i < block->rows; i++) norm[i] = lse[head * n + positions[i]];
+            for (int64_t i = 0; i < block->rows; i++) norm[i] = lse[positions[i] * of[4].row];
             for (const segment_tile *tile = lists.tiles + block->first; tile < lists.tiles + block->end; tile++) {
                 const int seen = segment_keys(&lists, tile, kept, at, words);
                 if (seen == NOBODY) continue;
                 const int64_t x = tile->half == 2 ? SPAN / 2 : 0, queries = tile->half ? SPAN / 2 : SPAN, vectors = queries / LANES;
-                S(segment_scores)(p + x, k + keys * d, at, q_t + x, tile->count, d, vectors, 0);
-                if (tq) S(segment_scores)(w + x, k + keys * d, at, tq_t + x, tile->count, d, vectors, 0);
-                if (tk) S(segment_scores)(w + x, tk + keys * d, at, q_t + x, tile->count, d, vectors, tq != NULL);
+                S(segment_scores)(p + x, k, of[1].row, at, q_t + x, tile->count, d, vectors, 0);
+                if (tq) S(segment_scores)(w + x, k, of[1].row, at, tq_t + x, tile->count, d, vectors, 0);
+                if (tk) S(segment_scores)(w + x, tk, of[6].row, at, q_t + x, tile->count, d, vectors, tq != NULL);
                 if (seen == SOME) S(segment_hide)(p + x, words, x, tile->count, vectors);
                 for (int64_t y = x; y < x + queries; y += LANES) {
                     VF total = *(VF *)(sum + y);
@@ -48,13 +49,13 @@ void S(segment_attention_tangent)(const REAL *q, const REAL *k, const REAL *v, c
                     }
                     *(VF *)(sum + y) = total;
                 }
-                if (tq || tk) S(segment_values)(acc + x, v + keys * e, at, w + x, NULL, tile->count, e, vectors);
-                if (tv) S(segment_values)(acc + x, tv + keys * e, at, p + x, NULL, tile->count, e, vectors);
+                if (tq || tk) S(segment_values)(acc + x, v, of[2].row, at, w + x, NULL, tile->count, e, vectors);
+                if (tv) S(segment_values)(acc + x, tv, of[7].row, at, p + x, NULL, tile->count, e, vectors);
             }
             for (int64_t i = 0; i < block->rows; i++) {
-                const int64_t row = head * n + positions[i];
-                t_lse[row] = sum[i];
-                for (int64_t c = 0; c < e; c++) t_out[row * e + c] = acc[c * SPAN + i] - sum[i] * out[row * e + c];
+                const REAL *out_i = out + positions[i] * of[3].row;
+                t_lse[positions[i] * of[9].row] = sum[i];
+                for (int64_t c = 0; c < e; c++) t_out[positions[i] * of[8].row + c] = acc[c * SPAN + i] - sum[i] * out_i[c];
             }
         }
         free(memory);

@@ -27,6 +27,30 @@ typedef struct {
     int64_t count; /* blocks in a group */
 } segment_lists;
 
+/* The kernels' arguments: an array of int64 numbers, laid out as this struct. b batch, h query heads, g key heads, n positions,
+ * d width of q and k, e width of v, count blocks in a group. keep: bytes [b, n], 0 for keys that are not there, or NULL. The
+ * tensors follow in the kernel's order. */
+typedef struct {
+    int64_t b, h, g, n, d, e, count, threads, keep, group, blocks, tiles, data;
+    strided of[];
+} segment_call;
+
+#define UNPACK                                                                                                              \
+    const int64_t b = call->b, h = call->h, g = call->g, d = call->d, e = call->e, count = call->count;                     \
+    const int64_t threads = call->threads;                                                                                  \
+    const strided *of = call->of;                                                                                           \
+    const segment_lists lists = {(const int32_t *)(intptr_t)call->group, (const segment_block *)(intptr_t)call->blocks,     \
+                                 (const segment_tile *)(intptr_t)call->tiles, (const int32_t *)(intptr_t)call->data, count}
+
+/* The block that is number `turn` of a head, and what it may keep, or NULL. */
+static inline const segment_block *segment_block_of(const segment_lists *lists, int64_t head, int64_t turn) {
+    return lists->blocks + (lists->group ? lists->group[head] : 0) * lists->count + turn;
+}
+
+static inline const uint8_t *segment_kept(const segment_call *call, const segment_block *block, int64_t batch) {
+    return call->keep && !block->free ? (const uint8_t *)(intptr_t)call->keep + batch * call->n : NULL;
+}
+
 enum { NOBODY, SOME, ALL };
 
 /* The tile's keys, and a word for each with the queries that see it. Says whether any pair, or every one, is visible. */
@@ -67,7 +91,7 @@ static int segment_keys(const segment_lists *lists, const segment_tile *tile, co
     for (; i + R <= count; i += R) {                                                                \
         const REAL *row[R];                                                                         \
         VF sum[R][X];                                                                               \
-        for (int r = 0; r < R; r++) row[r] = k + (int64_t)at[i + r] * d;                            \
+        for (int r = 0; r < R; r++) row[r] = k + at[i + r] * k_row;                                 \
         for (int r = 0; r < R; r++)                                                                 \
             for (int x = 0; x < X; x++) sum[r][x] = more ? ((VF *)(p + (i + r) * SPAN))[x] : (VF){0}; \
         for (int64_t c = 0; c < d; c++) {                                                           \
@@ -80,9 +104,9 @@ static int segment_keys(const segment_lists *lists, const segment_tile *tile, co
             for (int x = 0; x < X; x++) ((VF *)(p + (i + r) * SPAN))[x] = sum[r][x];                \
     }
 
-/* p [count][queries] = (more: +=) k[at] q_t, the scores of keys k [.][d] with queries q_t [d][queries]. */
-static void S(segment_scores)(REAL *restrict p, const REAL *restrict k, const int32_t *restrict at, const REAL *restrict q_t,
-                              int64_t count, int64_t d, int64_t vectors, int more) {
+/* p [count][queries] = (more: +=) k[at] q_t, the scores of keys, whose rows lie k_row apart, with queries q_t [d][queries]. */
+static void S(segment_scores)(REAL *restrict p, const REAL *restrict k, int64_t k_row, const int32_t *restrict at,
+                              const REAL *restrict q_t, int64_t count, int64_t d, int64_t vectors, int more) {
     PRODUCT_COLUMNS(SCORES, SCORES_NEXT)
 }
 
@@ -98,7 +122,7 @@ static void S(segment_scores)(REAL *restrict p, const REAL *restrict k, const in
                 if (shrink) sum[r][x] *= ((const VF *)shrink)[x];                                   \
             }                                                                                       \
         for (int64_t j = 0; j < count; j++) {                                                       \
-            const REAL *v_j = v + (int64_t)at[j] * e + i;                                           \
+            const REAL *v_j = v + at[j] * v_row + i;                                                \
             VF p_j[X];                                                                              \
             for (int x = 0; x < X; x++) p_j[x] = ((const VF *)(p + j * SPAN))[x];                   \
             for (int r = 0; r < R; r++)                                                             \
@@ -108,9 +132,9 @@ static void S(segment_scores)(REAL *restrict p, const REAL *restrict k, const in
             for (int x = 0; x < X; x++) ((VF *)(acc + (i + r) * SPAN))[x] = sum[r][x];              \
     }
 
-/* acc [e][queries] = acc shrink + v[at]^T p, a weighted sum of values v [.][e]; shrink [queries] or NULL. */
-static void S(segment_values)(REAL *restrict acc, const REAL *restrict v, const int32_t *restrict at, const REAL *restrict p,
-                              const REAL *restrict shrink, int64_t count, int64_t e, int64_t vectors) {
+/* acc [e][queries] = acc shrink + v[at]^T p, a weighted sum of values, whose rows lie v_row apart; shrink [queries] or NULL. */
+static void S(segment_values)(REAL *restrict acc, const REAL *restrict v, int64_t v_row, const int32_t *restrict at,
+                              const REAL *restrict p, const REAL *restrict shrink, int64_t count, int64_t e, int64_t vectors) {
     PRODUCT_COLUMNS(VALUES, VALUES_NEXT)
 }
 
@@ -121,7 +145,7 @@ static void S(segment_values)(REAL *restrict acc, const REAL *restrict v, const 
     for (; i + R <= count; i += R) {                                                                \
         REAL *row[R];                                                                               \
         VF sum[R][X];                                                                               \
-        for (int r = 0; r < R; r++) row[r] = dk + (int64_t)at[i + r] * width;                       \
+        for (int r = 0; r < R; r++) row[r] = dk + at[i + r] * dk_row;                               \
         for (int r = 0; r < R; r++)                                                                 \
             for (int x = 0; x < X; x++) sum[r][x] = ((VF *)row[r])[x];                              \
         for (int64_t y = 0; y < queries; y++) {                                                     \
@@ -135,8 +159,10 @@ static void S(segment_values)(REAL *restrict acc, const REAL *restrict v, const 
     }
 
 /* dk[at] += p q, a sum over queries: p [count][queries], q [queries][width], width a whole number of vectors. */
-static void S(segment_spread)(REAL *restrict dk, const int32_t *restrict at, const REAL *restrict p, const REAL *restrict q,
+static void S(segment_spread)(S(sums) sums, const int32_t *restrict at, const REAL *restrict p, const REAL *restrict q,
                               int64_t count, int64_t queries, int64_t width) {
+    REAL *restrict dk = sums.at;
+    const int64_t dk_row = sums.row;
     int64_t vectors = width / LANES;
     PRODUCT_COLUMNS(SPREAD, SPREAD_NEXT)
 }
@@ -155,14 +181,14 @@ static void S(segment_hide)(REAL *p, const uint32_t *words, int64_t first, int64
     }
 }
 
-/* rows of x [.][d] into the columns of t [d][SPAN], and, if there is a place, into the rows of r [SPAN][width], each times
+/* rows of x, x_row apart, into the columns of t [d][SPAN], and, if there is a place, into the rows of r [SPAN][width], each times
  * factor. Queries that are not there are zeros in both. */
-static void S(segment_queries)(REAL *t, REAL *r, int64_t width, const REAL *x, const int32_t *positions, int64_t rows, int64_t d,
-                               REAL factor) {
+static void S(segment_queries)(REAL *t, REAL *r, int64_t width, const REAL *x, int64_t x_row, const int32_t *positions, int64_t rows,
+                               int64_t d, REAL factor) {
     memset(t, 0, (size_t)(SPAN * d) * sizeof(REAL));
     if (r) memset(r, 0, (size_t)(SPAN * width) * sizeof(REAL));
     for (int64_t i = 0; i < rows; i++) {
-        const REAL *x_i = x + (int64_t)positions[i] * d;
+        const REAL *x_i = x + positions[i] * x_row;
         for (int64_t c = 0; c < d; c++) t[c * SPAN + i] = factor * x_i[c];
         if (r)
             for (int64_t c = 0; c < d; c++) r[i * width + c] = factor * x_i[c];

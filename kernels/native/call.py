@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +34,23 @@ def address(t: Tensor | None) -> int | None:
 def strided(t: Tensor | None) -> tuple[int, ...]:
     """Address and first three strides of a tensor, zeros for None: `strided` in csrc/softmax_call.h."""
     return (0, 0, 0, 0) if t is None else (t.data_ptr(), *t.stride()[:3])
+
+
+def numbers(first: list[int], tensors: Sequence[Tensor | None]) -> ctypes.Array:
+    """An array of int64 for a C function that takes its arguments as one struct: numbers, then a `strided` for each tensor."""
+    every = first + [number for t in tensors for number in strided(t)]
+    return (ctypes.c_int64 * len(every))(*every)
+
+
+def rows(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, copied only if the numbers of a row do not lie side by side."""
+    return [t if t is None or t.stride(-1) == 1 or t.shape[-1] < 2 else t.contiguous() for t in tensors]
+
+
+def merged(like: Tensor, width: int) -> Tensor:
+    """An empty [b, heads, rows, width] that lies in memory as [b, rows, heads, width]: merging the heads copies nothing."""
+    b, heads, count = like.shape[:3]
+    return like.new_empty_strided((b, heads, count, width), (count * heads * width, width, heads * width, 1))
 
 
 def threads(work: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Operator
-from .call import address, function, threads
+from .call import address, function, merged, numbers, rows, threads
 
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v, G groups of blocks, c blocks in a group
 SPAN = 32   # queries in a block
@@ -43,17 +43,13 @@ class SegmentOperators(NamedTuple):
     second: Operator
 
 
-def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
-def _call(name: str, lists: Lists, before: tuple, after: tuple, q: Tensor, v: Tensor, products: int, scale: float) -> None:
-    """Calls the C function: tensors, lists, tensors (contiguous; None: a null pointer), sizes."""
+def _call(name: str, lists: Lists, keep: Tensor | None, tensors: tuple, q: Tensor, v: Tensor, products: int, scale: float) -> None:
+    """Calls the C function; the layout of its arguments is that of segment_call in csrc/segment_tile.h."""
     (b, h, n, d), (_, g, _, e) = q.shape, v.shape
-    tensors = (*before, lists.group, lists.blocks, lists.tiles, lists.data, *after)
-    work = b * h * lists.pairs * (d + e) * products // 2
-    function("segment_attention", name, q.dtype, "p" * len(tensors) + "i" * 8 + "d")(
-        *map(address, tensors), b, h, g, n, d, e, lists.blocks.shape[1], threads(work), scale)
+    keep = None if keep is None else keep.contiguous()
+    given = [b, h, g, n, d, e, lists.blocks.shape[1], threads(b * h * lists.pairs * (d + e) * products // 2)]
+    given += [address(t) or 0 for t in (keep, lists.group, lists.blocks, lists.tiles, lists.data)]
+    function("segment_attention", name, q.dtype, "pd")(numbers(given, tensors), scale)
 
 
 def operators(name: str, lists: Callable[..., Lists]) -> SegmentOperators:
@@ -67,54 +63,62 @@ def operators(name: str, lists: Callable[..., Lists]) -> SegmentOperators:
         return lists(q.shape[0], q.shape[1], q.shape[2], layout, tuple(pattern))
 
     def attend(q, k, v, keep, layout, pattern, scale):
-        q, k, v, keep = _plain(q, k, v, keep)
-        out, lse = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype), torch.empty(q.shape[:3], dtype=q.dtype)
-        _call("segment_attention", made(q, layout, pattern), (q, k, v, keep), (out, lse), q, v, 2, scale)
+        q, k, v = rows(q, k, v)
+        out, lse = merged(q, v.shape[3]), torch.empty(q.shape[:3], dtype=q.dtype)
+        _call("segment_attention", made(q, layout, pattern), keep, (q, k, v, out, lse), q, v, 2, scale)
         return out, lse
 
     def backward(g, q, k, v, keep, out, lse, layout, pattern, scale):
-        g, q, k, v, keep, out, lse = _plain(g, q, k, v, keep, out, lse)
-        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        _call("segment_attention_backward", made(q, layout, pattern), (g, q, k, v, keep), (out, lse, *grads), q, v, 5, scale)
+        g, q, k, v, out = rows(g, q, k, v, out)
+        grads = tuple(merged(t, t.shape[3]) for t in (q, k, v))
+        _call("segment_attention_backward", made(q, layout, pattern), keep, (g, q, k, v, out, lse, *grads), q, v, 5, scale)
         return grads
 
     def tangent(q, k, v, keep, out, lse, tq, tk, tv, layout, pattern, scale):
-        q, k, v, keep, out, lse, tq, tk, tv = _plain(q, k, v, keep, out, lse, tq, tk, tv)
-        moved = torch.empty_like(out), torch.empty_like(lse)
-        _call("segment_attention_tangent", made(q, layout, pattern), (q, k, v, keep), (out, lse, tq, tk, tv, *moved), q, v, 5,
-              scale)
+        q, k, v, out, tq, tk, tv = rows(q, k, v, out, tq, tk, tv)
+        moved = merged(out, out.shape[3]), torch.empty(lse.shape, dtype=lse.dtype)
+        _call("segment_attention_tangent", made(q, layout, pattern), keep, (q, k, v, out, lse, tq, tk, tv, *moved), q, v, 5, scale)
         return moved
 
     def second(g, q, k, v, keep, out, lse, t_out, t_lse, tg, tq, tk, tv, layout, pattern, scale):
-        g, q, k, v, keep, *rest = _plain(g, q, k, v, keep, out, lse, t_out, t_lse, tg, tq, tk, tv)
-        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        _call("segment_attention_second", made(q, layout, pattern), (g, q, k, v, keep), (*rest, *grads), q, v, 12, scale)
+        g, q, k, v, out, t_out, tg, tq, tk, tv = rows(g, q, k, v, out, t_out, tg, tq, tk, tv)
+        grads = tuple(merged(t, t.shape[3]) for t in (q, k, v))
+        _call("segment_attention_second", made(q, layout, pattern), keep,
+              (g, q, k, v, out, lse, t_out, t_lse, tg, tq, tk, tv, *grads), q, v, 12, scale)
         return grads
 
-    return declare(name, {"cpu": (attend, backward, tangent, second)})
+    return declare(name, {"cpu": (attend, backward, tangent, second)}, merged)
 
 
-def declare(name: str, functions: dict[str, tuple[Callable, ...]]) -> SegmentOperators:
-    """The operators `name`, of which functions["cpu"] and ["cuda"] compute value, gradient, tangent and the gradient's tangent."""
+def _contiguous(like: Tensor, width: int) -> Tensor:
+    return like.new_empty(*like.shape[:3], width)
+
+
+def declare(name: str, functions: dict[str, tuple[Callable, ...]],
+            result: Callable[[Tensor, int], Tensor] = _contiguous) -> SegmentOperators:
+    """The operators `name`, of which functions["cpu"] and ["cuda"] compute value, gradient, tangent and the gradient's tangent.
+
+    result(like, width): an empty [b, heads, n, width] as the functions lay out theirs, for tracing.
+    """
     of = [{device: four[i] for device, four in functions.items()} for i in range(4)]
     rest = "Tensor? layout, SymInt[] pattern, float scale) -> "
     found = SegmentOperators(
         # out [b, h, n, e] and the scores' log-sum-exp [b, h, n] (0 for a row that sees nothing).
-        Operator(name, 1, f"(Tensor q, Tensor k, Tensor v, Tensor? keep, {rest}(Tensor, Tensor)", **of[0],
-                 fake=lambda q, k, v, *_: (q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1]))),
+        Operator(name, 2, f"(Tensor q, Tensor k, Tensor v, Tensor? keep, {rest}(Tensor, Tensor)", **of[0],
+                 fake=lambda q, k, v, *_: (result(q, v.shape[3]), q.new_empty(q.shape[:3]))),
         # Gradients of q, k, v given g, that of out.
-        Operator(f"{name}_backward", 1, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, "
+        Operator(f"{name}_backward", 2, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, "
                  f"{rest}(Tensor, Tensor, Tensor)", **of[1],
-                 fake=lambda g, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))),
+                 fake=lambda g, q, k, v, *_: tuple(result(t, t.shape[3]) for t in (q, k, v))),
         # Tangents of out and lse given those of q, k, v.
-        Operator(f"{name}_tangent", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, Tensor? tq, "
+        Operator(f"{name}_tangent", 2, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, Tensor? tq, "
                  f"Tensor? tk, Tensor? tv, {rest}(Tensor, Tensor)", **of[2],
-                 fake=lambda q, k, v, keep, out, lse, *_: (q.new_empty(out.shape), q.new_empty(lse.shape))),
+                 fake=lambda q, k, v, keep, out, lse, *_: (result(out, out.shape[3]), q.new_empty(lse.shape))),
         # Tangents of backward's gradients, given those of out and lse, and of g, q, k, v.
-        Operator(f"{name}_second", 1, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, "
+        Operator(f"{name}_second", 2, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, "
                  f"Tensor t_out, Tensor t_lse, Tensor? tg, Tensor? tq, Tensor? tk, Tensor? tv, {rest}"
                  "(Tensor, Tensor, Tensor)", **of[3],
-                 fake=lambda g, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))))
+                 fake=lambda g, q, k, v, *_: tuple(result(t, t.shape[3]) for t in (q, k, v))))
     found.attend.flops(lambda q, k, v, *_, **__: _flops(2, q, v))
     found.backward.flops(lambda g, q, k, v, *_, **__: _flops(5, q, v))
     found.tangent.flops(lambda q, k, v, *_, **__: _flops(5, q, v))

@@ -10,7 +10,6 @@ backward 2.5 (4.9) against 8.6 (15.4); one query against 513 keys, 16 heads: 0.5
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from .. import crossovers
 from ..contracts import Operator
 from . import softmax_aten as aten
 from .build import why_not
-from .call import function, strided, threads
+from .call import function, merged, numbers, rows, strided, threads
 
 # b batch, h query heads, g key heads, n queries, m keys, d width of q and k, e width of v.
 # mask: bool [b or 1, h or 1, n or 1, m]; start: position of the first query, None if not causal.
@@ -31,21 +30,8 @@ def _call(source: str, name: str, mask: Tensor | None, tensors: tuple, sizes: tu
     """Calls the C function; tensors of three or four axes, None where there is none. Layout: csrc/softmax_call.h."""
     b, h, _, n, m, d, _ = sizes
     seen = None if mask is None else mask.expand(b, h, n, m)
-    numbers = [*sizes, int(start is not None), start or 0, threads(b * h * n * m * d), *strided(seen)]
-    for t in tensors:
-        numbers += strided(t)
-    function(source, name, tensors[0].dtype, "pd")((ctypes.c_int64 * len(numbers))(*numbers), scale)
-
-
-def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, copied only if their rows are not in one piece."""
-    return [t if t is None or t.stride(-1) == 1 or t.shape[-1] < 2 else t.contiguous() for t in tensors]
-
-
-def _result(like: Tensor, width: int) -> Tensor:
-    """[b, heads, rows, width], laid out [b, rows, heads, width]: so heads are merged, or a split undone, without a copy."""
-    b, heads, rows = like.shape[:3]
-    return like.new_empty_strided((b, heads, rows, width), (rows * heads * width, width, heads * width, 1))
+    given = [*sizes, int(start is not None), start or 0, threads(b * h * n * m * d), *strided(seen)]
+    function(source, name, tensors[0].dtype, "pd")(numbers(given, tensors), scale)
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
@@ -66,8 +52,8 @@ def _torch_is_better(q: Tensor, k: Tensor) -> bool:
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
     if _torch_is_better(q, k):
         return aten.attend(q, k, v, mask, start, scale)
-    q, k, v, mask = _rows(q, k, v, mask)
-    out, lse = _result(q, v.shape[3]), torch.empty(q.shape[:3], dtype=q.dtype)
+    q, k, v, mask = rows(q, k, v, mask)
+    out, lse = merged(q, v.shape[3]), torch.empty(q.shape[:3], dtype=q.dtype)
     _call("softmax", "softmax", mask, (q, k, v, out, lse), _sizes(q, k, v), start, scale)
     return out, lse
 
@@ -77,8 +63,8 @@ def _attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | 
     # One task is a key head; on one core ours is four times as fast.
     if _torch_is_better(q, k) or _HEADS["speed"] * k.shape[0] * k.shape[1] < torch.get_num_threads():
         return aten.attend_backward(g, q, k, v, mask, out, lse, start, scale)
-    g, q, k, v, mask, out = _rows(g, q, k, v, mask, out)
-    grads = tuple(_result(t, t.shape[3]) for t in (q, k, v))
+    g, q, k, v, mask, out = rows(g, q, k, v, mask, out)
+    grads = tuple(merged(t, t.shape[3]) for t in (q, k, v))
     _call("softmax", "softmax_backward", mask, (g, q, k, v, out, lse, *grads), _sizes(q, k, v), start, scale)
     return grads
 
@@ -87,8 +73,8 @@ def _tangent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, 
              tk: Tensor | None, tv: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
     if why_not("softmax_tangent") is not None:
         return aten.tangent(q, k, v, mask, out, lse, tq, tk, tv, start, scale)
-    q, k, v, mask, out, tq, tk, tv = _rows(q, k, v, mask, out, tq, tk, tv)
-    moved = _result(out, out.shape[3]), torch.empty(lse.shape, dtype=lse.dtype)
+    q, k, v, mask, out, tq, tk, tv = rows(q, k, v, mask, out, tq, tk, tv)
+    moved = merged(out, out.shape[3]), torch.empty(lse.shape, dtype=lse.dtype)
     _call("softmax_tangent", "softmax_tangent", mask, (q, k, v, out, lse, tq, tk, tv, *moved), _sizes(q, k, v), start, scale)
     return moved
 
@@ -98,8 +84,8 @@ def _second(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out
             scale: float) -> tuple[Tensor, Tensor, Tensor]:
     if why_not("softmax_second") is not None:
         return aten.second(g, q, k, v, mask, out, lse, t_out, t_lse, tg, tq, tk, tv, start, scale)
-    g, q, k, v, mask, out, t_out, tg, tq, tk, tv = _rows(g, q, k, v, mask, out, t_out, tg, tq, tk, tv)
-    grads = tuple(_result(t, t.shape[3]) for t in (q, k, v))
+    g, q, k, v, mask, out, t_out, tg, tq, tk, tv = rows(g, q, k, v, mask, out, t_out, tg, tq, tk, tv)
+    grads = tuple(merged(t, t.shape[3]) for t in (q, k, v))
     _call("softmax_second", "softmax_second", mask, (g, q, k, v, out, lse, t_out, t_lse, tg, tq, tk, tv, *grads), _sizes(q, k, v),
           start, scale)
     return grads
@@ -160,4 +146,4 @@ def _flops(products: int, q, k, v) -> int:
 
 
 attend, attend_backward, attend_tangent, attend_second = operators(
-    "softmax_native", _result, cpu=(_attend, _attend_backward, _tangent, _second))
+    "softmax_native", merged, cpu=(_attend, _attend_backward, _tangent, _second))
