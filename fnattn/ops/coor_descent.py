@@ -52,8 +52,9 @@ def coor_descent(s: Tensor, k: float | Tensor, *, eps: float = 0.1, eps_init: fl
         n_iters: iterations, at least 1.
         mask: bool, broadcasts to s; False entries get 0 and pass no gradient.
         solver: "iterate" or "exact".
-        impl: "reference" is plain torch; "native" insists on the C kernel (CPU), "triton" on Triton's (CUDA), "colt5" on that
-            package's (CUDA, float32), both for solver="iterate"; "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "native" insists on the C kernel (CPU), "triton" on Triton's (CUDA, n up to 32768, a row in
+            the registers of one block), "colt5" on that package's (CUDA, float32, solver="iterate"); "auto" chooses. See
+            `ops.report()`.
     Returns:
         y [..., n] in s's dtype, computed in float32, or in float64 if s or k is.
     Raises:
@@ -193,32 +194,40 @@ def _tangent_formula(s, log_or_k, m, ts, tlog_or_k, exact, *schedule):
     return math.iterate_tangent(s, log_or_k, ts, tlog_or_k, *schedule)
 
 
-def _exact_vjp(needs, args, outs, cotangents):
-    s, k, eps = args
-    if cotangents[0] is None:
-        return None, None, None
-    ds, dk = native.exact_back(s, k, outs[1], outs[2], cotangents[0], eps)
-    return ds if needs[0] else None, dk if needs[1] else None, None
+def _derive_exact(exact, backward: Callable, tangent: Callable) -> None:
+    """backward(s, k, cut, m, g, eps) -> ds, dk; tangent(s, k, cut, m, ts, tk, eps) -> ty."""
 
+    def vjp(needs, args, outs, cotangents):
+        s, k, eps = args
+        if cotangents[0] is None:
+            return None, None, None
+        ds, dk = backward(s, k, outs[1], outs[2], cotangents[0], eps)
+        return ds if needs[0] else None, dk if needs[1] else None, None
 
-def _exact_jvp(args, outs, tangents):
-    s, k, eps = args
-    _, cut, m = outs
-    tangent = native.tangent(s, k, torch.stack((cut, m), 1), *_both(s, k, tangents), True, eps, eps, 1.0, 1)
-    return tangent, torch.zeros_like(cut), torch.zeros_like(m)
+    def jvp(args, outs, tangents):
+        s, k, eps = args
+        _, cut, m = outs
+        return tangent(s, k, cut, m, *_both(s, k, tangents), eps), torch.zeros_like(cut), torch.zeros_like(m)
+
+    exact.derive(vjp=vjp, jvp=jvp)
 
 
 _derive_iterate(native.iterate, lambda s, log_k, outs, *rest: native.iterate_back(s, log_k, outs[1], *rest),
                 lambda s, log_k, outs, ts, tlog_k, *rest: native.tangent(s, log_k, outs[1], ts, tlog_k, False, *rest))
 _derive_by_formula(native.iterate_back, math.iterate_back, 2)   # s, log_k, [m], g, ...
 _derive_by_formula(native.tangent, _tangent_formula)
-native.exact.derive(vjp=_exact_vjp, jvp=_exact_jvp)
+_derive_exact(native.exact, native.exact_back, lambda s, k, cut, m, ts, tk, eps: native.tangent(
+    s, k, torch.stack((cut, m), 1), ts, tk, True, eps, eps, 1.0, 1))
 _derive_by_formula(native.exact_back, math.exact_back, 3)       # s, k, cut, [m], g, eps
 
 _derive_iterate(triton.iterate, lambda s, log_k, outs, *rest: triton.iterate_back(s, log_k, outs[1], *rest),
                 lambda s, log_k, outs, *rest: triton.tangent(s, log_k, outs[1], *rest))
 _derive_by_formula(triton.iterate_back, math.iterate_back, 2)
 _derive_by_formula(triton.tangent, math.iterate_tangent, 2)      # s, log_k, [m], ts, tlog_k, ...
+
+_derive_exact(triton.exact, triton.exact_back, triton.exact_tangent)
+_derive_by_formula(triton.exact_back, math.exact_back, 3)
+_derive_by_formula(triton.exact_tangent, math.exact_tangent, 3)  # s, k, cut, [m], ts, tk, eps
 
 # The package has no tangent: that is plain torch.
 _derive_iterate(colt5.iterate, lambda s, log_k, outs, *rest: colt5.iterate_back(s, log_k, *outs, *rest),
@@ -241,6 +250,6 @@ def _iterates(why_not: Callable) -> Callable:
 KERNELS = (
     Kernel("native", Solvers(_along_rows(native.iterate), _along_rows(native.exact)),
            lambda s, log_or_k, solver: native_reason(native.SOURCE, s)),
-    Kernel("triton", Solvers(_along_rows(triton.iterate)), _iterates(lambda s, log_k: triton.why_not(s))),
+    Kernel("triton", Solvers(_along_rows(triton.iterate), _along_rows(triton.exact)), lambda s, *others: triton.why_not(s)),
     Kernel("colt5", Solvers(_along_rows(colt5.iterate)), _iterates(colt5.why_not)),
 )

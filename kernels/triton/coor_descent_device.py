@@ -92,3 +92,83 @@ def tangent(s, log_k, epsilons, m, ts, tlog_k, ty, n, n_iters, N: tl.constexpr, 
     active = there & (x <= before)
     result = tl.exp(tl.where(active, x - before, 0.0) / last) * (moved - change) / last
     tl.store(ty + row * n + column, tl.where(active, result, 0.0), mask=column < n)
+
+
+# ------------------------------------------------------------------------------------------------ the fixed point
+
+
+@jit
+def _threshold(x, there, edge, room, eps):
+    """m such that the entries up to `edge` sum to `room`. Where there are none, or no room, a number without a use."""
+    below = there & (x <= edge)
+    top = tl.max(tl.where(below, x, -float("inf")), 0)
+    top = tl.where(top > -float("inf"), top, 0.0)
+    total = tl.sum(tl.where(below, tl.exp((tl.where(below, x, top) - top) / eps), 0.0), 0)
+    return top + eps * (tl.log(tl.where(total > 0, total, 1.0)) - tl.log(tl.where(room > 0, room, 1.0)))
+
+
+@jit
+def exact(s, k, epsilons, y, cut, m, n, N: tl.constexpr, ACC: tl.constexpr):
+    """y, and per row the cut, above which entries are capped, and the threshold.
+
+    Starting with none, entries that exceed the threshold are capped: their number only grows and stays below k, so this ends,
+    after few rounds. A row of at most k entries is capped as a whole: its cut is -infinity.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, N)
+    x, there, _ = _row(s, n, N, ACC)
+    goal, eps = tl.load(k + row), tl.load(epsilons)
+    count = tl.sum(there.to(ACC), 0)
+    edge = tl.where(count > goal, float("inf"), -float("inf")).to(ACC)
+    capped = count * 0.0
+    level = _threshold(x, there, edge, goal, eps)
+    moving = count > goal
+    while moving:
+        above = tl.sum((there & (x > level)).to(ACC), 0)
+        # Rounding may bring the number to k, or back: the row has converged then.
+        moving = (above > capped) & (above < goal)
+        edge, capped = tl.where(moving, level, edge), tl.where(moving, above, capped)
+        level = tl.where(moving, _threshold(x, there, edge, goal - capped, eps), level)
+    # Comparisons hide a NaN score; it belongs into the whole row.
+    bad = tl.max((x != x).to(tl.int32), 0) > 0
+    level = tl.where(bad, float("nan"), level)
+    tl.store(cut + row, edge)
+    tl.store(m + row, level)
+    free = tl.exp(tl.minimum(x - level, 0.0) / eps)
+    result = tl.where(there, tl.where(x > edge, 1.0, free), 0.0)
+    tl.store(y + row * n + column, tl.where(bad, float("nan"), result), mask=column < n)
+
+
+@jit
+def _free(s, epsilons, cut, m, n, N: tl.constexpr, ACC: tl.constexpr):
+    """y of the entries that are not capped, 0 elsewhere; their sum, 1 if it is 0; eps."""
+    row = tl.program_id(0).to(tl.int64)
+    x, there, _ = _row(s, n, N, ACC)
+    eps, level = tl.load(epsilons), tl.load(m + row)
+    y = tl.where(there & (x <= tl.load(cut + row)), tl.exp(tl.minimum(x - level, 0.0) / eps), 0.0)
+    weight = tl.sum(y, 0)
+    # A bad row has a NaN threshold.
+    return y + (level - level), tl.where(weight > 0, weight, 1.0), eps
+
+
+@jit
+def exact_back(s, k, epsilons, cut, m, g, ds, dk, n, N: tl.constexpr, ACC: tl.constexpr):
+    """The gradients of s and k from that of y."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, N)
+    y, weight, eps = _free(s, epsilons, cut, m, n, N, ACC)
+    slope = tl.load(g + row * n + column, mask=column < n, other=0.0).to(ACC)
+    total = tl.sum(y * slope, 0) / weight
+    tl.store(dk + row, total)
+    tl.store(ds + row * n + column, y / eps * (slope - total), mask=column < n)
+
+
+@jit
+def exact_tangent(s, k, epsilons, cut, m, ts, tk, ty, n, N: tl.constexpr, ACC: tl.constexpr):
+    """The tangent of y from those of s and k."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, N)
+    y, weight, eps = _free(s, epsilons, cut, m, n, N, ACC)
+    moved = tl.load(ts + row * n + column, mask=column < n, other=0.0).to(ACC)
+    change = (tl.sum(y * moved, 0) - eps * tl.load(tk + row)) / weight
+    tl.store(ty + row * n + column, y / eps * (moved - change), mask=column < n)

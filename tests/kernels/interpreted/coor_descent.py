@@ -14,8 +14,9 @@ from interpreted_checks import SOME, check
 from fnattn.ops import coor_descent
 
 
-def test_every_transform_is_right():
-    check("coor_descent", "triton", SOME)
+@pytest.mark.parametrize("name, only", [("coor_descent", SOME), ("coor_descent, exact, mask", SOME)])
+def test_every_transform_is_right(name, only):
+    check(name, "triton", only)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -54,7 +55,5 @@ def test_empty_rows_and_poisoned_memory(poisoned_empty):
 
 
 def test_what_it_does_not_have_is_refused():
-    with pytest.raises(KernelUnavailable, match='solver="iterate" only'):
-        coor_descent(torch.zeros(2, 5), 2.0, solver="exact", impl="triton")
     with pytest.raises(KernelUnavailable, match=f"at most {kernel.COLUMNS}"):
         coor_descent(torch.zeros(1, kernel.COLUMNS + 1), 2.0, impl="triton")
