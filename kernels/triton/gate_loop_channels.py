@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ..contracts import Operator
+from ..native.gate_loop import flops
 from . import device_code, power_of_2
 
 # Positions of a tile, between which states are saved. Their number, n // EVERY + 2, is never 1, so that a tracer need not treat
 # short sequences apart.
-EVERY = 64
-CHANNELS = 32
+EVERY = 32
+# More positions or channels per thread than with eight warps would not stay in registers.
+CHANNELS, WARPS = 32, 8
 # Fewer programs than this leave much of a large GPU idle: long sequences are then cut into segments.
 PROGRAMS = 512
 
@@ -27,9 +29,10 @@ def plan(programs: int, tiles: int) -> tuple[int, int]:
     return -(-tiles // each), each
 
 
-def shape(n: int, c: int) -> dict[str, int]:
+def shape(n: int, c: int, dtype: torch.dtype) -> dict[str, int]:
     """The sizes that a launch is compiled for."""
-    return {"T": min(EVERY, power_of_2(n, 2)), "C": min(CHANNELS, power_of_2(c, 2))}
+    channels = CHANNELS // 2 if dtype == torch.float64 else CHANNELS
+    return {"T": min(EVERY, power_of_2(n, 2)), "C": min(channels, power_of_2(c, 2)), "num_warps": WARPS}
 
 
 def _filled(t: Tensor | None, like: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ def _run(module: str, name: str, before: tuple, after: tuple, first: Tensor | No
     device, lang = device_code(module, x)
     b, n, c = x.shape
     tail = (2,) if pairs else ()
-    size = shape(n, c)
+    size = shape(n, c, x.dtype)
     acc, blocks = lang.accumulator(x.dtype), -(-c // size["C"])
     segments, tiles = plan(b * blocks, -(-n // EVERY))
 
@@ -115,7 +118,7 @@ def _narrow_tangent(q, k, v, a, marks, tq, tk, tv, ta, th0) -> tuple[Tensor, Ten
     tangents = tuple(_filled(t, x) for t, x in zip((tq, tk, tv, ta), args))
     b, n, c = q.shape
     out = torch.empty_like(args[0])
-    segments, _ = plan(b * -(-c // shape(n, c)["C"]), -(-n // EVERY))
+    segments, _ = plan(b * -(-c // shape(n, c, q.dtype)["C"]), -(-n // EVERY))
     logs = q.new_empty(b, segments, c, 2)
     last, _ = _run("gate_loop_narrow", "tangent", (*args, *tangents), (out, logs), th0, True)
     return out, last, logs.sum(1)
@@ -189,3 +192,16 @@ simple_tangent = Operator(
     "simple_gate_loop_tangent_triton", 1,
     "(Tensor q, Tensor x, Tensor a, Tensor? h0, Tensor marks, Tensor? tq, Tensor? tx, Tensor? ta, Tensor? th0, bool reverse)"
     " -> (Tensor, Tensor)", fake=lambda q, *rest: _simple_fake(q)[:2], cpu=_simple_tangent, cuda=_simple_tangent)
+
+narrow.flops(flops(10))
+narrow_backward.flops(flops(30))
+narrow_tangent.flops(flops(30))
+simple.flops(flops(3))
+simple_backward.flops(flops(10))
+simple_tangent.flops(flops(12))
+narrow.split((2, 2, 2, 2, 1), (2, 1, 1, 3))
+narrow_backward.split((2, 2, 2, 2, 1, 3, 1, 2, 1, 1), (2, 2, 2, 2, 1))
+narrow_tangent.split((2, 2, 2, 2, 1, 3, 2, 2, 2, 2, 1), (2, 1, 1))
+simple.split((2, 2, 2, 1), (2, 1, 2))
+simple_backward.split((2, 2, 2, 1, 2, 2, 1), (2, 2, 2, 1))
+simple_tangent.split((2, 2, 2, 1, 2, 2, 2, 2, 1), (2, 1))

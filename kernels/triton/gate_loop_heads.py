@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Operator
+from ..native.gate_loop import flops
 from . import device_code, power_of_2
 from . import why_not as triton_why_not
 
@@ -185,3 +186,10 @@ wide_tangent = Operator(
     "gate_loop_wide_tangent_triton", 1,
     "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? ta, Tensor? th0)"
     " -> (Tensor, Tensor, Tensor)", fake=_wide_fake, cpu=_wide_tangent, cuda=_wide_tangent)
+
+wide.flops(flops(10, heads=True))
+wide_backward.flops(flops(30, heads=True))
+wide_tangent.flops(flops(30, heads=True))
+wide.split((1,) * 5, (1,) * 3)
+wide_backward.split((1,) * 8, (1,) * 5)
+wide_tangent.split((1,) * 10, (1,) * 3)
