@@ -27,7 +27,7 @@
 typedef int32_t vi32 __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
 typedef int64_t vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
 
-enum { FORWARD = 8, BACKWARD = 15, TANGENT = 20, SECOND = 27 }; /* how many parts of a workspace a pass uses */
+enum { FORWARD = 8, BACKWARD = 15, TANGENT = 18, SECOND = 21 }; /* how many parts of a workspace a pass uses */
 
 #define REAL float
 #define S(x) PASTE(fnattn_, x, _, f32)
@@ -51,7 +51,8 @@ enum { FORWARD = 8, BACKWARD = 15, TANGENT = 20, SECOND = 27 }; /* how many part
 #include "taylor_parts.h"
 #include "taylor_step.h"
 
-/* One thread's workspace. Names ending in T are in lanes, [width][CHUNK]. */
+/* One thread's workspace. Names ending in T are in lanes, [width][CHUNK]. The change of a state lies behind the state, that of
+ * a row of values behind the row, that of v1T and g1T before them: what both need is then one product of matrices. */
 typedef struct {
     int64_t d, e1, ldv, stride; /* ldv: row length of [v, 1]; stride: row length of a state */
     REAL *S, *R;                /* states over keys, and (backward) over queries */
@@ -66,22 +67,24 @@ typedef struct {
 static size_t S(bytes)(int64_t size) { return ((size_t)size * sizeof(REAL) + 2 * VECTOR_BYTES + 63) / 64 * 64; }
 
 static int S(work_new)(S(work) *w, int64_t d, int64_t e, int count) {
-    w->d = d, w->e1 = e + 1, w->ldv = (e + LANES) / LANES * LANES;
-    int64_t F = 1 + d + d * (d + 1) / 2, c = CHUNK;
+    int64_t F = 1 + d + d * (d + 1) / 2, c = CHUNK, two = count >= TANGENT ? 2 : 1;
+    w->d = d, w->e1 = e + 1, w->ldv = (two * w->e1 + LANES - 1) / LANES * LANES;
     w->stride = (F + LANES - 1) / LANES * LANES + LANES;
     int64_t block = max64(BLOCK_FEATURES, d) + 2 * d + 1 + LANES;
     REAL **parts[] = {&w->S, &w->kk, &w->qq, &w->v1, &w->qT, &w->s, &w->phi, &w->acc, &w->R, &w->g1, &w->kT, &w->v1T, &w->g1T,
-                      &w->ds, &w->dx, &w->dkk, &w->dqq, &w->dv1, &w->dqT, &w->dS, &w->dR,
-                      &w->dg1, &w->dkT, &w->dv1T, &w->dg1T, &w->ts, &w->tu};
-    int64_t sizes[] = {w->e1 * w->stride, 2 * d * c, 2 * d * c, w->ldv * c, d * c, c * c, block * c, w->e1 * c,
-                       w->e1 * w->stride, w->ldv * c, d * c, w->e1 * c, w->e1 * c, c * c, d * c,
-                       2 * d * c, 2 * d * c, w->ldv * c, d * c, w->e1 * w->stride,
-                       w->e1 * w->stride, w->ldv * c, d * c, w->e1 * c, w->e1 * c, c * c, c * c};
+                      &w->ds, &w->dx, &w->dkk, &w->dqq, &w->dqT, &w->dkT, &w->ts, &w->tu};
+    int64_t sizes[] = {two * w->e1 * w->stride, 2 * d * c, 2 * d * c, w->ldv * c, d * c, c * c, block * c, w->e1 * c,
+                       two * w->e1 * w->stride, w->ldv * c, d * c, two * w->e1 * c, two * w->e1 * c, c * c, d * c,
+                       2 * d * c, 2 * d * c, d * c, d * c, c * c, c * c};
     size_t total = 0;
     for (int i = 0; i < count; i++) total += S(bytes)(sizes[i]);
     if (!(w->memory = scratch(total))) return 1;
     char *at = w->memory;
     for (int i = 0; i < count; i++) *parts[i] = (REAL *)at, at += S(bytes)(sizes[i]);
+    if (two == 2) {
+        w->dS = w->S + w->e1 * w->stride, w->dR = w->R + w->e1 * w->stride, w->dv1 = w->v1 + w->e1, w->dg1 = w->g1 + w->e1;
+        w->dv1T = w->v1T, w->v1T += w->e1 * c, w->dg1T = w->g1T, w->g1T += w->e1 * c;
+    }
     return 0;
 }
 
@@ -99,11 +102,10 @@ static void S(polynomial)(REAL *s, int64_t rows, int64_t L, int side) {
         }
 }
 
-/* Everything that the queries qq (n of them, scaled) take from the chunk's keys and from the state: acc [e+1] lanes. */
+/* Everything that the queries qT (n of them, scaled) take from the chunk's keys and from the state: acc [e+1] lanes. */
 static void S(attend)(S(work) *w, int64_t n, int64_t keys, int causal, int past) {
     int64_t L = S(lanes)(n);
     memset(w->acc, 0, (size_t)(w->e1 * CHUNK) * sizeof(REAL));
-    S(transpose)(w->qq, 2 * w->d, w->qT, CHUNK, CHUNK, w->d);
     if (past) S(read_state)(w->acc, w->qT, NULL, w->S, w->stride, w->d, w->e1, L, w->phi);
     if (!causal) return;
     S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * w->d, 1, keys, w->d, L, 1);
@@ -133,7 +135,7 @@ static void S(group_forward)(S(work) *w, const REAL *q, const REAL *k, const REA
         S(load_rows)(w->kk, k + j * d, size, d, 1, hard ? keep + j : NULL, CHUNK);
         S(load_values)(w->v1, w->ldv, v + j * e, size, e, keep ? keep + j : NULL, hard, CHUNK);
         for (int64_t r = 0; r < queries && causal; r++) {
-            S(load_rows)(w->qq, q + (r * n + j) * d, size, d, scale, NULL, CHUNK);
+            S(load_lanes)(w->qT, w->qq, q + (r * n + j) * d, size, d, scale);
             S(attend)(w, size, size, 1, j || sums0);
             S(write_out)(w, out + (r * n + j) * e, den + r * n + j, size, eps);
         }
@@ -142,7 +144,7 @@ static void S(group_forward)(S(work) *w, const REAL *q, const REAL *k, const REA
     for (int64_t r = 0; r < queries && !causal; r++)
         for (int64_t i = 0; i < n; i += CHUNK) {
             int64_t size = min64(CHUNK, n - i);
-            S(load_rows)(w->qq, q + (r * n + i) * d, size, d, scale, NULL, CHUNK);
+            S(load_lanes)(w->qT, w->qq, q + (r * n + i) * d, size, d, scale);
             S(attend)(w, size, 0, 0, 1);
             S(write_out)(w, out + (r * n + i) * e, den + r * n + i, size, eps);
         }

@@ -106,6 +106,18 @@ static void S(load_rows)(REAL *xx, const REAL *x, int64_t n, int64_t d, REAL sca
     if (n < CHUNK) memset(xx + n * 2 * d, 0, (size_t)((CHUNK - n) * 2 * d) * sizeof(REAL));
 }
 
+/* xT = scale * x in lanes; `rows` is room for doubled rows. */
+static void S(load_lanes)(REAL *xT, REAL *rows, const REAL *x, int64_t n, int64_t d, REAL scale) {
+    if (n < CHUNK) {
+        S(load_rows)(rows, x, n, d, scale, NULL, 0);
+        S(transpose)(rows, 2 * d, xT, CHUNK, CHUNK, d);
+        return;
+    }
+    for (int64_t i = 0; i < CHUNK * d; i += 64 / (int64_t)sizeof(REAL)) __builtin_prefetch(x + CHUNK * d + i);
+    S(transpose)(x, d, xT, CHUNK, CHUNK, d);
+    for (int64_t i = 0; i < d * CHUNK; i += LANES) *(VF *)(xT + i) *= scale;
+}
+
 /* v1[t] = keep_t [v_t, 1] in rows of ldv; a key that is not there may hold anything, NaN included. */
 static void S(load_values)(REAL *v1, int64_t ldv, const REAL *v, int64_t n, int64_t e, const REAL *keep, int hard,
                            int64_t ahead) {
@@ -264,17 +276,15 @@ static void S(read_state_back)(REAL *out, const REAL *xT, const REAL *yT, const 
     }
 }
 
-/* The change of that when x, y and the state move along dx, dy and dstate. */
-static void S(read_state_back_along)(REAL *out, const REAL *xT, const REAL *dxT, const REAL *yT, const REAL *dyT,
-                                     const REAL *state,
-                                     const REAL *dstate, int64_t stride, int64_t d, int64_t e1, int64_t L, REAL *W) {
+/* The change of that when x, y and the state move along dx, dyT (before yT in memory) and the rows behind the state. */
+static void S(read_state_back_along)(REAL *out, const REAL *xT, const REAL *dxT, const REAL *dyT, const REAL *state,
+                                     int64_t stride, int64_t d, int64_t e1, int64_t L, REAL *W) {
     int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
-    S(mac)(out, CHUNK, dyT, CHUNK, state + quadratic, 1, stride, d, e1, L, 0);
-    S(mac)(out, CHUNK, yT, CHUNK, dstate + quadratic, 1, stride, d, e1, L, 0);
+    const REAL *yT = dyT + e1 * CHUNK;
+    S(mac)(out, CHUNK, dyT, CHUNK, state + quadratic, 1, stride, d, 2 * e1, L, 0);
     for (int64_t r = 0; r < total; r += step) {
         int64_t r1 = min64(total, r + step), size = min64(r1 * d, quadratic) - r * d;
-        S(mac)(W, CHUNK, dyT, CHUNK, state + r * d, 1, stride, size, e1, L, 1);
-        S(mac)(W, CHUNK, yT, CHUNK, dstate + r * d, 1, stride, size, e1, L, 0);
+        S(mac)(W, CHUNK, dyT, CHUNK, state + r * d, 1, stride, size, 2 * e1, L, 1);
         S(features_back)(out, W, xT, d, r, r1, L);
         S(mac)(W, CHUNK, yT, CHUNK, state + r * d, 1, stride, size, e1, L, 1);
         S(features_back)(out, W, dxT, d, r, r1, L);

@@ -14,7 +14,7 @@ static void S(load_gradient_along)(S(work) *w, const S(second) *a, int64_t at, i
     REAL eps = a->at.eps;
     for (int64_t t = 0; t < CHUNK; t++) {
         REAL *row = w->dg1 + t * w->ldv, *g1 = w->g1 + t * w->ldv;
-        memset(row, 0, (size_t)w->ldv * sizeof(REAL));
+        memset(row, 0, (size_t)w->e1 * sizeof(REAL));
         if (t >= n) continue;
         REAL den = a->at.den[at + t], inverse = 1 / (den > eps ? den : eps), dot = 0;
         REAL rate = den >= eps ? a->tden[at + t] * inverse : 0;
@@ -51,9 +51,12 @@ static void S(second_keys)(S(work) *w, const S(second) *a, int64_t j, int64_t n)
     S(load_keys)(w, &a->at, j, n, 0);
     if (a->tk) S(load_rows)(w->dkk, a->tk + j * w->d, n, w->d, 1, hard, 0);
     else memset(w->dkk, 0, (size_t)(2 * w->d * CHUNK) * sizeof(REAL));
-    if (a->tv) S(load_values)(w->dv1, w->ldv, a->tv + j * a->at.e, n, a->at.e, hard, hard != NULL, 0);
-    else memset(w->dv1, 0, (size_t)(w->ldv * CHUNK) * sizeof(REAL));
-    for (int64_t t = 0; t < CHUNK; t++) w->dv1[t * w->ldv + a->at.e] = 0; /* the 1 of [v, 1] does not move */
+    for (int64_t t = 0; t < CHUNK; t++) {
+        REAL *row = w->dv1 + t * w->ldv;
+        int there = a->tv && t < n && !(hard && hard[t] == 0);
+        for (int64_t c = 0; c < a->at.e; c++) row[c] = there ? a->tv[(j + t) * a->at.e + c] : 0;
+        row[a->at.e] = 0; /* the 1 of [v, 1] does not move */
+    }
 }
 
 static void S(second_queries)(S(work) *w, const S(second) *a, int64_t r, int64_t i, int64_t n) {
@@ -84,7 +87,7 @@ static void S(second_query_gradient)(S(work) *w, const S(second) *a, int64_t r, 
     S(transpose)(w->g1, w->ldv, w->g1T, CHUNK, CHUNK, w->e1);
     S(transpose)(w->dg1, w->ldv, w->dg1T, CHUNK, CHUNK, w->e1);
     if (past)
-        S(read_state_back_along)(w->dx, w->qT, w->dqT, w->g1T, w->dg1T, w->S, w->dS, w->stride, d, w->e1, L, w->phi);
+        S(read_state_back_along)(w->dx, w->qT, w->dqT, w->dg1T, w->S, w->stride, d, w->e1, L, w->phi);
     if (keys) {
         S(second_products)(w, w->kk, w->dkk, w->v1, w->dv1, w->qT, w->dqT, w->g1T, w->dg1T, keys, L);
         S(second_scores)(w, keys, L, 1);
@@ -97,8 +100,7 @@ static void S(second_query_gradient)(S(work) *w, const S(second) *a, int64_t r, 
 
 /* The queries of a chunk, loaded, enter R and dR. */
 static void S(second_add_queries)(S(work) *w, int64_t n) {
-    S(add_state)(w->R, w->stride, w->qq, NULL, w->g1, w->ldv, n, w->d, w->e1, w->phi);
-    S(add_state)(w->dR, w->stride, w->qq, NULL, w->dg1, w->ldv, n, w->d, w->e1, w->phi);
+    S(add_state)(w->R, w->stride, w->qq, NULL, w->g1, w->ldv, n, w->d, 2 * w->e1, w->phi);
     S(add_state)(w->dR, w->stride, w->qq, w->dqq, w->g1, w->ldv, n, w->d, w->e1, w->phi);
 }
 
@@ -115,8 +117,7 @@ static void S(group_second)(S(work) *w, const S(second) *a) {
         for (int64_t r = 0; r < at->queries && at->causal; r++)
             S(second_query_gradient)(w, a, r, j, size, size, j || at->sums0 || a->tsums0);
         if (at->causal && j + CHUNK >= m) continue;
-        S(add_state)(w->S, w->stride, w->kk, NULL, w->v1, w->ldv, size, d, w->e1, w->phi);
-        S(add_state)(w->dS, w->stride, w->kk, NULL, w->dv1, w->ldv, size, d, w->e1, w->phi);
+        S(add_state)(w->S, w->stride, w->kk, NULL, w->v1, w->ldv, size, d, 2 * w->e1, w->phi);
         S(add_state)(w->dS, w->stride, w->kk, w->dkk, w->v1, w->ldv, size, d, w->e1, w->phi);
     }
     for (int64_t r = 0; r < at->queries && !at->causal; r++)
@@ -137,7 +138,7 @@ static void S(group_second)(S(work) *w, const S(second) *a) {
         if (!at->causal || at->grad_sums || a->tgrad_sums || j + CHUNK < m) {
             S(read_state)(w->acc, w->kT, NULL, w->dR, w->stride, d, w->e1, L, w->phi);
             S(read_state)(w->acc, w->kT, w->dkT, w->R, w->stride, d, w->e1, L, w->phi);
-            S(read_state_back_along)(w->dx, w->kT, w->dkT, w->v1T, w->dv1T, w->R, w->dR, w->stride, d, w->e1, L, w->phi);
+            S(read_state_back_along)(w->dx, w->kT, w->dkT, w->dv1T, w->R, w->stride, d, w->e1, L, w->phi);
         }
         for (int64_t r = 0; r < at->queries && at->causal; r++) {
             S(second_queries)(w, a, r, j, size);

@@ -15,11 +15,10 @@ typedef struct {
 static void S(load_value_tangents)(S(work) *w, const S(tangent) *a, int64_t j, int64_t n) {
     for (int64_t t = 0; t < CHUNK; t++) {
         REAL *row = w->dv1 + t * w->ldv, weight = t < n && a->keep ? a->keep[j + t] : 1;
-        memset(row, 0, (size_t)w->ldv * sizeof(REAL));
-        if (t >= n || (a->hard && weight == 0)) continue;
-        if (a->tv)
-            for (int64_t c = 0; c < a->e; c++) row[c] = weight * a->tv[(j + t) * a->e + c];
-        if (!a->tkeep) continue;
+        int there = t < n && !(a->hard && weight == 0);
+        for (int64_t c = 0; c < a->e; c++) row[c] = there && a->tv ? weight * a->tv[(j + t) * a->e + c] : 0;
+        row[a->e] = 0;
+        if (!there || !a->tkeep) continue;
         for (int64_t c = 0; c < a->e; c++) row[c] += a->tkeep[j + t] * a->v[(j + t) * a->e + c];
         row[a->e] += a->tkeep[j + t];
     }
@@ -28,12 +27,8 @@ static void S(load_value_tangents)(S(work) *w, const S(tangent) *a, int64_t j, i
 /* tout and tden of one chunk of queries, from the chunk of keys (if causal) and from the states. */
 static void S(tangent_chunk)(S(work) *w, const S(tangent) *a, int64_t r, int64_t i, int64_t n, int64_t keys, int past) {
     int64_t L = S(lanes)(n), d = w->d, at = r * a->n + i;
-    S(load_rows)(w->qq, a->q + at * d, n, d, a->scale, NULL, CHUNK);
-    S(transpose)(w->qq, 2 * d, w->qT, CHUNK, CHUNK, d);
-    if (a->tq) {
-        S(load_rows)(w->dqq, a->tq + at * d, n, d, a->scale, NULL, CHUNK);
-        S(transpose)(w->dqq, 2 * d, w->dqT, CHUNK, CHUNK, d);
-    }
+    S(load_lanes)(w->qT, w->qq, a->q + at * d, n, d, a->scale);
+    if (a->tq) S(load_lanes)(w->dqT, w->qq, a->tq + at * d, n, d, a->scale);
     int values = a->tv || a->tkeep;
     memset(w->acc, 0, (size_t)(w->e1 * CHUNK) * sizeof(REAL));
     if (past) {
@@ -52,13 +47,13 @@ static void S(tangent_chunk)(S(work) *w, const S(tangent) *a, int64_t r, int64_t
     REAL inverse[CHUNK], *sum = w->acc + a->e * CHUNK, *tout = a->tout + at * a->e;
     const REAL *den = a->den + at, *out = a->out + at * a->e;
     memcpy(a->tden + at, sum, (size_t)n * sizeof(REAL));
-    for (int64_t t = 0; t < CHUNK; t++) inverse[t] = t < n ? 1 / (den[t] > a->eps ? den[t] : a->eps) : 0;
-    for (int64_t c = 0; c < a->e; c++)
-        for (int64_t t = 0; t < CHUNK; t++) w->acc[c * CHUNK + t] *= inverse[t];
+    for (int64_t t = 0; t < n; t++) inverse[t] = 1 / (den[t] > a->eps ? den[t] : a->eps);
     S(transpose)(w->acc, CHUNK, tout, a->e, a->e, n);
-    for (int64_t t = 0; t < n; t++) {
+    for (int64_t t = 0; t < n; t++, tout += a->e, out += a->e) {
         REAL ratio = den[t] >= a->eps ? sum[t] * inverse[t] : 0; /* where the clamp holds, the normaliser stays */
-        for (int64_t c = 0; c < a->e; c++) tout[t * a->e + c] -= ratio * out[t * a->e + c];
+        int64_t c = 0;
+        for (; c + LANES <= a->e; c += LANES) *(VF *)(tout + c) = inverse[t] * *(VF *)(tout + c) - ratio * *(const VF *)(out + c);
+        for (; c < a->e; c++) tout[c] = inverse[t] * tout[c] - ratio * out[c];
     }
 }
 
@@ -76,8 +71,7 @@ static void S(group_tangent)(S(work) *w, const S(tangent) *a) {
         if (values) S(load_value_tangents)(w, a, j, size);
         for (int64_t r = 0; r < a->queries && a->causal; r++)
             S(tangent_chunk)(w, a, r, j, size, size, j || a->sums0 || a->tsums0);
-        S(add_state)(w->S, w->stride, w->kk, NULL, w->v1, w->ldv, size, d, w->e1, w->phi);
-        if (values) S(add_state)(w->dS, w->stride, w->kk, NULL, w->dv1, w->ldv, size, d, w->e1, w->phi);
+        S(add_state)(w->S, w->stride, w->kk, NULL, w->v1, w->ldv, size, d, values ? 2 * w->e1 : w->e1, w->phi);
         if (a->tk) S(add_state)(w->dS, w->stride, w->kk, w->dkk, w->v1, w->ldv, size, d, w->e1, w->phi);
     }
     for (int64_t r = 0; r < a->queries && !a->causal; r++)
