@@ -13,6 +13,7 @@ from typing import NamedTuple
 ALWAYS, NEVER = "always", "never"
 EPYC = "one core of an AMD EPYC with AVX-512, 2026-11"
 UNMEASURED = "not yet measured on a GPU, so not yet chosen there"
+UNPROVEN = "not yet measured on a GPU: compiled for one, and right in Triton's interpreter"
 
 
 class Crossover(NamedTuple):
@@ -46,11 +47,14 @@ TABLE = (
     Crossover("scan", "triton", NEVER, UNMEASURED),
     Crossover("taylor", "native", ALWAYS, EPYC),
     # It makes no [n, F] table of features, as plain torch does, whose every chunk reads one from memory.
-    Crossover("taylor", "triton", ALWAYS, "not yet measured on a GPU: compiled for one, and right in Triton's interpreter"),
+    Crossover("taylor", "triton", ALWAYS, UNPROVEN),
     # In plain torch: the [n, n] table of a sequence so short that it costs less than reading the sums.
     Crossover("taylor", "reference, quadratic", "n <= {length} positions", EPYC, {"length": 256}),
     Crossover("gate_loop", "native", ALWAYS, EPYC),
+    # Plain torch makes a table of states for width 1, and several tables per chunk for wide heads.
+    Crossover("gate_loop", "triton", ALWAYS, UNPROVEN),
     Crossover("simple_gate_loop", "native", ALWAYS, EPYC),
+    Crossover("simple_gate_loop", "triton", ALWAYS, UNPROVEN),
     Crossover("softmax_attention", "native", ALWAYS, EPYC),
     # Inside native: torch's own fused kernel, where ours would leave most of its vector lanes idle.
     Crossover("softmax_attention", "native, torch's", "n < {bytes} / bytes of a number, and more than {ratio} n + {extra} keys",
@@ -63,7 +67,8 @@ TABLE = (
     Crossover("rotary", "native", "not while torch.compile traces", EPYC),
     Crossover("rotary", "rotary_embedding_torch", NEVER, EPYC),
     Crossover("coor_descent", "native", ALWAYS, EPYC),
-    Crossover("coor_descent", "triton", NEVER, UNMEASURED),
+    # Plain torch reads and writes every row several times per iteration.
+    Crossover("coor_descent", "triton", ALWAYS, UNPROVEN),
     Crossover("coor_descent", "colt5", NEVER, UNMEASURED),
     Crossover("coor_descent_attention", "native", ALWAYS, EPYC),
     Crossover("conv_attention", "native", ALWAYS, EPYC),

@@ -252,5 +252,5 @@ def run_triton(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) ->
 
 KERNELS = (
     Kernel("native", run_native, lambda *args: native_reason("gate_loop", *args)),
-    Kernel("triton", run_triton, triton.heads.why_not, triton.worth),
+    Kernel("triton", run_triton, triton.heads.why_not),
 )

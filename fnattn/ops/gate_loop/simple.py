@@ -140,5 +140,5 @@ def run_triton(q: Tensor, kv: Tensor, a: Tensor, h0: Tensor | None, reverse: boo
 
 KERNELS = (
     Kernel("native", run_native, lambda *args: native_reason("gate_loop", *args)),
-    Kernel("triton", run_triton, triton_why_not, triton.worth),
+    Kernel("triton", run_triton, triton_why_not),
 )

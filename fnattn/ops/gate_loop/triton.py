@@ -18,11 +18,6 @@ from ..scan import before, complex_times
 from . import backward, tangent
 
 
-def worth(*tensors) -> bool:
-    """On a GPU nothing else is compiled; the interpreter is for tests."""
-    return tensors[0].is_cuda
-
-
 def _zeros(t: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if t is None else t
 
