@@ -72,10 +72,15 @@ TABLE = (
     Crossover("coor_descent", "colt5", NEVER, UNMEASURED),
     Crossover("coor_descent_attention", "native", ALWAYS, EPYC),
     Crossover("conv_attention", "native", ALWAYS, EPYC),
+    # Plain torch makes a table of every query and the keys near it.
+    Crossover("conv_attention", "triton", ALWAYS, UNPROVEN),
     Crossover("conv_attention", "bands", ALWAYS, EPYC),
     Crossover("axial_attention", "native", ALWAYS, EPYC),
+    Crossover("axial_attention", "triton", ALWAYS, UNPROVEN),
     Crossover("axial_attention", "bands", ALWAYS, EPYC),
     Crossover("block_sparse_attention", "native", ALWAYS, EPYC),
+    # Plain torch makes a table of all pairs, or copies of the blocks that are there.
+    Crossover("block_sparse_attention", "triton", ALWAYS, UNPROVEN),
     # Gathering copies keys and values once per block that reads them: worth it for long rows that are mostly absent.
     Crossover("block_sparse_attention", "gather", "n >= {length} and at most {density:.0%} of the blocks are there", EPYC,
               {"length": 1024, "density": 0.25}),

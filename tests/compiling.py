@@ -12,12 +12,12 @@ compiles = pytest.mark.skipif(lang.INTERPRETED, reason="the interpreter does not
 SHARED = 99 * 1024
 
 
-def compiled(device, name, pointers, integers, constants, floats=(), dtype="fp32", masks=()):
+def compiled(device, name, pointers, integers, constants, floats=(), dtype="fp32", masks=(), lists=()):
     """The named kernel, compiled; its shared memory is checked."""
     kernel, constants = getattr(device, name), dict(constants)
     warps = constants.pop("num_warps", 4)
     kinds = dict.fromkeys(pointers, f"*{dtype}") | dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32")
-    kinds |= dict.fromkeys(constants, "constexpr") | dict.fromkeys(masks, "*u8")
+    kinds |= dict.fromkeys(constants, "constexpr") | dict.fromkeys(masks, "*u8") | dict.fromkeys(lists, "*i32")
     found = lang.compiled_for(kernel, {name: kinds[name] for name in kernel.arg_names}, constants, warps=warps)
     assert found.metadata.shared <= SHARED
     return found

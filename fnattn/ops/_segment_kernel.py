@@ -138,10 +138,6 @@ def _triton_reason(q: Tensor, k: Tensor, v: Tensor, *_) -> str | None:
     return triton.why_not(q, k, v)
 
 
-def _on_gpu(q: Tensor, *_) -> bool:
-    return q.device.type == "cuda"
-
-
 def conv(attend, q, k, v, mask, text_len, image_size, kernel_size, dilation, scale, text_sees_all, *_):
     """The result of `conv_attention` by one of the operators above."""
     return attend(q, k, v, mask, None, _segments.conv(text_len, image_size, kernel_size, dilation, text_sees_all), scale)[0]
@@ -160,4 +156,4 @@ def blocks(attend, q, k, v, layout, block, causal, keep, scale):
 def kernels(run: Callable) -> tuple[Kernel, Kernel]:
     """"native" and "triton" of the operator that run(attend, ...) computes."""
     return (Kernel("native", functools.partial(run, NATIVE.attend), _native_reason),
-            Kernel("triton", functools.partial(run, TRITON.attend), _triton_reason, _on_gpu))
+            Kernel("triton", functools.partial(run, TRITON.attend), _triton_reason))

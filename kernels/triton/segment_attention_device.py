@@ -51,6 +51,9 @@ def _scores(q, k, i, j, seen, keep, free, scale, CAUSAL: tl.constexpr, KEEP: tl.
 
 @jit
 def _product(a, b, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """The matrix product a b."""
+    # Without it the compiler loads the operands of several products at once, more than there are registers.
+    tl.debug_barrier()
     return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
 
 
