@@ -146,7 +146,7 @@ class Operator:
         """Value and tangent of a level that has forward mode only."""
         split = [unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in args]
         outs, tangents = self._both([primal for primal, _ in split], [tangent for _, tangent in split])
-        return tuple(map(make_dual, outs, tangents))
+        return tuple(make_dual(out, _laid_out(t, out.stride())) for out, t in zip(outs, tangents, strict=True))
 
 
 def register_flops() -> None:
@@ -175,6 +175,7 @@ def _node(operator: Operator) -> type:
             with torch.enable_grad(), fwad._set_fwd_grad_enabled(forward_on), _C._AutoDispatchBelowADInplaceOrView():
                 out = operator.op.redispatch(keyset & _C._after_autograd_keyset, *args)
             outs = out if isinstance(out, tuple) else (out,)
+            ctx.strides = [o.stride() for o in outs]
             ctx.tensor_at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
             ctx.others = [None if isinstance(a, Tensor) else a for a in args]
             # The arguments as they came, tangents included: core forward-over-reverse needs the duals.
@@ -202,7 +203,10 @@ def _node(operator: Operator) -> type:
                 saved = [unpack_dual(t)[0] for t in ctx.saved_tensors]
                 for i, t in zip(ctx.tensor_at, saved):
                     args[i] = t
-                return operator._jvp(args, saved[count:], tangents)
+                moved = operator._jvp(args, saved[count:], tangents)
+                if isinstance(moved, tuple):
+                    return tuple(map(_laid_out, moved, ctx.strides))
+                return _laid_out(moved, ctx.strides[0])
 
         @staticmethod
         def _compiled_autograd_key(ctx):
@@ -210,6 +214,15 @@ def _node(operator: Operator) -> type:
 
     Node.__name__ = Node.__qualname__ = operator.name
     return Node
+
+
+def _laid_out(tangent: Tensor | None, strides: Sequence[int]) -> Tensor | None:
+    """The tangent in memory like its value: torch copies one that lies otherwise, and a compiled program cannot."""
+    if tangent is None or tangent.stride() == tuple(strides):
+        return tangent
+    order = sorted(range(tangent.ndim), key=lambda i: -strides[i])
+    packed = tangent.permute(order).clone(memory_format=torch.contiguous_format)
+    return packed.permute(sorted(range(tangent.ndim), key=order.__getitem__))
 
 
 def fold(operator: Operator) -> Callable:
