@@ -159,14 +159,16 @@ static void S(plain_state_in)(const REAL *from, REAL *to, int64_t d, int64_t e, 
 
 #define TANGENT_AT(x, i, start) ((x) ? AT(x, i) + (start) * x##_row : NULL)
 
+/* out, last, product: what the forward pass gives, or NULL. tout lies in memory as out does. If they are given, logs receives the
+ * tangent of the product, else that of its logarithm. */
 void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, const REAL *a, const REAL *h0, const REAL *tq,
                                const REAL *tk, const REAL *tv, const REAL *ta, const REAL *th0, REAL *tout, REAL *tlast, REAL *logs,
-                               int64_t b, int64_t h, int64_t n, int64_t d, int64_t e, int64_t q_batch, int64_t q_head, int64_t q_row,
+                               REAL *out, REAL *last, REAL *product, int64_t b, int64_t h, int64_t n, int64_t d, int64_t e, int64_t q_batch, int64_t q_head, int64_t q_row,
                                int64_t k_batch, int64_t k_head, int64_t k_row, int64_t v_batch, int64_t v_head, int64_t v_row,
                                int64_t a_batch, int64_t a_head, int64_t a_row, int64_t tq_batch, int64_t tq_head, int64_t tq_row,
                                int64_t tk_batch, int64_t tk_head, int64_t tk_row, int64_t tv_batch, int64_t tv_head, int64_t tv_row,
-                               int64_t ta_batch, int64_t ta_head, int64_t ta_row, int64_t tout_batch, int64_t tout_head,
-                               int64_t tout_row, int64_t threads) {
+                               int64_t ta_batch, int64_t ta_head, int64_t ta_row, int64_t out_batch, int64_t out_head,
+                               int64_t out_row, int64_t threads) {
     wide_sizes s = wide_size(b, h, n, d, e);
     int64_t dp = s.dp, ep = s.ep, tasks = b * h, size = 2 * dp * ep;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
@@ -180,12 +182,12 @@ void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
         S(gate_tangents) tg;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < tasks; i++) {
-            double ignored[2] = {1, 0}, whole[2] = {0, 0};
+            double gates[2] = {1, 0}, whole[2] = {0, 0};
             S(plain_state_in)(h0 ? h0 + i * 2 * d * e : NULL, state, d, e, dp, ep);
             S(plain_state_in)(th0 ? th0 + i * 2 * d * e : NULL, t_state, d, e, dp, ep);
             for (int64_t start = 0; start < n; start += s.m) {
                 int64_t m = min64(s.m, n - start), rows = up(m, PAD);
-                S(chunk_gates)(AT(a, i) + start * a_row, a_row, m, &g, ignored);
+                S(chunk_gates)(AT(a, i) + start * a_row, a_row, m, &g, gates);
                 S(chunk_gate_tangents)(TANGENT_AT(ta, i, start), ta_row, m, &g, &tg, whole);
                 S(pack)(AT(q, i) + start * q_row, q_row, qc, dp, m, d, rows);
                 S(pack)(AT(k, i) + start * k_row, k_row, kc, dp, m, d, rows);
@@ -207,8 +209,13 @@ void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
                 S(times)(two, 2 * dp, t_state, ep, oc, ep, rows, ep, 2 * dp, 1, FULL);
                 S(times)(t_scores, CHUNK, vc, ep, oc, ep, rows, ep, rows, 1, LEFT_LOWER);
                 if (tv) S(times)(scores, CHUNK, tvc, ep, oc, ep, rows, ep, rows, 1, LEFT_LOWER);
-                REAL *o = tout + i / h * tout_batch + i % h * tout_head + start * tout_row;
-                for (int64_t t = 0; t < m; t++) memcpy(o + t * tout_row, oc + t * ep, (size_t)e * sizeof(REAL));
+                int64_t at = i / h * out_batch + i % h * out_head + start * out_row;
+                for (int64_t t = 0; t < m; t++) memcpy(tout + at + t * out_row, oc + t * ep, (size_t)e * sizeof(REAL));
+                if (out) {
+                    S(times)(two, 2 * dp, state, ep, oc, ep, rows, ep, 2 * dp, 0, FULL);
+                    S(times)(scores, CHUNK, vc, ep, oc, ep, rows, ep, rows, 1, LEFT_LOWER);
+                    for (int64_t t = 0; t < m; t++) memcpy(out + at + t * out_row, oc + t * ep, (size_t)e * sizeof(REAL));
+                }
 
                 for (int64_t j = 0; j < dp * ep; j += LANES) {
                     VF re = S(load)(state + j, LANES), im = S(load)(state + dp * ep + j, LANES);
@@ -226,6 +233,14 @@ void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
             for (int64_t r = 0; r < d; r++)
                 for (int64_t j = 0; j < e; j++)
                     for (int64_t c = 0; c < 2; c++) tlast[2 * ((i * d + r) * e + j) + c] = t_state[(c * dp + r) * ep + j];
+            if (out) {
+                for (int64_t r = 0; r < d; r++)
+                    for (int64_t j = 0; j < e; j++)
+                        for (int64_t c = 0; c < 2; c++) last[2 * ((i * d + r) * e + j) + c] = state[(c * dp + r) * ep + j];
+                product[2 * i] = (REAL)gates[0], product[2 * i + 1] = (REAL)gates[1];
+                double re = gates[0] * whole[0] - gates[1] * whole[1];
+                whole[1] = gates[0] * whole[1] + gates[1] * whole[0], whole[0] = re;
+            }
             logs[2 * i] = (REAL)whole[0], logs[2 * i + 1] = (REAL)whole[1];
         }
         free(state);

@@ -67,15 +67,28 @@ def _narrow_hessian(q, k, v, a, h0, marks, product, g, g_last, g_product,
     return grads
 
 
-def _wide(q, k, v, a, h0, tq, tk, tv, ta, th0) -> tuple[Tensor, Tensor, Tensor]:
+def _wide_call(value: tuple[Tensor | None, ...], q, k, v, a, h0, tq, tk, tv, ta, th0) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, a, tq, tk, tv, ta = (_heads(t) for t in (q, k, v, a, tq, tk, tv, ta))
     h0, th0 = _packed(h0), _packed(th0)
     (b, h, n, d), e = q.shape, v.shape[3]
-    out, last, logs = _wide_fake(q, k, v)
-    function("gate_loop", "gate_loop_wide_tangent", q.dtype, "p" * 13 + "i" * 33)(
-        *map(address, (q, k, v, a, h0, tq, tk, tv, ta, th0, out, last, logs)), b, h, n, d, e,
-        *_strides3(q, k, v, a, tq, tk, tv, ta, out), threads(8 * b * h * n * d * e))
-    return out, last, logs
+    along = _wide_fake(q, k, v)
+    function("gate_loop", "gate_loop_wide_tangent", q.dtype, "p" * 16 + "i" * 33)(
+        *map(address, (q, k, v, a, h0, tq, tk, tv, ta, th0, *along, *value)), b, h, n, d, e,
+        *_strides3(q, k, v, a, tq, tk, tv, ta, along[0]), threads(8 * b * h * n * d * e))
+    return along
+
+
+def _wide(*args: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _wide_call((None, None, None), *args)
+
+
+def _wide_both(*args: Tensor | None) -> tuple[Tensor, ...]:
+    value = _wide_fake(*args)
+    return *value, *_wide_call(value, *args)
+
+
+def _wide_both_fake(*args) -> tuple[Tensor, ...]:
+    return *_wide_fake(*args), *_wide_fake(*args)
 
 
 def _wide_fake(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,6 +122,9 @@ narrow_hessian = Operator(
     " Tensor? tg, Tensor? tg_last, Tensor? tg_product) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_narrow_backward_fake, cpu=_narrow_hessian)
 wide = Operator("gate_loop_wide_tangent_native", 1, _FIVE + " -> (Tensor, Tensor, Tensor)", fake=_wide_fake, cpu=_wide)
+# The loop's results and the tangent of each: products that value and tangent share are taken once.
+wide_both = Operator("gate_loop_wide_both_native", 1, _FIVE + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+                     fake=_wide_both_fake, cpu=_wide_both)
 # The arguments of gate_loop_wide_backward, then one tangent each.
 wide_hessian = Operator(
     "gate_loop_wide_hessian_native", 1,
@@ -119,9 +135,11 @@ simple.flops(flops(12))
 narrow.flops(flops(30))
 narrow_hessian.flops(flops(90))
 wide.flops(flops(30, heads=True))
+wide_both.flops(flops(40, heads=True))
 wide_hessian.flops(flops(90, heads=True))
 simple.split((2, 2, 2, 1, 2, 2, 2, 1), (2, 1))
 narrow.split((2, 2, 2, 2, 1, 2, 2, 2, 2, 1), (2, 1, 1, 3))
 narrow_hessian.split((2, 2, 2, 2, 1, 3, 1, 2, 1, 1, 2, 2, 2, 2, 1, 3, 1, 2, 1, 1), (2, 2, 2, 2, 1))
 wide.split((1,) * 10, (1, 1, 1))
+wide_both.split((1,) * 10, (1,) * 6)
 wide_hessian.split((1,) * 16, (1,) * 5)

@@ -158,6 +158,17 @@ def _wide_jvp(args, outs, tangents):
     return out, last, complex_times(outs[2], logs)
 
 
+def _wide_both(args, tangents):
+    results = native_tangent.wide_both(*args, *tangents)
+    return results[:3], results[3:]
+
+
+def _wide_both_reference(q, k, v, a, h0, *tangents):
+    out, last, product = reference.wide(q, k, v, a, h0)
+    *along, logs = tangent.wide(q, k, v, a, h0, *tangents)
+    return out, last, product, *along, complex_times(product, logs)
+
+
 def _narrow_vjp(needs, args, outs, cotangents):
     q, k, v, a, h0 = args
     _, _, product, marks = outs
@@ -204,16 +215,16 @@ def _zeros(t: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if t is None else t
 
 
-def _derive_from(operator, fn, heads_inside: int) -> None:
+def _derive_from(operator, fn, heads_inside: tuple[int, ...] = ()) -> None:
     """Derivatives of the second kind of operator: those of `fn`, the same in plain torch.
 
-    `heads_inside`: how many of the first results lie in memory as [b, n, h, width]. A tangent must lie like its value:
+    `heads_inside`: which results, by number, lie in memory as [b, n, h, width]. A tangent must lie like its value:
     torch copies one that does not, and a compiled program cannot.
     """
 
     def jvp(args, outs, tangents):
         results = reference_jvp(fn, args, tangents)
-        return tuple(like_rows(t) if i < heads_inside else packed(t) for i, t in enumerate(results))
+        return tuple(like_rows(t) if i in heads_inside else packed(t) for i, t in enumerate(results))
 
     operator.derive(vjp=lambda needs, args, outs, cotangents: reference_vjp(fn, needs, args, cotangents), jvp=jvp,
                     save_outputs=False)
@@ -230,15 +241,16 @@ def like_rows(t: Tensor) -> Tensor:
 
 
 native.narrow.derive(vjp=_narrow_vjp, jvp=_narrow_jvp)
-native.wide.derive(vjp=_wide_vjp, jvp=_wide_jvp)
+native.wide.derive(vjp=_wide_vjp, jvp=_wide_jvp, both=_wide_both)
 native.narrow_backward.derive(
     vjp=lambda needs, args, outs, cotangents: reference_vjp(_narrow_backward_reference, needs, args, cotangents),
     jvp=_narrow_backward_jvp, save_outputs=False)
 native.wide_backward.derive(vjp=_wide_backward_vjp, jvp=_wide_backward_jvp, save_outputs=False)
-_derive_from(native_tangent.narrow, _narrow_tangent_reference, 0)
-_derive_from(native_tangent.narrow_hessian, _narrow_hessian_reference, 0)
-_derive_from(native_tangent.wide, tangent.wide, 1)
-_derive_from(native_tangent.wide_hessian, _wide_hessian_reference, 4)
+_derive_from(native_tangent.narrow, _narrow_tangent_reference)
+_derive_from(native_tangent.narrow_hessian, _narrow_hessian_reference)
+_derive_from(native_tangent.wide, tangent.wide, (0,))
+_derive_from(native_tangent.wide_both, _wide_both_reference, (0, 3))
+_derive_from(native_tangent.wide_hessian, _wide_hessian_reference, (0, 1, 2, 3))
 
 
 def run_triton(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
