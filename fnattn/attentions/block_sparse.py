@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, random, taps
-from ..core import EMPTY, Empty, Family, check, check_input, config, peek_int, refuse
+from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
 from ..ops import layouts
 from ..ops.block_sparse import visible
+from . import _cache
+from ._cache import Rows
 from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
 
 # b batch, h heads, n positions, m keys, d width of a head, nb blocks
@@ -94,11 +96,11 @@ class Params(NamedTuple):
 
 
 class State(NamedTuple):
-    """Keys and values seen so far, in buffers of fixed capacity."""
+    """Keys and values seen so far, with room for a fixed number."""
 
-    k: Tensor        # [b, h, capacity, d], rotated
-    v: Tensor        # [b, h, capacity, d]
-    visible: Tensor  # [b, capacity] bool: what mask said when the position came in
+    k: Rows          # [b, h, capacity, d], rotated
+    v: Rows          # [b, h, capacity, d]
+    visible: Tensor  # [b, capacity] bool: False where mask hid the position that came in
     pos: Tensor      # [] int64: positions seen
 
 
@@ -123,9 +125,8 @@ def init_state(params: Params, batch: int, *, capacity: int) -> State:
           remedy="Use Config(causal=True, ...), or call apply(params, x) on the whole sequence.")
     check(1 <= capacity <= cfg.blocks * cfg.block_size, "block_sparse.init_state: capacity must lie in [1, {}], what the layout covers; "
           "got {}.", cfg.blocks * cfg.block_size, capacity, remedy="Build the Config with a larger seq_len.")
-    shape = (batch, cfg.heads, capacity, cfg.dim_head)
-    return State(like.new_zeros(shape), like.new_zeros(shape), like.new_zeros(batch, capacity, dtype=torch.bool),
-                 torch.zeros((), dtype=torch.int64, device=like.device))
+    return State(*(_cache.fresh(like, batch, cfg.heads, capacity, cfg.dim_head) for _ in "kv"),
+                 like.new_ones(batch, capacity, dtype=torch.bool), torch.zeros((), dtype=torch.int64, device=like.device))
 
 
 def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
@@ -149,10 +150,10 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: Tensor | None = None, mask: Tensor | None = None,
            context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
-    cfg, streaming, n = params.cfg, not isinstance(state, Empty), x.shape[1]
+    cfg, n = params.cfg, x.shape[1]
     used = _check(cfg, x, state, mask, context)
-    pos = state.pos if streaming else torch.zeros((), dtype=torch.int64, device=x.device)
-    positions = pos + torch.arange(n, device=x.device)
+    pos = state.pos if isinstance(state, State) else torch.zeros((), dtype=torch.int64, device=x.device)
+    positions = _cache.positions(pos, n)
     turn = "reference" if impl == "reference" else "auto"
     q, k, v = (split_heads(t, cfg.heads) for t in F.linear(x, params.to_qkv).chunk(3, -1))
     if cfg.rotary_emb:
@@ -164,16 +165,12 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
     q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
 
     keep = mask
-    if streaming:
-        new = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
-        state = State(state.k.index_copy(2, positions, k.to(state.k.dtype)), state.v.index_copy(2, positions, v.to(state.v.dtype)),
-                      state.visible.index_copy(1, positions, new), pos + n)
-        k, v, keep = state.k, state.v, state.visible
-        if used is not None:  # only what has been written; under a transform the length is data, and all is read
-            k, v, keep = k[:, :, :used + n], v[:, :, :used + n], keep[:, :used + n]
-        seen = visible(params.layout, positions, torch.arange(k.shape[2], device=x.device), cfg.block_size)[None]
-        out = ops.softmax_attention(q, k, v, mask=seen & keep[:, None, None, :], causal=True, offset=pos,
-                                    impl=impl if impl == "reference" else "auto")
+    if isinstance(state, State):
+        state = State(_cache.append(state.k, k, pos, used), _cache.append(state.v, v, pos, used),
+                      _cache.noted(state.visible, mask, pos), pos + n)
+        keep = state.visible if used is None else state.visible[:, :used + n]
+        seen = visible(params.layout, positions, torch.arange(keep.shape[1], device=x.device), cfg.block_size)[None]
+        out = _cache.attend(q, state.k, state.v, pos, used, mask=seen & keep[:, None, None, :], impl=turn)
     else:
         out = ops.block_sparse_attention(q, k, v, params.layout, block=cfg.block_size, causal=cfg.causal, keep=keep, impl=impl)
     out = F.linear(merge_heads(taps.tap("heads", out)), params.to_out, params.to_out_bias)
@@ -206,10 +203,7 @@ def _check(cfg: Config, x: Tensor, state: State | Empty, mask: Tensor | None, co
     if not isinstance(state, State):
         raise TypeError(f"block_sparse.apply: state must come from block_sparse.init_state; got {type(state).__name__}.\n"
                         f"  Start a sequence with init_state(params, batch, capacity=...).")
-    used, capacity = peek_int(state.pos), state.k.shape[2]
-    check(used is None or used + n <= capacity, "block_sparse.apply: the state holds {} of {} positions and {} more were given.",
-          used, capacity, n, remedy="Make it larger: init_state(params, batch, capacity=...).")
-    return used
+    return _cache.room("block_sparse.apply", state.k, state.pos, n)
 
 
 FAMILY = Family(

@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, random, taps
-from ..core import EMPTY, Empty, Family, check, check_input, config, peek_int, refuse
+from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
+from . import _cache
+from ._cache import Rows
 from ._heads import layer_norm, linear_init, merge_heads, ones_init, split_heads
 
 # b batch, h heads, n positions, d width of a head, z null keys
@@ -86,11 +88,11 @@ class Params(NamedTuple):
 
 
 class State(NamedTuple):
-    """Keys and values seen so far, in buffers of fixed capacity. Null keys are parameters and not in here."""
+    """Keys and values seen so far, with room for a fixed number. Null keys are parameters and not in here."""
 
-    k: Tensor        # [b, h, capacity, d]
-    v: Tensor        # [b, h, capacity, d]
-    visible: Tensor  # [b, capacity] bool: what mask said when the position came in
+    k: Rows          # [b, h, capacity, d]
+    v: Rows          # [b, h, capacity, d]
+    visible: Tensor  # [b, capacity] bool: False where mask hid the position that came in
     pos: Tensor      # [] int64: positions seen
 
 
@@ -118,9 +120,8 @@ def init_state(params: Params, batch: int, *, capacity: int) -> State:
     cfg, like = params.cfg, params.to_qkv
     check(capacity >= 1, "coor_descent.init_state: capacity must be at least 1; got {}.", capacity,
           remedy="Give the number of positions that the longest sequence will have.")
-    shape = (batch, cfg.heads, capacity, cfg.dim_head)
-    return State(like.new_zeros(shape), like.new_zeros(shape), like.new_zeros(batch, capacity, dtype=torch.bool),
-                 torch.zeros((), dtype=torch.int64, device=like.device))
+    return State(*(_cache.fresh(like, batch, cfg.heads, capacity, cfg.dim_head) for _ in "kv"),
+                 like.new_ones(batch, capacity, dtype=torch.bool), torch.zeros((), dtype=torch.int64, device=like.device))
 
 
 def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
@@ -157,13 +158,12 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 
     offset, visible = None, mask
     if streaming:
-        offset, positions = state.pos, state.pos + torch.arange(n, device=x.device)
-        new = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
-        state = State(state.k.index_copy(2, positions, k.to(state.k.dtype)), state.v.index_copy(2, positions, v.to(state.v.dtype)),
-                      state.visible.index_copy(1, positions, new), state.pos + n)
-        k, v, visible = state.k, state.v, state.visible
-        if used is not None:  # only what has been written; under a transform the length is data, and all is read
-            k, v, visible = k[:, :, :used + n], v[:, :, :used + n], visible[:, :used + n]
+        offset = state.pos
+        state = State(_cache.append(state.k, k, offset, used), _cache.append(state.v, v, offset, used),
+                      _cache.noted(state.visible, mask, offset), offset + n)
+        if used != 0:
+            known = None if used is None else used + n
+            k, v, visible = (*(_cache.read(rows, state.pos, known) for rows in state[:2]), state.visible[:, :known])
     k, v, visible = _with_nulls(params, k, v, visible)
     attend = _choose if cfg.use_coor_descent else _soften
     out = taps.tap("heads", attend(cfg, q, k, v, sparsity_k, visible, offset, impl))
@@ -205,15 +205,11 @@ def _check_state(cfg: Config, x: Tensor, state: State) -> int | None:
     if not isinstance(state, State):
         raise TypeError(f"coor_descent.apply: state must come from coor_descent.init_state; got {type(state).__name__}.\n"
                         f"  Start a sequence with init_state(params, batch, capacity=...).")
-    batch, heads, capacity, width = state.k.shape
+    batch, heads, capacity, width = state.k.main.shape
     check((batch, heads, width) == (x.shape[0], cfg.heads, cfg.dim_head),
           "coor_descent.apply: the state must have [batch, heads, capacity, width] = [{}, {}, capacity, {}]; got {}.", x.shape[0],
-          cfg.heads, cfg.dim_head, list(state.k.shape), remedy="Make it with init_state(params, batch, capacity=...).")
-    used, n = peek_int(state.pos), x.shape[1]
-    check(used is None or used + n <= capacity, "coor_descent.apply: the state holds {} of {} positions and {} more {} given.",
-          used, capacity, n, "was" if n == 1 else "were",
-          remedy=f"Make it larger: init_state(params, batch, capacity={(used or 0) + n} or more).")
-    return used
+          cfg.heads, cfg.dim_head, list(state.k.main.shape), remedy="Make it with init_state(params, batch, capacity=...).")
+    return _cache.room("coor_descent.apply", state.k, state.pos, x.shape[1])
 
 
 FAMILY = Family(

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, taps
-from ..core import EMPTY, Empty, Family, check, check_input, config, peek_int, refuse
+from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
+from . import _cache
+from ._cache import Rows
 from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
 
 # b batch, h query heads, g key heads, n positions, m keys, d width of a head
@@ -93,11 +95,11 @@ class Params(NamedTuple):
 
 
 class State(NamedTuple):
-    """Keys and values seen so far, in buffers of fixed capacity."""
+    """Keys and values seen so far, with room for a fixed number."""
 
-    k: Tensor        # [b, g, capacity, d], rotated
-    v: Tensor        # [b, g, capacity, d]
-    visible: Tensor  # [b, capacity] bool: what mask said when the position came in
+    k: Rows          # [b, g, capacity, d], rotated
+    v: Rows          # [b, g, capacity, d]
+    visible: Tensor  # [b, capacity] bool: False where mask hid the position that came in
     pos: Tensor      # [] int64: positions seen
 
 
@@ -120,9 +122,8 @@ def init_state(params: Params, batch: int, *, capacity: int) -> State:
           remedy="Give the number of positions that the longest sequence will have.")
     check(cfg.static_mask is None or capacity <= cfg.seq_len, "full.init_state: capacity must be at most {}, the side of "
           "cfg.static_mask; got {}.", cfg.seq_len, capacity, remedy="Build the Config with a larger seq_len and static_mask.")
-    shape = (batch, cfg.key_heads, capacity, cfg.dim_head)
-    return State(like.new_zeros(shape), like.new_zeros(shape), like.new_zeros(batch, capacity, dtype=torch.bool),
-                 torch.zeros((), dtype=torch.int64, device=like.device))
+    return State(*(_cache.fresh(like, batch, cfg.key_heads, capacity, cfg.dim_head) for _ in "kv"),
+                 like.new_ones(batch, capacity, dtype=torch.bool), torch.zeros((), dtype=torch.int64, device=like.device))
 
 
 def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
@@ -148,33 +149,30 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: Tensor | None = None, mask: Tensor | None = None,
            context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
-    cfg, streaming = params.cfg, not isinstance(state, Empty)
+    cfg, n = params.cfg, x.shape[1]
     used = _check(cfg, x, state, mask, context, angles)
-    n, device = x.shape[1], x.device
-    pos = state.pos if streaming else torch.zeros((), dtype=torch.int64, device=device)
-    positions = pos + torch.arange(n, device=device)
+    pos = state.pos if isinstance(state, State) else torch.zeros((), dtype=torch.int64, device=x.device)
 
     turn = impl if impl == "reference" else "auto"
     q, k, v = _project(params, x, context)
     if cfg.rotary_emb:
-        freqs = ops.lang_freqs(cfg.dim_head, device=device)
-        q, k = ops.rotary(q, positions, freqs, impl=turn), ops.rotary(k, positions, freqs, impl=turn)
+        at, freqs = _cache.positions(pos, n), ops.lang_freqs(cfg.dim_head, device=x.device)
+        q, k = ops.rotary(q, at, freqs, impl=turn), ops.rotary(k, at, freqs, impl=turn)
     if angles is not None:
-        here = angles.index_select(0, positions)
+        here = angles.index_select(0, _cache.positions(pos, n))
         q, k, v = (ops.rotate(t, here, impl=turn) for t in (q, k, v))
     q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
 
-    visible = mask
-    if streaming:
-        new = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
-        state = State(state.k.index_copy(2, positions, k.to(state.k.dtype)), state.v.index_copy(2, positions, v.to(state.v.dtype)),
-                      state.visible.index_copy(1, positions, new), pos + n)
-        k, v, visible = state.k, state.v, state.visible
-        if used is not None:  # only what has been written; under a transform the length is data, and all is read
-            k, v, visible = k[:, :, :used + n], v[:, :, :used + n], visible[:, :used + n]
-    allowed, seen = _allowed(cfg, visible, positions, k.shape[2])
-    offset = pos if streaming else None
-    out = ops.softmax_attention(q, k, v, mask=allowed, causal=cfg.causal, offset=offset, impl=impl)
+    if isinstance(state, State):
+        state = State(_cache.append(state.k, k, pos, used), _cache.append(state.v, v, pos, used),
+                      _cache.noted(state.visible, mask, pos), pos + n)
+    if used == 0:
+        allowed, seen = _allowed(cfg, mask, mask, pos, n, k.shape[2])
+        out = ops.softmax_attention(q, k, v, mask=allowed, causal=cfg.causal, offset=0 if cfg.causal else None, impl=impl)
+    else:
+        visible = state.visible if used is None else state.visible[:, :used + n]
+        allowed, seen = _allowed(cfg, visible, mask, pos, n, visible.shape[1])
+        out = _cache.attend(q, state.k, state.v, pos, used, mask=allowed, impl=impl)
     out = F.linear(merge_heads(taps.tap("heads", out)), params.to_out, params.to_out_bias)
     if seen is not None:
         out = torch.where(seen[..., None], out, torch.zeros_like(out))
@@ -193,20 +191,26 @@ def _project(params: Params, x: Tensor, context: Tensor | None) -> tuple[Tensor,
     return split_heads(q, cfg.heads), split_heads(k, cfg.key_heads), split_heads(v, cfg.key_heads)
 
 
-def _allowed(cfg: Config, visible: Tensor | None, positions: Tensor, m: int) -> tuple[Tensor | None, Tensor | None]:
-    """What the masks allow [b or 1, 1, n or 1, m], and which rows see a key at all [b or 1, n or 1]; None: everything, all."""
+def _allowed(cfg: Config, visible: Tensor | None, mask: Tensor | None, pos: Tensor, n: int,
+             m: int) -> tuple[Tensor | None, Tensor | None]:
+    """What the masks allow [b or 1, 1, n or 1, m], and which rows see a key at all [b or 1, n or 1]; None: everything, all.
+
+    visible: which keys are there; mask: what this call says of its own.
+    """
     if cfg.static_mask is None:
         if visible is None:
             return None, None
+        allowed = visible[:, None, None, :]
         if not cfg.causal:
-            return visible[:, None, None, :], visible.any(-1, keepdim=True)
-        seen = (visible.cumsum(-1) > 0).index_select(-1, positions)
-        return visible[:, None, None, :], seen
-    keys = torch.arange(m, device=positions.device)
-    allowed = _static(cfg.static_mask).to(keys.device).index_select(0, positions).index_select(1, keys)[None]
+            return allowed, visible.any(-1, keepdim=True)
+        if mask is None:  # every query sees itself
+            return allowed, None
+        return allowed, (visible.cumsum(-1) > 0).index_select(-1, _cache.positions(pos, n))
+    at, keys = _cache.positions(pos, n), torch.arange(m, device=pos.device)
+    allowed = _static(cfg.static_mask).to(keys.device).index_select(0, at).index_select(1, keys)[None]
     if visible is not None:
         allowed = allowed & visible[:, None, :]
-    past = allowed & (keys <= positions[:, None]) if cfg.causal else allowed
+    past = allowed & (keys <= at[:, None]) if cfg.causal else allowed
     return allowed[:, None], past.any(-1)
 
 
@@ -240,14 +244,11 @@ def _check(cfg: Config, x: Tensor, state: State | Empty, mask: Tensor | None, co
         if not isinstance(state, State):
             raise TypeError(f"full.apply: state must come from full.init_state; got {type(state).__name__}.\n"
                             f"  Start a sequence with init_state(params, batch, capacity=...).")
-        batch, heads, capacity, width = state.k.shape
+        batch, heads, capacity, width = state.k.main.shape
         check((batch, heads, width) == (x.shape[0], cfg.key_heads, cfg.dim_head),
               "full.apply: the state must have [batch, key heads, capacity, width] = [{}, {}, capacity, {}]; got {}.", x.shape[0],
-              cfg.key_heads, cfg.dim_head, list(state.k.shape), remedy="Make it with init_state(params, batch, capacity=...).")
-        used = peek_int(state.pos)
-        check(used is None or used + n <= capacity, "full.apply: the state holds {} of {} positions and {} more {} given.",
-              used, capacity, n, "was" if n == 1 else "were",
-              remedy=f"Make it larger: init_state(params, batch, capacity={(used or 0) + n} or more).")
+              cfg.key_heads, cfg.dim_head, list(state.k.main.shape), remedy="Make it with init_state(params, batch, capacity=...).")
+        used = _cache.room("full.apply", state.k, state.pos, n)
     limit = cfg.seq_len if cfg.static_mask is not None else None
     check(limit is None or used is None or used + n <= limit, "full.apply: x has {} positions, but cfg.static_mask has {}.", n,
           limit, remedy="Shorten x, or build the Config with a larger seq_len and static_mask.")

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, taps
-from ..core import EMPTY, Empty, Family, check, check_input, config, peek_int, refuse
+from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
 from ..ops.decayed_attention import decay, decayed_attention
+from . import _cache
+from ._cache import Rows
 from ._heads import linear_init, merge_heads, scale_gradient, split_heads, uniform_init
 
 # b batch, h heads, n positions, d width of a head, p = d / 2 pairs of channels
@@ -87,14 +89,14 @@ class Params(NamedTuple):
 
 
 class State(NamedTuple):
-    """Keys and values seen so far, in buffers of fixed capacity."""
+    """Keys and values seen so far, with room for a fixed number."""
 
-    k: Tensor                    # [b, h, capacity, d], rotated or scaled as they enter the scores
-    v: Tensor                    # [b, h, capacity, d]
-    log_sum: Tensor | Empty      # [b, h, capacity, p] float64: running sum of log|alpha|; Empty unless cfg.decays
-    phase_sum: Tensor | Empty    # [b, h, capacity, p] float64: running sum of arg alpha
-    total: Tensor | Empty        # [2, b, h, 1, p] float64: both sums at the last position
-    pos: Tensor                  # [] int64: positions seen
+    k: Rows                    # [b, h, capacity, d], rotated or scaled as they enter the scores
+    v: Rows                    # [b, h, capacity, d]
+    log_sum: Rows | Empty      # [b, h, capacity, p] float64: running sum of log|alpha|; Empty unless cfg.decays
+    phase_sum: Rows | Empty    # [b, h, capacity, p] float64: running sum of arg alpha
+    total: Tensor | Empty      # [2, b, h, 1, p] float64: both sums at the last position
+    pos: Tensor                # [] int64: positions seen
 
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
@@ -114,11 +116,12 @@ def init_state(params: Params, batch: int, *, capacity: int) -> State:
     cfg, like = params.cfg, params.to_qkv
     check(capacity >= 1, "gate_loop_full.init_state: capacity must be at least 1; got {}.", capacity,
           remedy="Give the number of positions that the longest sequence will have.")
-    shape = (batch, cfg.heads, capacity, cfg.dim_head)
-    sums = like.new_zeros(*shape[:3], cfg.dim_head // 2, dtype=torch.float64) if cfg.decays else EMPTY
-    total = like.new_zeros(2, batch, cfg.heads, 1, cfg.dim_head // 2, dtype=torch.float64) if cfg.decays else EMPTY
-    return State(like.new_zeros(shape), like.new_zeros(shape), sums, sums, total,
-                 torch.zeros((), dtype=torch.int64, device=like.device))
+    k, v = (_cache.fresh(like, batch, cfg.heads, capacity, cfg.dim_head) for _ in "kv")
+    zero, pairs = torch.zeros((), dtype=torch.int64, device=like.device), cfg.dim_head // 2
+    if not cfg.decays:
+        return State(k, v, EMPTY, EMPTY, EMPTY, zero)
+    sums = (_cache.fresh(like, batch, cfg.heads, capacity, pairs, torch.float64) for _ in range(2))
+    return State(k, v, *sums, like.new_zeros(2, batch, cfg.heads, 1, pairs, dtype=torch.float64), zero)
 
 
 def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
@@ -142,14 +145,11 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
            mask=mask, context=context)
     streaming, n = not isinstance(state, Empty), x.shape[1]
     pos = state.pos if streaming else torch.zeros((), dtype=torch.int64, device=x.device)
-    if streaming:
-        used, capacity = peek_int(pos), state.k.shape[2]
-        check(used is None or used + n <= capacity, "gate_loop_full.apply: the state holds {} of {} positions and {} more were given.",
-              used, capacity, n, remedy="Make it larger: init_state(params, batch, capacity=...).")
+    used = _cache.room("gate_loop_full.apply", state.k, pos, n) if streaming else 0
 
     q, k, v = (split_heads(t, cfg.heads) for t in F.linear(x, params.to_qkv).chunk(3, -1))
     if cfg.rotary_emb:
-        positions, freqs = pos + torch.arange(n, device=x.device), ops.lang_freqs(cfg.dim_head, device=x.device)
+        positions, freqs = _cache.positions(pos, n), ops.lang_freqs(cfg.dim_head, device=x.device)
         q, k = ops.rotary(q, positions, freqs), ops.rotary(k, positions, freqs)
     q = q * cfg.dim_head ** -0.5
     log_sum = phase_sum = total = EMPTY
@@ -164,20 +164,26 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
             total = torch.stack((log_sum, phase_sum))[..., -1:, :] if n else (state.total if streaming else EMPTY)
     q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
 
-    keys, values, log_keys, phase_keys, after = k, v, log_sum, phase_sum, EMPTY
+    after = EMPTY
     if streaming:
-        at = pos + torch.arange(n, device=x.device)
-        new = (k, v, log_sum, phase_sum)
-        keys, values, log_keys, phase_keys = (
-            EMPTY if isinstance(old, Empty) else old.index_copy(2, at, t.to(old.dtype)) for old, t in zip(state[:4], new))
-        after = State(keys, values, log_keys, phase_keys, total, pos + n)
-    if cfg.decays:
-        _only_reference(impl)
-        out = decayed_attention(q, keys, values, log_sum, phase_sum, log_keys, phase_keys, offset=pos, softmax=cfg.softmax)
-    elif cfg.softmax:
-        out = ops.softmax_attention(q, keys, values, causal=True, scale=1.0, offset=pos, impl=impl)
+        seen = (EMPTY if isinstance(rows, Empty) else _cache.append(rows, t, pos, used)
+                for rows, t in zip(state[:4], (k, v, log_sum, phase_sum)))
+        after = State(*seen, total, pos + n)
+    if cfg.softmax and not cfg.decays:
+        if used == 0:
+            out = ops.softmax_attention(q, k, v, causal=True, scale=1.0, offset=0, impl=impl)
+        else:
+            out = _cache.attend(q, after.k, after.v, pos, used, scale=1.0, impl=impl)
     else:
-        out = _unnormalised(q, keys, values, pos)
+        keys = (k, v, log_sum, phase_sum)
+        if used != 0:
+            known = None if used is None else used + n
+            keys = tuple(EMPTY if isinstance(rows, Empty) else _cache.read(rows, after.pos, known) for rows in after[:4])
+        if cfg.decays:
+            _only_reference(impl)
+            out = decayed_attention(q, *keys[:2], log_sum, phase_sum, *keys[2:], offset=pos, softmax=cfg.softmax)
+        else:
+            out = _unnormalised(q, *keys[:2], pos)
     out = taps.tap("heads", out).to(x.dtype)
     if cfg.add_swish_gating:
         out = out * F.silu(split_heads(F.linear(x, params.to_gates), cfg.heads))

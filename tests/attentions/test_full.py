@@ -144,7 +144,7 @@ def test_a_sequence_may_be_cut_anywhere(cfg, cuts, impl):
         out, state = full.apply(params, x[:, first:last], state, mask=keep[:, first:last], impl=impl)
         parts.append(out)
     assert_close(torch.cat(parts, 1), whole)
-    for a, b in zip(state, end):
+    for a, b in zip(tree.leaves(state), tree.leaves(end)):
         assert a.shape == b.shape and a.dtype == b.dtype
         assert_close(a.double(), b.double())
     assert state.pos == 11
@@ -180,7 +180,7 @@ def test_sequences_at_different_positions_run_under_one_vmap(cfg):
     loop = [full.apply(params, x[:, 8:], s) for s in states]
     assert_close(out, torch.stack([o for o, _ in loop]))
     assert new.pos.tolist() == [5, 8, 11]
-    for a, b in zip(new, tree.stack([s for _, s in loop])):
+    for a, b in zip(tree.leaves(new), tree.leaves(tree.stack([s for _, s in loop]))):
         assert_close(a.double(), b.double())
 
 
@@ -199,8 +199,8 @@ def test_a_state_is_not_written_to_and_holds_the_dtype_of_the_params():
         params = params_of(CAUSAL, dtype)
         state = full.init_state(params, 2, capacity=5)
         out, new = full.apply(params, inputs(CAUSAL, 3, dtype=dtype), state)
-        assert (state.k == 0).all() and state.pos == 0 and new.pos == 3
-        assert out.dtype == dtype and new.k.dtype == dtype and not state.visible.any() and new.visible[:, :3].all()
+        assert not any(rows.any() for rows in (*state.k, *state.v)) and state.pos == 0 and new.pos == 3
+        assert out.dtype == dtype and new.k.main.dtype == new.k.late.dtype == dtype and state.visible.all() and new.visible.all()
 
 
 # ------------------------------------------------------------------------------------------------ what masks mean

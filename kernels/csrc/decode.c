@@ -1,0 +1,142 @@
+/* Softmax attention of a few queries over keys in two places: the first `first` of m in k, v and the others in k_late, v_late.
+ *
+ *     out_i = sum_j p_ij v_j        p_ij = exp(scale q_i . k_j) / sum over visible j of exp(scale q_i . k_j)
+ *
+ * q [b, h, n, d], k [b, g, room, d], v [b, g, room, e], k_late [b, g, late, d], v_late [b, g, late, e], out [b, h, n, e],
+ * contiguous. mask: bytes [b, h, n, m] with strides (sb, sh, sn, 1), or NULL. Key j is seen if j <= start + i; 0 for a query that
+ * sees no key.
+ *
+ * Keys and values are read once for all queries of a key head, in blocks that stay in the first cache. One task is a key head;
+ * the lanes of a vector lie along the channels, so a single query fills them. */
+#ifndef PRECISION
+#define PRECISION 32
+#include "decode.c"
+#undef PRECISION
+#define PRECISION 64
+#include "decode.c"
+#else
+#include "softmax_tile.h"
+
+#undef PARTS
+#define PARTS (VECTOR_BYTES / 16)
+typedef REAL S(quarter) __attribute__((vector_size(16)));
+
+/* The sum over the lanes: sixteen bytes at a time, which the compiler keeps in registers. */
+static inline REAL S(add_lanes)(VF x) {
+    union { VF whole; S(quarter) part[PARTS]; } u = {.whole = x};
+#if PARTS == 4
+    S(quarter) sum = (u.part[0] + u.part[2]) + (u.part[1] + u.part[3]);
+#elif PARTS == 2
+    S(quarter) sum = u.part[0] + u.part[1];
+#else
+    S(quarter) sum = u.part[0];
+#endif
+#if PRECISION == 32
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+#else
+    return sum[0] + sum[1];
+#endif
+}
+
+/* score[j] = scale q . k_j for `count` keys. */
+static void S(meet)(const REAL *restrict q, const REAL *restrict k, int64_t count, int64_t d, REAL scale, REAL *restrict score) {
+    int64_t j = 0, whole = d - d % LANES;
+    for (; j + 4 <= count; j += 4, k += 4 * d) {
+        VF sum[4] = {{0}};
+        for (int64_t c = 0; c < whole; c += LANES) {
+            VF q_c = *(const VF *)(q + c);
+            for (int x = 0; x < 4; x++) sum[x] += q_c * *(const VF *)(k + x * d + c);
+        }
+        for (int x = 0; x < 4; x++) {
+            REAL rest = S(add_lanes)(sum[x]);
+            for (int64_t c = whole; c < d; c++) rest += q[c] * k[x * d + c];
+            score[j + x] = rest * scale;
+        }
+    }
+    for (; j < count; j++, k += d) {
+        VF sum = {0};
+        for (int64_t c = 0; c < whole; c += LANES) sum += *(const VF *)(q + c) * *(const VF *)(k + c);
+        REAL rest = S(add_lanes)(sum);
+        for (int64_t c = whole; c < d; c++) rest += q[c] * k[c];
+        score[j] = rest * scale;
+    }
+}
+
+/* out += sum_j p_j v_j */
+static void S(gather)(REAL *restrict out, const REAL *restrict p, const REAL *restrict v, int64_t count, int64_t e) {
+    int64_t c = 0;
+#define CHANNELS(X)                                                                                    \
+    for (; c + X * LANES <= e; c += X * LANES) {                                                       \
+        VF sum[X];                                                                                     \
+        for (int x = 0; x < X; x++) sum[x] = *(VF *)(out + c + x * LANES);                             \
+        for (int64_t j = 0; j < count; j++)                                                            \
+            for (int x = 0; x < X; x++) sum[x] += p[j] * *(const VF *)(v + j * e + c + x * LANES);     \
+        for (int x = 0; x < X; x++) *(VF *)(out + c + x * LANES) = sum[x];                             \
+    }
+    CHANNELS(8)
+    CHANNELS(4)
+    CHANNELS(1)
+#undef CHANNELS
+    for (; c < e; c++)
+        for (int64_t j = 0; j < count; j++) out[c] += p[j] * v[j * e + c];
+}
+
+/* Scores to weights that add up to 1, or all 0 if none is above -infinity. `count` is a multiple of LANES. */
+static void S(normalise)(REAL *p, int64_t count) {
+    VF best = *(VF *)p, total = {0};
+    for (int64_t j = LANES; j < count; j += LANES) best = S(select)(*(VF *)(p + j) > best, *(VF *)(p + j), best);
+    REAL top = best[0];
+    for (int i = 1; i < LANES; i++) top = best[i] > top ? best[i] : top;
+    if (top == -(REAL)INFINITY) {
+        memset(p, 0, (size_t)count * sizeof(REAL));
+        return;
+    }
+    for (int64_t j = 0; j < count; j += LANES) total += *(VF *)(p + j) = S(exponential)(*(VF *)(p + j) - top);
+    const REAL part = (REAL)1 / S(add_lanes)(total);
+    for (int64_t j = 0; j < count; j += LANES) *(VF *)(p + j) *= part;
+}
+
+int S(try_decode)(const REAL *q, const REAL *k, const REAL *v, const REAL *k_late, const REAL *v_late, const uint8_t *mask,
+                  REAL *out, int64_t b, int64_t h, int64_t g, int64_t n, int64_t d, int64_t e, int64_t room, int64_t late,
+                  int64_t first, int64_t m, int64_t sb, int64_t sh, int64_t sn, int64_t start, int64_t threads, double scale) {
+    const int64_t r = h / g, rows = r * n, row = (m + LANES - 1) / LANES * LANES;
+    int failed = 0;
+    memset(out, 0, (size_t)(b * h * n * e) * sizeof(REAL));
+    if (!rows || !m) return 0;
+#pragma omp parallel num_threads((int)min64(threads, b * g)) if (threads > 1 && b * g > 1)
+    {
+        REAL *scores = scratch((size_t)(rows * row) * sizeof(REAL));
+        if (!scores) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < b * g; task++) {
+            if (!scores) continue;
+            const REAL *q_t = q + task * rows * d;
+            REAL *out_t = out + task * rows * e;
+            for (int64_t j = 0, stop; j < m; j = stop) {
+                stop = min64(j + KEYS, j < first ? first : m);
+                const REAL *k_j = j < first ? k + (task * room + j) * d : k_late + (task * late + j - first) * d;
+                for (int64_t i = 0; i < rows; i++) S(meet)(q_t + i * d, k_j, stop - j, d, (REAL)scale, scores + i * row + j);
+            }
+            for (int64_t i = 0; i < rows; i++) {
+                REAL *p = scores + i * row;
+                const int64_t head = task % g * r + i / n, end = max64(0, min64(m, start + i % n + 1));
+                const uint8_t *seen = mask ? mask + task / g * sb + head * sh + i % n * sn : NULL;
+                for (int64_t j = end; j < row; j++) p[j] = -(REAL)INFINITY;
+                if (seen)
+                    for (int64_t j = 0; j < end; j++) p[j] = seen[j] ? p[j] : -(REAL)INFINITY;
+                S(normalise)(p, row);
+            }
+            for (int64_t j = 0, stop; j < m; j = stop) {
+                stop = min64(j + KEYS, j < first ? first : m);
+                const REAL *v_j = j < first ? v + (task * room + j) * e : v_late + (task * late + j - first) * e;
+                for (int64_t i = 0; i < rows; i++) S(gather)(out_t + i * e, scores + i * row + j, v_j, stop - j, e);
+            }
+        }
+        free(scores);
+    }
+    return failed;
+}
+#endif
