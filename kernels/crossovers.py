@@ -14,6 +14,7 @@ ALWAYS, NEVER = "always", "never"
 EPYC = "one core of an AMD EPYC with AVX-512, 2026-11"
 UNMEASURED = "not yet measured on a GPU, so not yet chosen there"
 UNPROVEN = "not yet measured on a GPU: compiled for one, and right in Triton's interpreter"
+UNPROVEN = "not yet measured on a GPU: compiled for one, and right in Triton's interpreter"
 
 
 class Crossover(NamedTuple):
@@ -62,6 +63,10 @@ TABLE = (
     # Our backward gives a thread a key head.
     Crossover("softmax_attention", "native, torch's backward", "{speed} b g < threads", EPYC, {"speed": 4}),
     Crossover("softmax_attention", "triton", NEVER, UNMEASURED),
+    Crossover("cached_attention", "native", ALWAYS, EPYC),
+    # Inside native: reading both parts of a cache where they are, in place of joining them for softmax_attention.
+    Crossover("cached_attention", "native, in place", "at most {queries} queries for each key head", EPYC, {"queries": 8}),
+    Crossover("cached_attention", "triton", NEVER, UNMEASURED),
     Crossover("masked_softmax", "deepspeed", NEVER, UNMEASURED),
     # Under a compiler plain torch is fused with what surrounds it.
     Crossover("rotary", "native", "not while torch.compile traces", EPYC),

@@ -3,6 +3,7 @@
 from . import layouts as layouts
 from .axial_attention import axial_attention as axial_attention
 from .block_sparse import block_sparse_attention as block_sparse_attention
+from .cached_attention import cached_attention as cached_attention
 from .causal_dot import causal_dot as causal_dot
 from .conv_attention import conv_attention as conv_attention
 from .coor_attention import coor_descent_attention as coor_descent_attention

@@ -69,6 +69,13 @@ def _blocks(draw: Draw, s: dict) -> tuple:
     return q, k, v, ((i[:, None] - i) % 2 == 0)[None]
 
 
+def _cached(draw: Draw, s: dict) -> tuple:
+    """One query against keys of which a quarter lies apart."""
+    late = s["n"] // 4
+    shapes = (1, s["n"] - late, s["n"] - late, late, late)
+    return tuple(draw(s["b"], s["h"], n, s["d"]) for n in shapes)
+
+
 def _picture(s: dict) -> dict:
     """A quarter of the positions is text, the rest the beginning of a picture."""
     text = s["n"] // 4
@@ -83,6 +90,8 @@ CASES = {
     "gate_loop": Case("gate_loop.complex", _gate_loop, asked=lambda q, k, v, a: (q, k, v, a, None, None)),
     "simple_gate_loop": Case("gate_loop.simple", _simple_gate_loop, asked=lambda q, kv, a: (q, kv, a, None)),
     "softmax_attention": Case("softmax", _qkv, lambda s: {"causal": True}),
+    "cached_attention": Case("cached_attention", _cached, lambda s: {"first": s["n"] - s["n"] // 4, "length": s["n"]},
+                             asked=lambda q, k, v, *late: (q, k, v)),
     "masked_softmax": Case("masked_softmax", lambda draw, s: (draw(s["b"], s["h"], s["n"], s["n"]),)),
     "rotary": Case("rotary", _rotary, asked=lambda x, positions, freqs: (x, freqs)),
     "coor_descent": Case("coor_descent", lambda draw, s: (draw(s["b"], s["h"], s["n"]),), lambda s: {"k": 2.0},

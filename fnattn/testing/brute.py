@@ -88,6 +88,12 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = 
     return torch.einsum("bhij,bhje->bhie", p / torch.where(total == 0, torch.ones_like(total), total), _heads(q, v))
 
 
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, k_late: Tensor, v_late: Tensor, *, first: int, length: int,
+                     mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    k, v = (torch.cat((x[:, :, :first], late[:, :, :length - first]), 2) for x, late in ((k, k_late), (v, v_late)))
+    return softmax_attention(q, k, v, mask=mask, causal=True, scale=scale)
+
+
 def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     p = scores.exp() if mask is None else torch.where(mask, scores.exp(), torch.zeros_like(scores))
     total = p.sum(-1, keepdim=True)
