@@ -58,15 +58,15 @@ static inline VF S(select)(S(ints) yes, VF a, VF b) { return (VF)((yes & (S(ints
 
 /* exp to one or two units in the last place: 2^j times the Taylor polynomial on [-ln 2 / 2, ln 2 / 2]. 0 below LOWEST. */
 static inline VF S(exponential)(VF x) {
-    static const REAL inverse[] = {1., 1., 1. / 2, 1. / 3, 1. / 4, 1. / 5, 1. / 6, 1. / 7, 1. / 8, 1. / 9, 1. / 10, 1. / 11, 1. / 12,
-                                   1. / 13};
+    static const REAL factor[] = {1., 1., 1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800,
+                                  1. / 39916800, 1. / 479001600, 1. / 6227020800};
     const VF lowest = (VF){0} + (REAL)LOWEST, highest = (VF){0} + (REAL)HIGHEST;
     const S(ints) vanishes = x < lowest;
     x = S(select)(x > highest, highest, S(select)(vanishes, lowest, x));
     VF shifted = x * (REAL)1.44269504088896340736 + (REAL)ROUNDER, j = shifted - (REAL)ROUNDER;
     x = (x - j * (REAL)LN2_HIGH) - j * (REAL)LN2_LOW;
-    VF sum = (VF){0} + (REAL)1;
-    for (int i = DEGREE; i > 0; i--) sum = sum * x * inverse[i] + (REAL)1;
+    VF sum = (VF){0} + factor[DEGREE];
+    for (int i = DEGREE - 1; i >= 0; i--) sum = sum * x + factor[i];
     return (VF)(~vanishes & ((S(ints))sum + ((S(ints))shifted << FRACTION_BITS)));
 }
 
@@ -89,16 +89,17 @@ static inline VF S(exponential)(VF x) {
 /* Sums that fit the registers: 32 vectors with AVX-512, 16 else. */
 #if VECTOR_BYTES == 64
 #define WIDEST 4
-#define MANY_ROWS(X) (X == 4 ? 4 : 8)
+#define MANY_ROWS(X) (X == 4 ? 6 : 12)
 #else
 #define WIDEST 2
-#define MANY_ROWS(X) 4
+#define MANY_ROWS(X) (X == 2 ? 6 : 8)
 #endif
 
 #define COLUMNS(X)                                             \
     for (; vectors >= X; vectors -= X, c += X * LANES, b += X * LANES) { \
         int64_t i = 0;                                         \
         MULTIPLY(MANY_ROWS(X), X)                              \
+        MULTIPLY(4, X)                                         \
         MULTIPLY(1, X)                                         \
     }
 
