@@ -66,15 +66,17 @@ def choose(operator: str, impl: str, kernels: Sequence[Kernel], *args) -> Kernel
 
 
 def native_reason(source: str, *tensors: Tensor | None) -> str | None:
-    """Why the C kernel csrc/<source>.c cannot take these tensors; None if it can."""
-    for t in tensors:
-        if t is None:
-            continue
-        if t.device.type != "cpu":
+    """Why the C kernel csrc/<source>.c cannot take these tensors; None if it can.
+
+    Tensors on the meta device have no numbers: there the operator gives shapes and dtypes, at no cost and without a compiler.
+    """
+    there = [t for t in tensors if t is not None]
+    for t in there:
+        if t.device.type not in ("cpu", "meta"):
             return f"needs CPU tensors, got {t.device.type}"
         if not t.is_floating_point():
             return f"needs floating point, got {t.dtype}"
-    return build.why_not(source)
+    return None if any(t.device.type == "meta" for t in there) else build.why_not(source)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -145,7 +145,7 @@ for _kernel in (native, triton):
 
 
 def _native_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    return None if q.device.type == "cpu" else f"needs CPU tensors, got {q.device.type}"
+    return None if q.device.type in ("cpu", "meta") else f"needs CPU tensors, got {q.device.type}"
 
 
 def _native(q, k, v, mask, start, scale):
