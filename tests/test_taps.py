@@ -10,6 +10,7 @@ import torch
 from fnattn import tree
 from fnattn.taps import harvest, in_use, plant, scope, tap
 
+OLD = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13)
 X = torch.linspace(-0.7, 0.9, 5, dtype=torch.float64)
 
 
@@ -188,7 +189,8 @@ def test_remat_computes_its_gradient_with_what_was_planted():
     lambda c: c(f)(X), lambda c: c(harvest(f))(X), lambda c: c(plant(f, {"layer0.act": lambda old: old + 1}))(X),
     lambda c: c(torch.func.grad(lambda h: plant(f, {"hidden": h})(X)))(X),
     lambda c: c(torch.vmap(harvest(f)))(X[:, None]),
-    lambda c: c(torch.func.jacrev(lambda x: harvest(f)(x)[1]))(X)])
+    pytest.param(lambda c: c(torch.func.jacrev(lambda x: harvest(f)(x)[1]))(X),
+                 marks=pytest.mark.skipif(OLD, reason="before 2.13 torch cannot compile jacrev of several results"))])
 def test_fullgraph_compile_equals_eager(build):
     torch.testing.assert_close(build(aot), build(lambda fn: fn))
 

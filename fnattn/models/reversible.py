@@ -115,11 +115,13 @@ def _flatten(blocks: Sequence, params: Sequence, shared: tuple) -> tuple[list[_H
             _check_closure(fn)
             items, form = tree.flatten((fn_params, *shared))
             at = [i for i, item in enumerate(items) if isinstance(item, Tensor)]
-            for i in at:
-                if id(items[i]) not in place_of:
-                    place_of[id(items[i])] = len(tensors)
+            # While torch compiles, a tensor's id cannot always be asked for; a shared one is then given twice, which costs little.
+            ids = range(len(tensors), len(tensors) + len(at)) if torch.compiler.is_compiling() else [id(items[i]) for i in at]
+            for i, name in zip(at, ids):
+                if name not in place_of:
+                    place_of[name] = len(tensors)
                     tensors.append(items[i])
-            places = tuple(place_of[id(items[i])] for i in at)
+            places = tuple(place_of[name] for name in ids)
             others = [None if isinstance(item, Tensor) else item for item in items]
             halves.append(_Half(functools.partial(_call, fn, form, others, at), places))
     return halves, tensors

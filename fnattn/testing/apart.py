@@ -129,7 +129,10 @@ def _warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)  # threads do not survive a fork
-    f = torch.compile(torch.func.grad(lambda x: x.sin().sum()), backend="aot_eager", fullgraph=True)
+    fn = torch.func.grad(lambda x: x.sin().sum())
+    if torch.version.cuda is not None:  # there a backward starts threads of autograd, one per kind of device
+        fn = torch.sin
+    f = torch.compile(fn, backend="aot_eager", fullgraph=True)
     f(torch.ones(2))
     torch._dynamo.reset()
 
