@@ -121,6 +121,11 @@ class Operator:
         """
         self.splits.append(sharding.Split(tuple(arguments), tuple(results)))
 
+    def like(self, other: Operator) -> None:
+        """Takes the FLOP formula and the splits of an operator with the same arguments and results."""
+        self.flops(_FLOPS[other.packet])
+        self.splits += other.splits
+
     def _autograd(self, keyset, *args):
         """Runs once per transform level and once at the bottom, like the kernel of a built-in operator."""
         sharding.on_first_use(args)

@@ -181,3 +181,5 @@ second = Operator(
     "taylor_second_triton", 1, f"({_INPUTS}, Tensor out, Tensor den, Tensor grad, Tensor? grad_sums, Tensor tout, Tensor tden, "
     "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tsums, Tensor? tgrad, Tensor? tgrad_sums, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)", cpu=_second, cuda=_second, fake=_second_fake)
+for _own, _same in ((forward, native.forward), (backward, native.backward), (tangent, native.tangent), (second, native.second)):
+    _own.like(_same)
