@@ -14,7 +14,8 @@ from .lang import jit, tl
 
 @jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
 @jit
