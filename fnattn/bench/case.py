@@ -35,6 +35,7 @@ class Contest(NamedTuple):
     theirs:  makes the other side, called once: -> Opponent; raises upstream.Missing. None: there is no other side.
     forward, both: the least work of a forward, and of a forward with gradients. None: not counted.
     truth:   what `ours` must give, if that is not `ours` with impl="reference".
+    calls:   how many steps `ours` and the other side take; times and work in the table are those of one.
     """
 
     args: tuple
@@ -43,6 +44,7 @@ class Contest(NamedTuple):
     forward: Work | None = None
     both: Work | None = None
     truth: Callable[..., Tensor] | None = None
+    calls: int = 1
 
 
 class Opponent(NamedTuple):

@@ -97,20 +97,27 @@ def _linformer(s: dict, device: torch.device) -> Contest:
 
 
 def _step(cfg: Any, theirs, s: dict, device: torch.device, state_bytes: float | None = None) -> Contest:
-    """One more token after n - 1. theirs(params, x) makes the opponent from all n tokens; it sees them, and takes its step."""
-    params = fnattn.init(random.key(0), cfg, device=device)
+    """The last of n tokens, or s["steps"] of them: some caches cost more at every so-manieth token, so that one says little.
+
+    theirs(params, x) makes the opponent from all n tokens; it sees them, and takes its steps.
+    """
+    params, steps = fnattn.init(random.key(0), cfg, device=device), s.get("steps", 1)
     x = normal("x", s["b"], s["n"], cfg.dim, device=device)
     with torch.no_grad():
-        _, state = fnattn.apply(params, x[:, :-1], fnattn.init_state(params, s["b"], capacity=s.get("room", s["n"])))
+        _, state = fnattn.apply(params, x[:, :-steps], fnattn.init_state(params, s["b"], capacity=s.get("room", s["n"])))
 
-    def ours(params, token, state, x, impl="auto"):
-        return fnattn.apply(params, token, state, impl=impl)[0]
+    def ours(params, tokens, state, x, impl="auto"):
+        outs = []
+        for token in tokens.split(1, 1):
+            out, state = fnattn.apply(params, token, state, impl=impl)
+            outs.append(out)
+        return outs[0] if steps == 1 else torch.cat(outs, 1)
 
-    def truth(params, token, state, x, impl="reference"):
-        return fnattn.apply(params, x, impl=impl)[0][:, -1:]
+    def truth(params, tokens, state, x, impl="reference"):
+        return fnattn.apply(params, x, impl=impl)[0][:, -steps:]
 
     floor = Work(bytes=bytes_of(*(t.shape for t in floats(params))) + (state_bytes or 0))
-    return Contest((params, x[:, -1:].clone(), state, x), ours, lambda: theirs(params, x), floor, None, truth)
+    return Contest((params, x[:, -steps:].clone(), state, x), ours, lambda: theirs(params, x), floor, None, truth, steps)
 
 
 def _decode_taylor(s: dict, device: torch.device) -> Contest:
@@ -164,11 +171,18 @@ def _decode_picture(kind: str, cached: bool, s: dict, device: torch.device) -> C
         mask = _conv_mask(t, side, length, device) if kind == "conv" else None
         made = upstream.dalle("Attention", **options, static_mask=mask).to(device)
         upstream.layer(made, params)
-        cache: dict[str, Any] = {}
+        steps, cache = s.get("steps", 1), dict[str, Any]()
         with torch.no_grad():
-            made(x[:, :-1], cache=cache, cache_key="kv")
-        seen = {**cache, "offset": x.shape[1] - 1}  # it writes the longer keys into the dict: a new dict for each step
-        return Opponent(lambda params, token, *rest: made(token, cache=dict(seen), cache_key="kv"))
+            made(x[:, :-steps], cache=cache, cache_key="kv")
+
+        def run(params, tokens, *rest):
+            seen, outs = dict(cache), []  # it writes the longer keys into the dict: a new dict for each run
+            for i, token in enumerate(tokens.split(1, 1)):
+                seen["offset"] = x.shape[1] - steps + i
+                outs.append(made(token, cache=seen, cache_key="kv"))
+            return torch.cat(outs, 1)
+
+        return Opponent(run)
 
     read = s["n"] if kind == "full" else t + 25
     return _step(cfg, theirs, {**s, "room": length}, device, bytes_of((s["b"], h, read, 2 * d)))
@@ -210,7 +224,7 @@ CASES = (
          (1.9, None), _GATE, memory=False),
     Case("decode gate_loop", "decode", _decode_gate_loop, {"b": 2, "n": 1024, "dim": 512}, {"b": 1, "n": 64, "dim": 32},
          (None, None), _GATE + ", recomputing", memory=False),
-    Case("decode full", "decode", partial(_decode_picture, "full", True), {**WIDE, "n": 1024}, {**SMALL, "n": 40},
+    Case("decode full", "decode", partial(_decode_picture, "full", True), {**WIDE, "n": 1024, "steps": 32}, {**SMALL, "n": 40, "steps": 8},
          (2.5, None), _DALLE, memory=False),
     Case("decode conv", "decode", partial(_decode_picture, "conv", True), {**WIDE, "n": 1024}, {**SMALL, "n": 40},
          (2, None), _DALLE + ", masked cache", memory=False),

@@ -59,7 +59,8 @@ def contest_rows(case: Case, options: Options, peaks: Peaks | None) -> Iterator[
         run = Side.forward if which == "forward" else Side.both
         times = timing.alternate(partial(run, mine), partial(run, other) if other else None, options.rounds, options.device)
         least = peaks.floor(floor) if peaks else None
-        yield {**head, "pass": which, "ours_ms": times.ours, "upstream_ms": times.theirs, "ratio": times.ratio,
+        theirs_ms = times.theirs and times.theirs / contest.calls
+        yield {**head, "pass": which, "ours_ms": times.ours / contest.calls, "upstream_ms": theirs_ms, "ratio": times.ratio,
                "spread": times.spread, "goal": None if options.quick else goal, "floor_ms": least, "missing": missing,
                "memory_ours_mb": (held or {}).get(f"{which} ours"), "memory_upstream_mb": (held or {}).get(f"{which} upstream")}
 
