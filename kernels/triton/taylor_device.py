@@ -188,7 +188,7 @@ def gather(a, b, y, z, ta, tb, ty, tz, held, held_z, t_held, t_held_z, out, out_
                 parts += p * z_j[None, :]
         result_z += tl.sum(parts, 1)
     if EPS > 0:
-        result = result / tl.maximum(result_z, EPS)[:, None]
+        result = result / tl.maximum(result_z, tl.full((N,), EPS, ACC))[:, None]
     tl.store(out + (row * n + i[:, None]) * e + columns[None, :], result, mask=(i < n)[:, None] & (columns < e)[None, :])
     tl.store(out_z + row * n + i, result_z, mask=i < n)
 
