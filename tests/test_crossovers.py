@@ -10,6 +10,8 @@ import torch
 from fnattn_kernels import crossovers
 
 from fnattn import ops
+from fnattn.__main__ import main
+from fnattn.bench import crossovers as measured
 from fnattn.ops._door import choose, worthwhile
 from fnattn.ops.report import CASES
 
@@ -51,3 +53,22 @@ def test_what_the_table_forbids_is_still_there_by_name():
     pytest.importorskip("rotary_embedding_torch")
     out = ops.rotary(x, torch.arange(3), freqs, impl="rotary_embedding_torch")
     torch.testing.assert_close(out, ops.rotary(x, torch.arange(3), freqs))
+
+
+def test_the_command_measures_and_prints_the_table(capsys):
+    assert main(["bench", "--crossovers", "--quick", "--rounds", "1", "--op", "scan"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("scan  ") >= 3 and all(row.rule in text and row.measured in text for row in crossovers.TABLE)
+
+
+def test_rows_name_what_auto_takes_and_what_is_fastest(monkeypatch):
+    monkeypatch.setattr(measured, "FEW", (1, 40))
+    before = dict(crossovers.limits("softmax_attention", "native, torch's"))
+    softmax, one, forty = measured.rows(["softmax_attention"], (16,), "cpu", 1)
+    assert softmax["auto"] == "native" and set(softmax["ms"]) == {"native", "reference"} == set(softmax["value_ms"])
+    assert (one["auto"], forty["auto"]) == ("torch's", "ours")
+    assert crossovers.limits("softmax_attention", "native, torch's") == before
+    (taylor,) = measured.rows(["taylor"], (16,), "cpu", 1)
+    assert set(taylor["ms"]) >= {"native", "reference", "reference, quadratic"}
+    slow = {**taylor, "ms": {"native": 2.0, "reference": 1.0}, "behind": 2.0, "fastest": "reference"}
+    assert "16< native" in measured.line(slow) and "16  native" in measured.line({**slow, "behind": 1.05})

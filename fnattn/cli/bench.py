@@ -4,6 +4,7 @@
   fnattn bench --case "taylor d16" "decode"     some of it; a word takes every case that contains it
   fnattn bench --quick                          small shapes, three rounds: does everything run?
   fnattn bench --op taylor --n 1024 4096        each implementation of an operator against plain torch
+  fnattn bench --crossovers                     where one implementation overtakes another, and the table of what is taken
 
 Before a number is printed, value and gradients must agree with float64; a case that does not is reported as WRONG and the
 command fails. Both sides run in one process, taking turns. One thread is measured in processor time, several on the wall
@@ -46,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="write the results as JSON, and a plot beside it")
     single = parser.add_argument_group("each implementation of an operator against plain torch")
     single.add_argument("--op", nargs="+", metavar="NAME", help=f"operators, or all of them: {', '.join(OPERATORS)}")
+    single.add_argument("--crossovers", action="store_true", help="all implementations at short and long sequences, and the table of "
+                        'thresholds by which impl="auto" chooses; with --op, of these operators')
     single.add_argument("--b", type=int, default=2, help="batch")
     single.add_argument("--h", type=int, default=8, help="heads")
     single.add_argument("--n", type=int, nargs="+", default=[256, 1024], help="lengths")
@@ -63,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     check(args.d % 2 == 0, "bench: --d must be even, for rotary; got {}.", args.d, remedy="Give an even width.")
     check(args.device in devices(), "bench: this machine has {}; got --device {}.", ", ".join(devices()), args.device,
           remedy="Choose one of those.")
+    if args.crossovers:
+        return _crossovers(args)
     if args.op:
         return _implementations(args)
     from ..bench import table
@@ -131,12 +136,35 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     checkpoint.replace(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _implementations(args: argparse.Namespace) -> int:
-    from ..bench import implementations
-    names = list(OPERATORS) if args.op == ["all"] else args.op
+def _operators(asked: list[str] | None) -> list[str]:
+    names = list(OPERATORS) if asked in (None, ["all"]) else list(asked or ())
     for name in names:
         check(name in OPERATORS, "bench: expected an operator; got {!r}.", name,
               remedy="Choose from: all, " + ", ".join(OPERATORS) + ".")
+    return names
+
+
+def _crossovers(args: argparse.Namespace) -> int:
+    from ..bench import crossovers, report
+    names = _operators(args.op)
+    torch.set_num_threads(args.threads)
+    rounds, lengths = args.rounds or (3 if args.quick else 7), crossovers.QUICK if args.quick else crossovers.LENGTHS
+    about = report.machine(torch.device(args.device), None, args.quick, rounds)
+    print(report.preface(about) + "\n\n" + crossovers.HEAD, flush=True)
+    results = []
+    for row in crossovers.rows(names, lengths, args.device, rounds):
+        results.append(row)
+        print(crossovers.line(row), flush=True)
+    print('\n"<": another choice is faster. What impl="auto" goes by, in fnattn_kernels/crossovers.py:\n\n' + crossovers.table())
+    if args.out:
+        _write(args.out, {"machine": about, "results": results})
+        print(f"wrote {args.out}")
+    return 0
+
+
+def _implementations(args: argparse.Namespace) -> int:
+    from ..bench import implementations
+    names = _operators(args.op)
     torch.set_num_threads(args.threads)
     about = {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine(),
              "device": args.device, "threads": torch.get_num_threads(), "dtype": "float32", "repeats": args.repeats}
