@@ -1,72 +1,73 @@
-"""Triton's kernels of the gated loops, compiled for a GPU that need not be here."""
+"""Triton's kernels of the gated loops, compiled for a GPU that need not be here.
+
+Each is compiled for common sizes in float32, and in float64 for sizes of 1, which Triton takes for constants.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from compiling import compiled, compiles, needs_triton
+from fnattn_kernels.crossovers import fixed
 from fnattn_kernels.triton import gate_loop_channels as channels
 from fnattn_kernels.triton import gate_loop_heads as heads
 from fnattn_kernels.triton import lang
 
 pytestmark = [needs_triton, compiles]
-KINDS = {"fp32": torch.float32, "fp64": torch.float64}
+SIZES = "n", "c", "d", "e", "tiles", "slots", "segments", "chunks", "size"
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
-def test_one_complex_number_per_channel(dtype):
+def build(device, name, ones, **constants):
+    """One kernel; `ones`: in float64, for sizes of 1."""
+    names = getattr(device, name).arg_names
+    constants = {"ACC": lang.accumulator(kind(ones)), "PRECISION": lang.PRECISION} | constants
+    if ones:
+        constants |= dict.fromkeys(set(SIZES) - {"slots"}, 1)
+    constants = {key: value for key, value in constants.items() if key in (*names, "num_warps")}
+    integers = [x for x in names if x in SIZES and x not in constants]
+    pointers = [x for x in names if x not in (*integers, *constants)]
+    compiled(device, name, pointers, integers, constants, dtype="fp64" if ones else "fp32")
+
+
+def kind(ones):
+    return torch.float64 if ones else torch.float32
+
+
+@pytest.mark.parametrize("ones", [False, True])
+def test_one_complex_number_per_channel(ones):
     from fnattn_kernels.triton import gate_loop_narrow_device as device
 
-    acc = {"ACC": lang.accumulator(KINDS[dtype])}
-    shape = dict(channels.shape(1000, 1000, KINDS[dtype]), START=True, OUT=True, FINISH=True, **acc)
-    ends, sizes = ("starts", "ends", "products"), ("n", "c", "tiles", "slots")
-    compiled(device, "forward", ("q", "k", "v", "a", "out", "marks", *ends), sizes, shape, dtype=dtype)
-    compiled(device, "backward", ("q", "k", "v", "a", "marks", "g", "fixed", "dq", "dk", "dv", "da", *ends), sizes,
-             {**shape, "FIXED": True}, dtype=dtype)
-    compiled(device, "tangent", ("q", "k", "v", "a", "marks", "tq", "tk", "tv", "ta", "out", "logs", *ends), sizes, shape,
-             dtype=dtype)
-    compiled(device, "carry", ("products", "ends", "first", "starts", "last", "whole"), ("segments", "c"),
-             {"C": 32, "START": True, **acc}, dtype=dtype)
+    shape = channels.shape(1, 1, kind(ones)) if ones else channels.shape(1000, 1000, kind(ones))
+    for name in ("forward", "backward", "tangent", "carry"):
+        build(device, name, ones, START=not ones, FIXED=not ones, OUT=True, FINISH=True, **shape)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_one_real_number_per_channel(reverse):
+@pytest.mark.parametrize("ones", [False, True])
+def test_one_real_number_per_channel(ones):
     from fnattn_kernels.triton import gate_loop_simple_device as device
 
-    acc = {"ACC": lang.accumulator(torch.float32)}
-    shape = dict(channels.shape(1000, 1000, torch.float32), REVERSE=reverse, START=True, OUT=True, FINISH=True, **acc)
-    ends, sizes = ("starts", "ends", "products"), ("n", "c", "tiles", "slots")
-    compiled(device, "forward", ("q", "x", "a", "out", "marks", *ends), sizes, shape)
-    compiled(device, "backward", ("q", "x", "a", "marks", "g", "dq", "dx", "da", *ends), sizes, shape)
-    compiled(device, "tangent", ("q", "x", "a", "marks", "tq", "tx", "ta", "out", *ends), sizes, shape)
-    if not reverse:
-        compiled(device, "carry", ("products", "ends", "first", "starts", "last"), ("segments", "c"), {"C": 32, "START": True, **acc})
+    shape = channels.shape(1, 1, kind(ones)) if ones else channels.shape(1000, 1000, kind(ones))
+    for name in ("forward", "backward", "tangent", "carry"):
+        build(device, name, ones, REVERSE=not ones, START=not ones, OUT=True, FINISH=True, **shape)
 
 
-@pytest.mark.parametrize("width, dtype", [(16, "fp32"), (128, "fp32"), (64, "fp64")])
-def test_a_complex_number_per_head(width, dtype):
+@pytest.mark.parametrize("ones", [False, True])
+def test_a_complex_number_per_head(ones):
     from fnattn_kernels.triton import gate_loop_heads_device as forward
     from fnattn_kernels.triton import gate_loop_heads_grad_device as grad
 
-    kinds = heads.kinds(width, width, KINDS[dtype])
-    acc = {"ACC": lang.accumulator(KINDS[dtype])}
-    dot = {**acc, "PRECISION": lang.PRECISION}
-    sizes = ("n", "d", "e")
+    width = 1 if ones else heads.WIDTH
+    kinds = heads.kinds(width, width, kind(ones))
+    build(forward, "gates", ones, TANGENT=True, M=heads.CHUNK)
+    build(forward, "sums", ones, BACK=ones, **kinds["sums"])
+    build(forward, "carry", ones, START=not ones, REVERSE=ones, **kinds["flat"])
+    build(forward, "outputs", ones, **kinds["rows"])
+    build(grad, "queries", ones, **kinds["queries"])
+    build(grad, "keys", ones, **kinds["keys"])
+    build(grad, "gates_back", ones, FIXED=not ones, M=heads.CHUNK, **kinds["flat"])
+    build(grad, "tangent_sums", ones, **kinds["sums"])
+    build(grad, "tangent_outputs", ones, **kinds["rows"])
 
-    def check(device, name, pointers, integers, constants):
-        compiled(device, name, pointers, integers, constants, dtype=dtype)
 
-    check(forward, "gates", ("a", "ta", "p", "ends", "logs", "log_ends"), ("n",), {"TANGENT": True, "M": heads.CHUNK, **acc})
-    check(forward, "sums", ("x", "y", "p", "ends", "states"), sizes, {"BACK": False, **kinds["sums"], **dot})
-    check(forward, "carry", ("states", "ends", "first", "last", "product"), ("chunks", "size"),
-          {"START": True, "REVERSE": True, **kinds["flat"], **acc})
-    sizes = (*sizes, "chunks")
-    rows = "q", "k", "v", "p", "states"
-    check(forward, "outputs", (*rows, "out"), sizes, {**kinds["rows"], **dot})
-    check(grad, "queries", (*rows, "g", "dq", "logs"), sizes, {**kinds["queries"], **dot})
-    check(grad, "keys", ("q", "k", "v", "g", "p", "ends", "r", "dk", "dv", "logs"), sizes, {**kinds["keys"], **dot})
-    check(grad, "gates_back", ("a", "logs", "states", "r", "fixed", "da"), ("n", "chunks", "size"),
-          {"FIXED": True, "M": heads.CHUNK, **kinds["flat"], **acc})
-    tangents = "tk", "tv", "logs", "states", "moves"
-    check(grad, "tangent_sums", ("k", "v", "p", "ends", "log_ends", *tangents), sizes[:3], {**kinds["sums"], **dot})
-    check(grad, "tangent_outputs", ("q", "k", "v", "p", "tq", "out", *tangents), sizes, {**kinds["rows"], **dot})
+def test_they_are_taken_on_a_gpu():
+    assert all(fixed(operator, "triton") for operator in ("gate_loop", "simple_gate_loop", "coor_descent"))
