@@ -149,14 +149,6 @@ static void S(pack_or_zero)(const REAL *from, int64_t stride, REAL *to, int64_t 
     else memset(to, 0, (size_t)(padded * ld) * sizeof(REAL));
 }
 
-static void S(plain_state_in)(const REAL *from, REAL *to, int64_t d, int64_t e, int64_t dp, int64_t ep) {
-    memset(to, 0, (size_t)(2 * dp * ep) * sizeof(REAL));
-    if (!from) return;
-    for (int64_t r = 0; r < d; r++)
-        for (int64_t j = 0; j < e; j++)
-            for (int64_t c = 0; c < 2; c++) to[(c * dp + r) * ep + j] = from[2 * (r * e + j) + c];
-}
-
 #define TANGENT_AT(x, i, start) ((x) ? AT(x, i) + (start) * x##_row : NULL)
 
 /* out, last, product: what the forward pass gives, or NULL. tout lies in memory as out does. If they are given, logs receives the
@@ -223,7 +215,7 @@ void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
                     S(store)(t_state + j, tr * g.er - ti * g.ei + re * tg.er - im * tg.ei, LANES);
                     S(store)(t_state + dp * ep + j, tr * g.ei + ti * g.er + re * tg.ei + im * tg.er, LANES);
                 }
-                S(turn)(state, 1, 0, dp * ep, g.er, g.ei);
+                S(turn)(state, 1, 0, dp * ep, dp * ep, g.er, g.ei);
                 S(double_rows_twice)(tkc, g.zr, g.zi, kc, tg.zr, tg.zi, 1, two, dp, rows);
                 S(times_left_transposed)(two, 2 * dp, vc, ep, t_state, ep, 2 * dp, ep, m, 1, FULL);
                 S(double_rows)(kc, g.zr, g.zi, 1, two, dp, rows);

@@ -8,6 +8,7 @@
 #ifndef GATE_LOOP_WIDE_ONCE
 #define GATE_LOOP_WIDE_ONCE
 #define CHUNK 64
+#define TOGETHER 32 /* chunks whose states are kept at a time where several threads share a head */
 typedef struct {
     int64_t b, h, n, d, e, dp, ep, m; /* dp, ep: d and e padded; m: steps of a chunk */
 } wide_sizes;
@@ -65,11 +66,11 @@ static void S(double_rows)(const REAL *x, const REAL *re, const REAL *im, REAL s
         }
 }
 
-/* state *= er + i ei, for real and imaginary parts of `count` numbers each, in rows of 2 x `half` or in two blocks. */
-static void S(turn)(REAL *state, int64_t rows, int64_t row, int64_t half, REAL er, REAL ei) {
+/* state *= er + i ei for `rows` rows, `row` apart, of `width` real parts; the imaginary ones lie `imag` behind them. */
+static void S(turn)(REAL *state, int64_t rows, int64_t row, int64_t width, int64_t imag, REAL er, REAL ei) {
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < half; j += LANES) {
-            REAL *re = state + r * row + j, *im = re + half;
+        for (int64_t j = 0; j < width; j += LANES) {
+            REAL *re = state + r * row + j, *im = re + imag;
             VF x = S(load)(re, LANES), y = S(load)(im, LANES);
             S(store)(re, x * er - y * ei, LANES), S(store)(im, x * ei + y * er, LANES);
         }
@@ -93,52 +94,149 @@ static void S(decay)(REAL *scores, const S(gates) *g, int64_t rows) {
         }
 }
 
+/* A state [d][e] of pairs, or NULL for zero, into scratch [2 dp][ep]. */
+static void S(plain_state_in)(const REAL *from, REAL *to, int64_t d, int64_t e, int64_t dp, int64_t ep) {
+    memset(to, 0, (size_t)(2 * dp * ep) * sizeof(REAL));
+    if (!from) return;
+    for (int64_t r = 0; r < d; r++)
+        for (int64_t j = 0; j < e; j++)
+            for (int64_t c = 0; c < 2; c++) to[(c * dp + r) * ep + j] = from[2 * (r * e + j) + c];
+}
+
+/* A part of a state: `rows` rows of `width` real parts, `row` apart; imaginary parts `imag` behind. */
+static void S(copy_part)(const REAL *from, REAL *to, int64_t rows, int64_t width, int64_t imag, int64_t row) {
+    for (int64_t c = 0; c < 2; c++)
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(to + c * imag + r * row, from + c * imag + r * row, (size_t)width * sizeof(REAL));
+}
+
+typedef struct {
+    REAL *q, *k, *kt, *two, *v, *out, *scores;
+    S(gates) gates;
+} S(wide_work);
+
+static S(wide_work) *S(wide_room)(int64_t dp, int64_t ep) {
+    size_t head = (sizeof(S(wide_work)) + 63) / 64 * 64;
+    char *memory = scratch(head + (size_t)(CHUNK * (5 * dp + 2 * ep + CHUNK)) * sizeof(REAL));
+    if (!memory) abort();
+    S(wide_work) *w = (S(wide_work) *)memory;
+    w->q = (REAL *)(memory + head), w->k = w->q + CHUNK * dp, w->kt = w->k + CHUNK * dp, w->two = w->kt + CHUNK * dp;
+    w->v = w->two + CHUNK * 2 * dp, w->out = w->v + CHUNK * ep, w->scores = w->out + CHUNK * ep;
+    return w;
+}
+
+/* Rows of one chunk's results from q, k, v and the gates in scratch and the state that enters. */
+static void S(wide_outputs)(S(wide_work) *w, const REAL *state, REAL *out, int64_t out_row, int64_t m, int64_t d, int64_t e,
+                            int64_t dp, int64_t ep) {
+    int64_t rows = up(m, PAD);
+    S(transpose)(w->k, dp, w->kt, CHUNK, rows, dp);
+    S(times)(w->q, dp, w->kt, CHUNK, w->scores, CHUNK, rows, rows, d, 0, RESULT_LOWER);
+    S(decay)(w->scores, &w->gates, rows);
+    if (state) {
+        S(double_rows)(w->q, w->gates.pr, w->gates.pi, -1, w->two, dp, rows);
+        S(times)(w->two, 2 * dp, state, ep, w->out, ep, rows, ep, 2 * dp, 0, FULL);
+    }
+    S(times)(w->scores, CHUNK, w->v, ep, w->out, ep, rows, ep, rows, state != NULL, LEFT_LOWER);
+    for (int64_t t = 0; t < m; t++) memcpy(out + t * out_row, w->out + t * ep, (size_t)e * sizeof(REAL));
+}
+
+/* The state behind a chunk, in place, or a part of it: `width` rows of real parts by `columns`, imaginary parts `imag` behind.
+ * k and v in scratch hold that part of them. Every number is summed in one order, whatever the part. */
+static void S(wide_advance)(S(wide_work) *w, REAL *state, int64_t width, int64_t columns, int64_t imag, int64_t row, int64_t m) {
+    S(double_rows)(w->k, w->gates.zr, w->gates.zi, 1, w->two, width, up(m, PAD));
+    S(turn)(state, width, row, columns, imag, w->gates.er, w->gates.ei);
+    for (int64_t c = 0; c < 2; c++)
+        S(times_left_transposed)(w->two + c * width, 2 * width, w->v, columns, state + c * imag, row, width, columns, m, 1, FULL);
+}
+
 void S(gate_loop_wide)(const REAL *q, const REAL *k, const REAL *v, const REAL *a, const REAL *h0, REAL *out, REAL *last,
                        REAL *product, int64_t b, int64_t h, int64_t n, int64_t d, int64_t e, int64_t q_batch, int64_t q_head,
                        int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row, int64_t v_batch, int64_t v_head, int64_t v_row,
                        int64_t a_batch, int64_t a_head, int64_t a_row, int64_t out_batch, int64_t out_head, int64_t out_row,
                        int64_t threads) {
     wide_sizes s = wide_size(b, h, n, d, e);
-    int64_t dp = s.dp, ep = s.ep, tasks = b * h;
+    int64_t dp = s.dp, ep = s.ep, tasks = b * h, size = 2 * dp * ep, chunks = (n + s.m - 1) / s.m;
+#define LAST(i, state)                                                                                             \
+    for (int64_t r = 0; r < d; r++)                                                                                \
+        for (int64_t j = 0; j < e; j++)                                                                            \
+            for (int64_t c = 0; c < 2; c++) last[2 * (((i)*d + r) * e + j) + c] = (state)[(c * dp + r) * ep + j]
+    if (threads <= tasks || chunks == 1) { /* a thread per head */
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
-    {
-        size_t numbers = (size_t)(2 * dp * ep + CHUNK * (7 * dp + 2 * ep + CHUNK));
-        REAL *state = scratch(numbers * sizeof(REAL));
-        if (!state) abort();
-        REAL *qc = state + 2 * dp * ep, *kc = qc + CHUNK * dp, *kt = kc + CHUNK * dp, *two = kt + CHUNK * dp;
-        REAL *vc = two + CHUNK * 2 * dp, *oc = vc + CHUNK * ep, *scores = oc + CHUNK * ep;
-        S(gates) g;
+        {
+            REAL *state = scratch((size_t)size * sizeof(REAL));
+            S(wide_work) *w = S(wide_room)(dp, ep);
+            if (!state) abort();
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < tasks; i++) {
-            double whole[2] = {1, 0};
-            memset(state, 0, (size_t)(2 * dp * ep) * sizeof(REAL));
-            if (h0)
-                for (int64_t r = 0; r < d; r++)
-                    for (int64_t j = 0; j < e; j++)
-                        for (int64_t c = 0; c < 2; c++) state[(c * dp + r) * ep + j] = h0[2 * ((i * d + r) * e + j) + c];
-            for (int64_t start = 0; start < n; start += s.m) {
-                int64_t m = min64(s.m, n - start), rows = up(m, PAD);
-                S(chunk_gates)(AT(a, i) + start * a_row, a_row, m, &g, whole);
-                S(pack)(AT(q, i) + start * q_row, q_row, qc, dp, m, d, rows);
-                S(pack)(AT(k, i) + start * k_row, k_row, kc, dp, m, d, rows);
-                S(pack)(AT(v, i) + start * v_row, v_row, vc, ep, m, e, rows);
-                S(transpose)(kc, dp, kt, CHUNK, rows, dp);
-                S(times)(qc, dp, kt, CHUNK, scores, CHUNK, rows, rows, d, 0, RESULT_LOWER);
-                S(decay)(scores, &g, rows);
-                S(double_rows)(qc, g.pr, g.pi, -1, two, dp, rows);
-                S(times)(two, 2 * dp, state, ep, oc, ep, rows, ep, 2 * dp, 0, FULL);
-                S(times)(scores, CHUNK, vc, ep, oc, ep, rows, ep, rows, 1, LEFT_LOWER);
-                REAL *o = out + i / h * out_batch + i % h * out_head + start * out_row;
-                for (int64_t t = 0; t < m; t++) memcpy(o + t * out_row, oc + t * ep, (size_t)e * sizeof(REAL));
-                S(double_rows)(kc, g.zr, g.zi, 1, two, dp, rows);
-                S(turn)(state, 1, 0, dp * ep, g.er, g.ei);
-                S(times_left_transposed)(two, 2 * dp, vc, ep, state, ep, 2 * dp, ep, m, 1, FULL);
+            for (int64_t i = 0; i < tasks; i++) {
+                double whole[2] = {1, 0};
+                S(plain_state_in)(h0 ? h0 + i * 2 * d * e : NULL, state, d, e, dp, ep);
+                for (int64_t start = 0; start < n; start += s.m) {
+                    int64_t m = min64(s.m, n - start), rows = up(m, PAD);
+                    S(chunk_gates)(AT(a, i) + start * a_row, a_row, m, &w->gates, whole);
+                    S(pack)(AT(q, i) + start * q_row, q_row, w->q, dp, m, d, rows);
+                    S(pack)(AT(k, i) + start * k_row, k_row, w->k, dp, m, d, rows);
+                    S(pack)(AT(v, i) + start * v_row, v_row, w->v, ep, m, e, rows);
+                    S(wide_outputs)(w, start || h0 ? state : NULL, AT(out, i) + start * out_row, out_row, m, d, e, dp, ep);
+                    S(wide_advance)(w, state, dp, ep, dp * ep, ep, m);
+                }
+                LAST(i, state);
+                product[2 * i] = (REAL)whole[0], product[2 * i + 1] = (REAL)whole[1];
             }
-            for (int64_t r = 0; r < d; r++)
-                for (int64_t j = 0; j < e; j++)
-                    for (int64_t c = 0; c < 2; c++) last[2 * ((i * d + r) * e + j) + c] = state[(c * dp + r) * ep + j];
-            product[2 * i] = (REAL)whole[0], product[2 * i + 1] = (REAL)whole[1];
+            free(state), free(w);
         }
-        free(state);
+        return;
     }
+    /* More threads than heads. By turns, up to TOGETHER chunks at a time: the states, each thread a part of every state; and the
+     * results, each thread some chunks. The same sums in the same order as above. */
+    int64_t keep = min64(chunks, TOGETHER), by_d = min64(dp / PAD, threads), by_e = min64(ep / PAD, (threads + by_d - 1) / by_d);
+    int64_t parts = by_d * by_e;
+    REAL *states = scratch((size_t)(tasks * (keep + 1) * size) * sizeof(REAL));
+    double *wholes = scratch((size_t)(2 * tasks) * sizeof(double));
+    if (!states || !wholes) abort();
+    for (int64_t i = 0; i < tasks; i++) {
+        S(plain_state_in)(h0 ? h0 + i * 2 * d * e : NULL, states + i * (keep + 1) * size, d, e, dp, ep);
+        wholes[2 * i] = 1, wholes[2 * i + 1] = 0;
+    }
+#pragma omp parallel num_threads((int)threads)
+    {
+        S(wide_work) *w = S(wide_room)(dp, ep);
+        for (int64_t first = 0; first < chunks; first += keep) {
+            int64_t count = min64(keep, chunks - first);
+#pragma omp for schedule(static)
+            for (int64_t task = 0; task < tasks * parts; task++) {
+                int64_t i = task / parts, part = task % parts, unit_d = dp / PAD, unit_e = ep / PAD;
+                int64_t d0 = part / by_e * unit_d / by_d * PAD, d1 = (part / by_e + 1) * unit_d / by_d * PAD;
+                int64_t e0 = part % by_e * unit_e / by_e * PAD, e1 = (part % by_e + 1) * unit_e / by_e * PAD;
+                REAL *own = states + i * (keep + 1) * size + d0 * ep + e0;
+                double ignored[2] = {1, 0};
+                if (first) S(copy_part)(own + keep * size, own, d1 - d0, e1 - e0, dp * ep, ep);
+                for (int64_t c = 0; c < count; c++) {
+                    int64_t start = (first + c) * s.m, m = min64(s.m, n - start), rows = up(m, PAD);
+                    S(chunk_gates)(AT(a, i) + start * a_row, a_row, m, &w->gates, part ? ignored : wholes + 2 * i);
+                    S(pack)(AT(k, i) + start * k_row + d0, k_row, w->k, d1 - d0, m, max64(0, min64(d, d1) - d0), rows);
+                    S(pack)(AT(v, i) + start * v_row + e0, v_row, w->v, e1 - e0, m, max64(0, min64(e, e1) - e0), rows);
+                    S(copy_part)(own + c * size, own + (c + 1) * size, d1 - d0, e1 - e0, dp * ep, ep);
+                    S(wide_advance)(w, own + (c + 1) * size, d1 - d0, e1 - e0, dp * ep, ep, m);
+                }
+            }
+#pragma omp for schedule(static)
+            for (int64_t task = 0; task < tasks * count; task++) {
+                int64_t i = task / count, c = task % count, start = (first + c) * s.m, m = min64(s.m, n - start), rows = up(m, PAD);
+                double ignored[2] = {1, 0};
+                S(chunk_gates)(AT(a, i) + start * a_row, a_row, m, &w->gates, ignored);
+                S(pack)(AT(q, i) + start * q_row, q_row, w->q, dp, m, d, rows);
+                S(pack)(AT(k, i) + start * k_row, k_row, w->k, dp, m, d, rows);
+                S(pack)(AT(v, i) + start * v_row, v_row, w->v, ep, m, e, rows);
+                const REAL *state = states + (i * (keep + 1) + c) * size;
+                S(wide_outputs)(w, start || h0 ? state : NULL, AT(out, i) + start * out_row, out_row, m, d, e, dp, ep);
+            }
+        }
+        free(w);
+    }
+    for (int64_t i = 0; i < tasks; i++) {
+        LAST(i, states + (i * (keep + 1) + (chunks - 1) % keep + 1) * size);
+        product[2 * i] = (REAL)wholes[2 * i], product[2 * i + 1] = (REAL)wholes[2 * i + 1];
+    }
+#undef LAST
+    free(states), free(wholes);
 }

@@ -116,7 +116,7 @@ void S(gate_loop_wide_backward)(const REAL *q, const REAL *k, const REAL *v, con
                 S(pack)(AT(v, i) + start * v_row, v_row, vc, ep, m, e, rows);
                 S(double_rows)(kc, gates.zr, gates.zi, 1, two, dp, rows);
                 memcpy(next, states + c * state, (size_t)state * sizeof(REAL));
-                S(turn)(next, e, 2 * dp, dp, gates.er, gates.ei);
+                S(turn)(next, e, 2 * dp, dp, dp, gates.er, gates.ei);
                 S(times_left_transposed)(vc, ep, two, 2 * dp, next, 2 * dp, ep, 2 * dp, m, 1, FULL);
             }
             fixed[0] = fixed[1] = 0;
@@ -166,7 +166,7 @@ void S(gate_loop_wide_backward)(const REAL *q, const REAL *k, const REAL *v, con
                     memcpy(AT(dv, i) + (start + t) * dv_row, dvc + t * ep, (size_t)e * sizeof(REAL));
                 }
                 S(double_rows)(qc, gates.pr, gates.pi, -1, two, dp, rows);
-                S(turn)(rt, e, 2 * dp, dp, gates.er, -gates.ei);
+                S(turn)(rt, e, 2 * dp, dp, dp, gates.er, -gates.ei);
                 S(times_left_transposed)(gc, ep, two, 2 * dp, rt, 2 * dp, ep, 2 * dp, m, 1, FULL);
             }
             S(state_out)(rt, dh0 + i * 2 * d * e, d, e, dp);
