@@ -121,6 +121,9 @@ def test_coor_descent_compiles_for_a_gpu(n, dtype):
     given = ("s", "log_k", "epsilons", "m")
     for name, others in (("iterate", ("y",)), ("iterate_back", ("g", "ds", "dlog_k")), ("tangent", ("ts", "tlog_k", "ty"))):
         compiled(coor_descent_device, name, (*given, *others), ("n", "n_iters"), shape, dtype=dtype)
+    given = ("s", "k", "epsilons", "cut", "m")
+    for name, others in (("exact", ("y",)), ("exact_back", ("g", "ds", "dk")), ("exact_tangent", ("ts", "tk", "ty"))):
+        compiled(coor_descent_device, name, (*given, *others), ("n",), shape, dtype=dtype)
 
 
 @needs_triton
