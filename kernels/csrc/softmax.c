@@ -73,8 +73,10 @@ void S(softmax)(const softmax_call *call, double scale) {
                 const int empty = top[i] == -INFINITY;
                 lse[i * of[4].row] = empty ? 0 : top[i] + (REAL)log((double)sum[i]);
                 sum[i] = empty ? 0 : 1 / sum[i];
-                for (int64_t c = 0; c < e; c++) out[i * of[3].row + c] = acc[c * WIDTH + i] * sum[i];
             }
+            for (int64_t c = 0; c < e; c++)
+                for (int64_t x = 0; x < WIDTH; x += LANES) *(VF *)(acc + c * WIDTH + x) *= *(VF *)(sum + x);
+            S(turn)(out, of[3].row, acc, WIDTH, e, rows);
         }
         free(memory);
     }
@@ -129,7 +131,8 @@ void S(softmax_backward)(const softmax_call *call, double scale) {
                     S(keys)(dk.at + j0 * dk.row, dk.row, ds, q_r, wide_d, count, rows, x);
                     S(keys)(dv.at + j0 * dv.row, dv.row, p, g_r, wide_e, count, rows, x);
                 }
-                S(rows_of)(S(head)(of + 6, batch, head) + i0 * of[6].row, of[6].row, dq_t, rows, d, (REAL)scale);
+                S(times)(dq_t, d, (REAL)scale);
+                S(turn)(S(head)(of + 6, batch, head) + i0 * of[6].row, of[6].row, dq_t, WIDTH, d, rows);
             }
             S(sums_back)(of + 7, batch, keys, dk, m, d);
             S(sums_back)(of + 8, batch, keys, dv, m, e);

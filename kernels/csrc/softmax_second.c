@@ -96,7 +96,8 @@ void S(softmax_second)(const softmax_call *call, double scale) {
                     S(keys)(dv.at + j0 * dv.row, dv.row, tp, g_r, wide_e, count, rows, x);
                     if (tg) S(keys)(dv.at + j0 * dv.row, dv.row, p, tg_r, wide_e, count, rows, x);
                 }
-                S(rows_of)(S(head)(of + 12, batch, head) + i0 * of[12].row, of[12].row, dq_t, rows, d, (REAL)scale);
+                S(times)(dq_t, d, (REAL)scale);
+                S(turn)(S(head)(of + 12, batch, head) + i0 * of[12].row, of[12].row, dq_t, WIDTH, d, rows);
             }
             S(sums_back)(of + 13, batch, keys, dk, m, d);
             S(sums_back)(of + 14, batch, keys, dv, m, e);

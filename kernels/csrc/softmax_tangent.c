@@ -59,9 +59,10 @@ void S(softmax_tangent)(const softmax_call *call, double scale) {
                 if (tv) S(values)(acc, tv + j0 * of[7].row, of[7].row, p, count, e, x);
             }
             REAL *t_out = S(head)(of + 8, batch, head) + i0 * of[8].row, *t_lse = S(head)(of + 9, batch, head) + i0 * of[9].row;
+            S(turn)(t_out, of[8].row, acc, WIDTH, e, rows);
             for (int64_t i = 0; i < rows; i++) {
                 t_lse[i * of[9].row] = sum[i];
-                for (int64_t c = 0; c < e; c++) t_out[i * of[8].row + c] = acc[c * WIDTH + i] - sum[i] * out[i * of[3].row + c];
+                for (int64_t c = 0; c < e; c++) t_out[i * of[8].row + c] -= sum[i] * out[i * of[3].row + c];
             }
         }
         free(memory);

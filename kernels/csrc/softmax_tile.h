@@ -56,6 +56,13 @@ typedef INT S(ints) __attribute__((vector_size(VECTOR_BYTES)));
 
 static inline VF S(select)(S(ints) yes, VF a, VF b) { return (VF)((yes & (S(ints))a) | (~yes & (S(ints))b)); }
 
+#if !defined(HAVE_SHUFFLE) && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define HAVE_SHUFFLE
+#endif
+#endif
+#include "taylor_square.h"
+
 /* exp to one or two units in the last place: 2^j times the Taylor polynomial on [-ln 2 / 2, ln 2 / 2]. 0 below LOWEST. */
 static inline VF S(exponential)(VF x) {
     static const REAL factor[] = {1., 1., 1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800,
@@ -129,21 +136,29 @@ static inline void S(keys)(REAL *dk, int64_t dk_row, const REAL *p, const REAL *
     S(multiply)(dk, dk_row, p + x, WIDTH, 1, q_r + x * wide, wide, count, rows - x, wide / LANES, 1);
 }
 
+/* to[c][i] = from[i][c] for i < rows, c < columns. */
+static void S(turn)(REAL *to, int64_t to_row, const REAL *from, int64_t from_row, int64_t rows, int64_t columns) {
+    const int64_t whole_rows = rows / LANES * LANES, whole_columns = columns / LANES * LANES;
+    for (int64_t i = 0; i < whole_rows; i += LANES)
+        for (int64_t c = 0; c < whole_columns; c += LANES) S(square)(from + i * from_row + c, from_row, to + c * to_row + i, to_row);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t c = i < whole_rows ? whole_columns : 0; c < columns; c++) to[c * to_row + i] = from[i * from_row + c];
+}
+
+/* t [d][WIDTH] times a number. */
+static inline void S(times)(REAL *t, int64_t d, REAL factor) {
+    for (int64_t c = 0; c < d * WIDTH; c += LANES) *(VF *)(t + c) *= factor;
+}
+
 /* factor x into the columns of t [d][WIDTH], the rest zeros, and, if there is a place, into the rows of r [WIDTH][wide]. */
 static void S(queries)(REAL *t, REAL *r, int64_t wide, const REAL *x, int64_t x_row, int64_t rows, int64_t d, REAL factor) {
     if (rows < WIDTH) memset(t, 0, (size_t)(WIDTH * d) * sizeof(REAL));
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t c = 0; c < d; c++) t[c * WIDTH + i] = factor * x[i * x_row + c];
+    S(turn)(t, WIDTH, x, x_row, rows, d);
+    if (factor != 1) S(times)(t, d, factor);
     if (!r) return;
     if (wide > d) memset(r, 0, (size_t)(WIDTH * wide) * sizeof(REAL));
     for (int64_t i = 0; i < rows; i++)
         for (int64_t c = 0; c < d; c++) r[i * wide + c] = factor * x[i * x_row + c];
-}
-
-/* factor times the columns of t [d][WIDTH] into rows. */
-static inline void S(rows_of)(REAL *x, int64_t x_row, const REAL *t, int64_t rows, int64_t d, REAL factor) {
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t c = 0; c < d; c++) x[i * x_row + c] = factor * t[c * WIDTH + i];
 }
 
 /* The rows of one head of a tensor, or NULL. */
