@@ -1,7 +1,8 @@
 /* out_i = sum_{j <= i} (q_i . k_j) v_j (j >= i if reverse), as a running sum S += k_j v_j^T.
  *
  * q [b, h, n, d], k [b, g, n, d], v [b, g, n, e], out [b, h, n, e], all contiguous. If g < h, each key head serves h / g
- * query heads; if h < g, S sums over the g / h key heads of a query head. */
+ * query heads; if h < g, S sums over the g / h key heads of a query head. Where threads outnumber groups of heads they share the
+ * columns of v, which do not meet. */
 #include "common.h"
 
 #ifndef REAL
@@ -21,15 +22,16 @@
 #include "causal_dot.c"
 #else
 
-/* One (batch, group): `state` is [d][width] with width = e rounded up to whole vectors, zeroed by the caller. */
+/* One (batch, group), `part` columns of v and out from the first of them on, whose rows are e apart: `state` is [d][width] with
+ * width = part rounded up to whole vectors, zeroed by the caller. */
 static void S(dot_group)(const REAL *q, const REAL *k, const REAL *v, REAL *out, int64_t queries, int64_t keys, int64_t n,
-                         int64_t d, int64_t e, int reverse, REAL *state, REAL *row, int64_t width) {
+                         int64_t d, int64_t e, int64_t part, int reverse, REAL *state, REAL *row, int64_t width) {
     int64_t vectors = width / LANES;
     for (int64_t step = 0; step < n; step++) {
         int64_t t = reverse ? n - 1 - step : step;
         for (int64_t r = 0; r < keys; r++) {
             const REAL *k_t = k + (r * n + t) * d;
-            memcpy(row, v + (r * n + t) * e, (size_t)e * sizeof(REAL));
+            memcpy(row, v + (r * n + t) * e, (size_t)part * sizeof(REAL));
             for (int64_t i = 0; i < d; i++) {
                 VF *s = (VF *)(state + i * width);
                 const VF *x = (const VF *)row;
@@ -49,12 +51,12 @@ static void S(dot_group)(const REAL *q, const REAL *k, const REAL *v, REAL *out,
                     a0 += w * s[0], a1 += w * s[1], a2 += w * s[2], a3 += w * s[3];
                 }
                 VF a[4] = {a0, a1, a2, a3};
-                memcpy(o + c * LANES, a, (size_t)min64(4 * LANES, e - c * LANES) * sizeof(REAL));
+                memcpy(o + c * LANES, a, (size_t)min64(4 * LANES, part - c * LANES) * sizeof(REAL));
             }
             for (; c < vectors; c++) {
                 VF a = {0};
                 for (int64_t i = 0; i < d; i++) a += q_t[i] * ((const VF *)(state + i * width))[c];
-                memcpy(o + c * LANES, &a, (size_t)min64(LANES, e - c * LANES) * sizeof(REAL));
+                memcpy(o + c * LANES, &a, (size_t)min64(LANES, part - c * LANES) * sizeof(REAL));
             }
         }
     }
@@ -63,16 +65,20 @@ static void S(dot_group)(const REAL *q, const REAL *k, const REAL *v, REAL *out,
 void S(causal_dot)(const REAL *q, const REAL *k, const REAL *v, REAL *out, int64_t b, int64_t h, int64_t g, int64_t n, int64_t d,
                    int64_t e, int64_t reverse, int64_t threads) {
     if (!b || !h || !g || !n || !e) return;
-    int64_t groups = min64(h, g), queries = h / groups, keys = g / groups, width = (e + LANES - 1) / LANES * LANES;
-#pragma omp parallel num_threads((int)min64(threads, b * groups)) if (threads > 1 && b * groups > 1)
+    int64_t groups = min64(h, g), queries = h / groups, keys = g / groups, vectors = (e + LANES - 1) / LANES;
+    /* Parts of whole vectors; the last may end in a piece of one. */
+    int64_t parts = threads > b * groups ? min64(vectors, (threads + b * groups - 1) / (b * groups)) : 1, tasks = b * groups * parts;
+    size_t numbers = (size_t)(d + 1) * (size_t)((vectors + parts - 1) / parts * LANES);
+#pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        REAL *state = scratch((size_t)(d + 1) * (size_t)width * sizeof(REAL));
+        REAL *state = scratch(numbers * sizeof(REAL));
         if (!state) abort();
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < b * groups; i++) {
-            memset(state, 0, (size_t)(d + 1) * (size_t)width * sizeof(REAL));
-            S(dot_group)(q + i * queries * n * d, k + i * keys * n * d, v + i * keys * n * e, out + i * queries * n * e, queries,
-                         keys, n, d, e, (int)reverse, state, state + d * width, width);
+        for (int64_t task = 0; task < tasks; task++) {
+            int64_t i = task / parts, part = task % parts, from = part * vectors / parts * LANES, to = (part + 1) * vectors / parts * LANES;
+            memset(state, 0, numbers * sizeof(REAL));
+            S(dot_group)(q + i * queries * n * d, k + i * keys * n * d, v + i * keys * n * e + from, out + i * queries * n * e + from,
+                         queries, keys, n, d, e, min64(e, to) - from, (int)reverse, state, state + d * (to - from), to - from);
         }
         free(state);
     }

@@ -79,6 +79,78 @@ static void S(state_out)(const REAL *from, REAL *to, int64_t d, int64_t e, int64
             for (int64_t c = 0; c < 2; c++) to[2 * (r * e + j) + c] = from[j * 2 * dp + c * dp + r];
 }
 
+typedef struct {
+    REAL *q, *k, *v, *g, *xt, *two, *read, *sent, *dq, *dk, *dv, *scores, *d_scores, *r;
+    S(gates) gates;
+    VF angle[CHUNK];
+    REAL turned[CHUNK];
+    double log_size[CHUNK], log_angle[CHUNK];
+} S(back_work);
+
+static S(back_work) *S(back_room)(int64_t dp, int64_t ep) {
+    size_t head = (sizeof(S(back_work)) + 63) / 64 * 64;
+    char *memory = scratch(head + (size_t)(2 * dp * ep + CHUNK * (10 * dp + 3 * ep + max64(dp, ep) + 2 * CHUNK)) * sizeof(REAL));
+    if (!memory) abort();
+    S(back_work) *w = (S(back_work) *)memory;
+    w->q = (REAL *)(memory + head), w->k = w->q + CHUNK * dp, w->dq = w->k + CHUNK * dp, w->dk = w->dq + CHUNK * dp;
+    w->two = w->dk + CHUNK * dp, w->read = w->two + CHUNK * 2 * dp, w->sent = w->read + CHUNK * 2 * dp;
+    w->v = w->sent + CHUNK * 2 * dp, w->g = w->v + CHUNK * ep, w->dv = w->g + CHUNK * ep, w->xt = w->dv + CHUNK * ep;
+    w->scores = w->xt + CHUNK * max64(dp, ep), w->d_scores = w->scores + CHUNK * CHUNK, w->r = w->d_scores + CHUNK * CHUNK;
+    return w;
+}
+
+/* The state H behind a chunk (forward), or the gradient R of the state before it (backward), in place, or a part of either: `rows`
+ * rows by `width` columns of real parts. x and y in scratch hold that part of k and v, or of q and g. One order of summing. */
+static void S(back_advance)(S(back_work) *w, const REAL *x, const REAL *y, REAL *state, int64_t rows, int64_t width, int64_t dp,
+                            int64_t m, int64_t forward) {
+    const S(gates) *g = &w->gates;
+    S(turn)(state, rows, 2 * dp, width, dp, g->er, forward ? g->ei : -g->ei);
+    if (forward) S(double_rows)(x, g->zr, g->zi, 1, w->two, width, up(m, PAD));
+    else S(double_rows)(x, g->pr, g->pi, -1, w->two, width, up(m, PAD));
+    if (width == dp) S(times_left_transposed)(y, rows, w->two, 2 * dp, state, 2 * dp, rows, 2 * dp, m, 1, FULL);
+    else
+        for (int64_t c = 0; c < 2; c++)
+            S(times_left_transposed)(y, rows, w->two + c * width, 2 * width, state + c * dp, 2 * dp, rows, width, m, 1, FULL);
+}
+
+/* Gradients of one chunk into scratch and da from q, k, v, g and the gates there. before: the state that enters, NULL for zero;
+ * after: the one that leaves; rt: the gradient of the latter, NULL for zero. */
+static void S(back_chunk)(S(back_work) *w, const REAL *before, const REAL *after, const REAL *rt, const double fixed[2], REAL *da,
+                          int64_t da_row, int64_t m, int64_t d, int64_t e, int64_t dp, int64_t ep) {
+    const S(gates) *x = &w->gates;
+    int64_t rows = up(m, PAD);
+    S(transpose)(w->k, dp, w->xt, CHUNK, rows, dp);
+    S(times)(w->q, dp, w->xt, CHUNK, w->scores, CHUNK, rows, rows, d, 0, RESULT_LOWER);
+    S(transpose)(w->v, ep, w->xt, CHUNK, rows, ep);
+    S(times)(w->g, ep, w->xt, CHUNK, w->d_scores, CHUNK, rows, rows, e, 0, RESULT_LOWER);
+    S(decay_back)(w->scores, w->d_scores, x, w->angle, w->turned, rows);
+
+    if (before) S(times)(w->g, ep, before, 2 * dp, w->read, 2 * dp, rows, 2 * dp, e, 0, FULL);
+    else memset(w->read, 0, (size_t)(rows * 2 * dp) * sizeof(REAL));
+    if (rt) S(times)(w->v, ep, rt, 2 * dp, w->sent, 2 * dp, rows, 2 * dp, e, 0, FULL);
+    else memset(w->sent, 0, (size_t)(rows * 2 * dp) * sizeof(REAL));
+    S(times)(w->d_scores, CHUNK, w->k, dp, w->dq, dp, rows, dp, rows, 0, LEFT_LOWER);
+    S(times_left_transposed)(w->d_scores, CHUNK, w->q, dp, w->dk, dp, rows, dp, rows, 0, LEFT_UPPER);
+    S(finish_rows)(w->q, w->k, w->dq, w->dk, w->read, w->sent, x, w->angle, w->turned, w->log_size, w->log_angle, dp, m);
+
+    double sums[2] = {fixed[0], fixed[1]};
+    if (rt) {
+        double behind[2];
+        S(transpose)(rt, 2 * dp, w->r, ep, ep, 2 * dp);
+        S(double_rows)(w->k, x->zr, x->zi, 1, w->two, dp, rows);
+        S(times)(w->two, 2 * dp, w->r, ep, w->dv, ep, rows, ep, 2 * dp, 0, FULL);
+        S(meet)(after, rt, e, dp, behind);
+        sums[0] += behind[0], sums[1] += behind[1];
+    }
+    S(times_left_transposed)(w->scores, CHUNK, w->g, ep, w->dv, ep, rows, ep, rows, rt != NULL, LEFT_UPPER);
+    for (int64_t t = m - 1; t >= 0; t--) {
+        sums[0] += w->log_size[t], sums[1] += w->log_angle[t];
+        REAL ux = x->ux[t], uy = x->uy[t], inverse = x->inverse[t];
+        REAL along = inverse ? (REAL)((1 - x->size[t]) * sums[0]) : 0, across = (REAL)(inverse * sums[1]);
+        da[t * da_row] = ux * along - uy * across, da[t * da_row + 1] = uy * along + ux * across;
+    }
+}
+
 void S(gate_loop_wide_backward)(const REAL *q, const REAL *k, const REAL *v, const REAL *a, const REAL *h0, const REAL *g,
                                 const REAL *g_last, const REAL *g_product, REAL *dq, REAL *dk, REAL *dv, REAL *da, REAL *dh0, int64_t b,
                                 int64_t h, int64_t n, int64_t d, int64_t e, int64_t q_batch, int64_t q_head, int64_t q_row,
@@ -88,89 +160,117 @@ void S(gate_loop_wide_backward)(const REAL *q, const REAL *k, const REAL *v, con
                                 int64_t dv_batch, int64_t dv_head, int64_t dv_row, int64_t da_batch, int64_t da_head, int64_t da_row,
                                 int64_t threads) {
     wide_sizes s = wide_size(b, h, n, d, e);
-    int64_t dp = s.dp, ep = s.ep, tasks = b * h, chunks = (n + s.m - 1) / s.m, state = 2 * dp * ep;
-#pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
-    {
-        size_t numbers = (size_t)((chunks + 3) * state + CHUNK * (11 * dp + 4 * ep + 2 * CHUNK));
-        REAL *states = scratch(numbers * sizeof(REAL));
-        if (!states) abort();
-        REAL *rt = states + (chunks + 1) * state, *r = rt + state; /* R as [e][2 d] and as [2 d][e] */
-        REAL *qc = r + state, *kc = qc + CHUNK * dp, *xt = kc + CHUNK * dp, *two = xt + CHUNK * max64(dp, ep);
-        REAL *read = two + CHUNK * 2 * dp, *sent = read + CHUNK * 2 * dp, *dqc = sent + CHUNK * 2 * dp, *dkc = dqc + CHUNK * dp;
-        REAL *vc = dkc + CHUNK * dp, *gc = vc + CHUNK * ep, *dvc = gc + CHUNK * ep;
-        REAL *scores = dvc + CHUNK * ep, *d_scores = scores + CHUNK * CHUNK;
-        S(gates) gates;
-        VF angle[CHUNK];
-        REAL turned[CHUNK];
-        double log_size[CHUNK], log_angle[CHUNK], behind[2], whole[2], fixed[2];
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < tasks; i++) {
-            whole[0] = 1, whole[1] = 0;
-            memset(states, 0, (size_t)state * sizeof(REAL)), memset(rt, 0, (size_t)state * sizeof(REAL));
-            if (h0) S(state_in)(h0 + i * 2 * d * e, states, d, e, dp);
-            for (int64_t c = 0; c < chunks; c++) {
-                int64_t start = c * s.m, m = min64(s.m, n - start), rows = up(m, PAD);
-                REAL *next = states + (c + 1) * state;
-                S(chunk_gates)(AT(a, i) + start * a_row, a_row, m, &gates, whole);
-                S(pack)(AT(k, i) + start * k_row, k_row, kc, dp, m, d, rows);
-                S(pack)(AT(v, i) + start * v_row, v_row, vc, ep, m, e, rows);
-                S(double_rows)(kc, gates.zr, gates.zi, 1, two, dp, rows);
-                memcpy(next, states + c * state, (size_t)state * sizeof(REAL));
-                S(turn)(next, e, 2 * dp, dp, dp, gates.er, gates.ei);
-                S(times_left_transposed)(vc, ep, two, 2 * dp, next, 2 * dp, ep, 2 * dp, m, 1, FULL);
-            }
-            fixed[0] = fixed[1] = 0;
-            if (g_product) {
-                const REAL *x = g_product + 2 * i;
-                fixed[0] = x[0] * whole[0] + x[1] * whole[1], fixed[1] = x[1] * whole[0] - x[0] * whole[1];
-            }
-            if (g_last) S(state_in)(g_last + i * 2 * d * e, rt, d, e, dp);
-            for (int64_t c = chunks - 1; c >= 0; c--) {
-                int64_t start = c * s.m, m = min64(s.m, n - start), rows = up(m, PAD);
-                double ignored[2] = {1, 0};
-                S(chunk_gates)(AT(a, i) + start * a_row, a_row, m, &gates, ignored);
-                S(pack)(AT(q, i) + start * q_row, q_row, qc, dp, m, d, rows);
-                S(pack)(AT(k, i) + start * k_row, k_row, kc, dp, m, d, rows);
-                S(pack)(AT(v, i) + start * v_row, v_row, vc, ep, m, e, rows);
-                if (g) S(pack)(AT(g, i) + start * g_row, g_row, gc, ep, m, e, rows);
-                else memset(gc, 0, (size_t)(rows * ep) * sizeof(REAL));
-                S(transpose)(kc, dp, xt, CHUNK, rows, dp);
-                S(times)(qc, dp, xt, CHUNK, scores, CHUNK, rows, rows, d, 0, RESULT_LOWER);
-                S(transpose)(vc, ep, xt, CHUNK, rows, ep);
-                S(times)(gc, ep, xt, CHUNK, d_scores, CHUNK, rows, rows, e, 0, RESULT_LOWER);
-                S(decay_back)(scores, d_scores, &gates, angle, turned, rows);
-
-                S(times)(gc, ep, states + c * state, 2 * dp, read, 2 * dp, rows, 2 * dp, e, 0, FULL);
-                S(times)(vc, ep, rt, 2 * dp, sent, 2 * dp, rows, 2 * dp, e, 0, FULL);
-                S(times)(d_scores, CHUNK, kc, dp, dqc, dp, rows, dp, rows, 0, LEFT_LOWER);
-                S(times_left_transposed)(d_scores, CHUNK, qc, dp, dkc, dp, rows, dp, rows, 0, LEFT_UPPER);
-                S(finish_rows)(qc, kc, dqc, dkc, read, sent, &gates, angle, turned, log_size, log_angle, dp, m);
-
-                S(transpose)(rt, 2 * dp, r, ep, ep, 2 * dp);
-                S(double_rows)(kc, gates.zr, gates.zi, 1, two, dp, rows);
-                S(times)(two, 2 * dp, r, ep, dvc, ep, rows, ep, 2 * dp, 0, FULL);
-                S(times_left_transposed)(scores, CHUNK, gc, ep, dvc, ep, rows, ep, rows, 1, LEFT_UPPER);
-
-                S(meet)(states + (c + 1) * state, rt, e, dp, behind);
-                double size_sum = behind[0] + fixed[0], angle_sum = behind[1] + fixed[1];
-                REAL *da_c = AT(da, i) + start * da_row;
-                for (int64_t t = m - 1; t >= 0; t--) {
-                    size_sum += log_size[t], angle_sum += log_angle[t];
-                    REAL x = gates.ux[t], y = gates.uy[t], inverse = gates.inverse[t];
-                    REAL along = inverse ? (REAL)((1 - gates.size[t]) * size_sum) : 0, across = (REAL)(inverse * angle_sum);
-                    da_c[t * da_row] = x * along - y * across, da_c[t * da_row + 1] = y * along + x * across;
-                }
-                for (int64_t t = 0; t < m; t++) {
-                    memcpy(AT(dq, i) + (start + t) * dq_row, dqc + t * dp, (size_t)d * sizeof(REAL));
-                    memcpy(AT(dk, i) + (start + t) * dk_row, dkc + t * dp, (size_t)d * sizeof(REAL));
-                    memcpy(AT(dv, i) + (start + t) * dv_row, dvc + t * ep, (size_t)e * sizeof(REAL));
-                }
-                S(double_rows)(qc, gates.pr, gates.pi, -1, two, dp, rows);
-                S(turn)(rt, e, 2 * dp, dp, dp, gates.er, -gates.ei);
-                S(times_left_transposed)(gc, ep, two, 2 * dp, rt, 2 * dp, ep, 2 * dp, m, 1, FULL);
-            }
-            S(state_out)(rt, dh0 + i * 2 * d * e, d, e, dp);
-        }
-        free(states);
+    int64_t dp = s.dp, ep = s.ep, tasks = b * h, chunks = (n + s.m - 1) / s.m, size = 2 * dp * ep;
+    /* With more threads than heads the states of all heads are kept, those of R too; first each thread works on a part of every
+     * state, then on some chunks. The sums and their order are the same. */
+    int64_t shared = threads > tasks && chunks > 1, team = shared ? threads : min64(threads, tasks);
+    int64_t by_e = shared ? min64(ep / PAD, (threads + 1) / 2) : 1, by_d = shared ? min64(dp / PAD, (threads + by_e - 1) / by_e) : 1;
+    int64_t parts = by_d * by_e, each = (chunks + 1) * size;
+    REAL *all_h = NULL, *all_r = NULL;
+    double *wholes = NULL;
+    if (shared) {
+        all_h = scratch((size_t)(tasks * each) * sizeof(REAL)), all_r = scratch((size_t)(tasks * each) * sizeof(REAL));
+        wholes = scratch((size_t)(2 * tasks) * sizeof(double));
+        if (!all_h || !all_r || !wholes) abort();
     }
+#define LOAD(x, c, offset, ld, count) S(pack)(AT(x, i) + (c) * s.m * x##_row + (offset), x##_row, w->x, ld, m, count, up(m, PAD))
+#define LOAD_G(c, offset, ld, count)                             \
+    do {                                                         \
+        if (g) LOAD(g, c, offset, ld, count);                    \
+        else memset(w->g, 0, (size_t)(up(m, PAD) * (ld)) * sizeof(REAL)); \
+    } while (0)
+#define START(states, from)                                          \
+    do {                                                             \
+        memset(states, 0, (size_t)size * sizeof(REAL));              \
+        if (from) S(state_in)((from) + i * 2 * d * e, states, d, e, dp); \
+    } while (0)
+#define CHUNK_BACK(hs, rt)                                                                                                 \
+    do {                                                                                                                   \
+        LOAD(q, c, 0, dp, d), LOAD(k, c, 0, dp, d), LOAD(v, c, 0, ep, e);                                                  \
+        LOAD_G(c, 0, ep, e);                                                                                               \
+        double fixed[2] = {0, 0};                                                                                          \
+        if (g_product) {                                                                                                   \
+            const REAL *x = g_product + 2 * i;                                                                             \
+            fixed[0] = x[0] * whole[0] + x[1] * whole[1], fixed[1] = x[1] * whole[0] - x[0] * whole[1];                    \
+        }                                                                                                                  \
+        S(back_chunk)(w, c || h0 ? (hs) + c * size : NULL, (hs) + (c + 1) * size, c < chunks - 1 || g_last ? (rt) : NULL, fixed, \
+                      AT(da, i) + c * s.m * da_row, da_row, m, d, e, dp, ep);                                              \
+        for (int64_t t = 0; t < m; t++) {                                                                                  \
+            memcpy(AT(dq, i) + (c * s.m + t) * dq_row, w->dq + t * dp, (size_t)d * sizeof(REAL));                          \
+            memcpy(AT(dk, i) + (c * s.m + t) * dk_row, w->dk + t * dp, (size_t)d * sizeof(REAL));                          \
+            memcpy(AT(dv, i) + (c * s.m + t) * dv_row, w->dv + t * ep, (size_t)e * sizeof(REAL));                          \
+        }                                                                                                                  \
+    } while (0)
+#pragma omp parallel num_threads((int)team) if (team > 1)
+    {
+        S(back_work) *w = S(back_room)(dp, ep);
+        double ignored[2] = {1, 0};
+        if (!shared) {
+            REAL *hs = scratch((size_t)(each + size) * sizeof(REAL)), *rt = hs + each;
+            if (!hs) abort();
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < tasks; i++) {
+                double whole[2] = {1, 0};
+                START(hs, h0);
+                START(rt, g_last);
+                for (int64_t c = 0; c < chunks; c++) {
+                    int64_t m = min64(s.m, n - c * s.m);
+                    S(chunk_gates)(AT(a, i) + c * s.m * a_row, a_row, m, &w->gates, whole);
+                    if (c == chunks - 1 && !g_last) break; /* nobody asks for the last state */
+                    LOAD(k, c, 0, dp, d), LOAD(v, c, 0, ep, e);
+                    memcpy(hs + (c + 1) * size, hs + c * size, (size_t)size * sizeof(REAL));
+                    S(back_advance)(w, w->k, w->v, hs + (c + 1) * size, ep, dp, dp, m, 1);
+                }
+                for (int64_t c = chunks - 1; c >= 0; c--) {
+                    int64_t m = min64(s.m, n - c * s.m);
+                    S(chunk_gates)(AT(a, i) + c * s.m * a_row, a_row, m, &w->gates, ignored);
+                    CHUNK_BACK(hs, rt);
+                    S(back_advance)(w, w->q, w->g, rt, ep, dp, dp, m, 0);
+                }
+                S(state_out)(rt, dh0 + i * 2 * d * e, d, e, dp);
+            }
+            free(hs);
+        } else {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < tasks; i++) {
+                START(all_h + i * each, h0);
+                START(all_r + i * each + chunks * size, g_last);
+                wholes[2 * i] = 1, wholes[2 * i + 1] = 0;
+            }
+#pragma omp for schedule(static)
+            for (int64_t task = 0; task < 2 * tasks * parts; task++) { /* half of the threads for H, half for R */
+                int64_t i = task % (tasks * parts) / parts, part = task % parts, forward = task < tasks * parts;
+                int64_t e0 = part / by_d * (ep / PAD) / by_e * PAD, e1 = (part / by_d + 1) * (ep / PAD) / by_e * PAD;
+                int64_t d0 = part % by_d * (dp / PAD) / by_d * PAD, d1 = (part % by_d + 1) * (dp / PAD) / by_d * PAD;
+                int64_t seen_d = max64(0, min64(d, d1) - d0), seen_e = max64(0, min64(e, e1) - e0);
+                REAL *own = (forward ? all_h : all_r) + i * each + e0 * 2 * dp + d0;
+                for (int64_t turn = 0; turn < chunks; turn++) {
+                    int64_t c = forward ? turn : chunks - 1 - turn, m = min64(s.m, n - c * s.m);
+                    REAL *from = own + (forward ? c : c + 1) * size, *to = own + (forward ? c + 1 : c) * size;
+                    S(chunk_gates)(AT(a, i) + c * s.m * a_row, a_row, m, &w->gates, forward && !part ? wholes + 2 * i : ignored);
+                    if (forward) LOAD(k, c, d0, d1 - d0, seen_d), LOAD(v, c, e0, e1 - e0, seen_e);
+                    else {
+                        LOAD(q, c, d0, d1 - d0, seen_d);
+                        LOAD_G(c, e0, e1 - e0, seen_e);
+                    }
+                    S(copy_part)(from, to, e1 - e0, d1 - d0, dp, 2 * dp);
+                    S(back_advance)(w, forward ? w->k : w->q, forward ? w->v : w->g, to, e1 - e0, d1 - d0, dp, m, forward);
+                }
+            }
+#pragma omp for schedule(static)
+            for (int64_t task = 0; task < tasks * chunks; task++) {
+                int64_t i = task / chunks, c = task % chunks, m = min64(s.m, n - c * s.m);
+                const double *whole = wholes + 2 * i;
+                S(chunk_gates)(AT(a, i) + c * s.m * a_row, a_row, m, &w->gates, ignored);
+                CHUNK_BACK(all_h + i * each, all_r + i * each + (c + 1) * size);
+                if (!c) S(state_out)(all_r + i * each, dh0 + i * 2 * d * e, d, e, dp);
+            }
+        }
+        free(w);
+    }
+#undef LOAD
+#undef LOAD_G
+#undef START
+#undef CHUNK_BACK
+    free(all_h), free(all_r), free(wholes);
 }
