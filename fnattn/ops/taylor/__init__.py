@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import torch
 from fnattn_kernels import crossovers
-from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import taylor as native
+from fnattn_kernels.triton import taylor as triton
 from torch import Tensor
 
 from .._door import Kernel, check_heads, choose, compute_dtype, native_reason, no_autocast
-from . import triton
-from .reference import CHUNK, EPS, gradients, reference, tangents
-from .second import gradient_tangents
+from .reference import CHUNK, EPS, reference
+from .rules import derive
 
 # b batch, h query heads, g key heads, r = h / g, n queries, m keys, d width of q and k, e width of v,
 # F = 1 + d + d (d + 1) / 2 features
@@ -105,65 +104,11 @@ def _check(q, k, v, keep, sums, causal) -> None:
                              f"{list(sums.shape)}.\n  Pass what an earlier call with the same heads and widths gave.")
 
 
-# ------------------------------------------------------------------------------------------------ the native kernel
-
-
-def _vjp(needs, args, outs, cotangents):
-    q, k, v, keep, sums, *options = args
-    out, den, _ = outs
-    grad, grad_den, grad_sums = cotangents
-    if grad_den is not None:  # nobody outside reads den, so this serves direct calls of the operator only
-        return reference_vjp(reference, needs, args, cotangents)
-    grad = torch.zeros_like(out) if grad is None else grad
-    grads = native.backward(q, k, v, keep, sums, out, den, grad, grad_sums, *options)
-    return (*(g if need else None for g, need in zip(grads, needs)), *(None for _ in options))
-
-
-def _jvp(args, outs, moves):
-    tensors, options = args[:5], args[5:]
-    return native.tangent(*tensors, outs[0], outs[1], *moves[:5], *options)
-
-
-def _from_reference(fn) -> dict:
-    """Both rules of an operator whose plain-torch form is fn."""
-    return dict(vjp=lambda needs, args, outs, cotangents: reference_vjp(fn, needs, args, cotangents),
-                jvp=lambda args, outs, moves: reference_jvp(fn, args, moves), save_outputs=False)
-
-
-def _backward_vjp(needs, args, outs, cotangents):
-    """Hessian times vector: backward is a gradient, so its transposed derivative is its derivative."""
-    q, k, v, keep, sums, out, den, grad, grad_sums, *options = args
-    cq, ck, cv, _, csums = cotangents
-    if keep is not None and not options[0]:
-        return reference_vjp(gradients, needs, args, cotangents)
-    csums = None if sums is None else csums
-    tout, tden, ttotal = native.tangent(q, k, v, keep, sums, out, den, cq, ck, cv, None, csums, *options)
-    dq, dk, dv, dsums = native.second(q, k, v, keep, sums, out, den, grad, grad_sums, tout, tden, cq, ck, cv, csums, None,
-                                      None, *options)
-    grads = (dq, dk, dv, None, dsums, None, None, tout, ttotal)
-    return (*(g if need else None for g, need in zip(grads, needs)), *(None for _ in options))
-
-
-def _backward_jvp(args, outs, moves):
-    q, k, v, keep, sums, out, den, grad, grad_sums, *options = args
-    tq, tk, tv, _, tsums, tout, tden, tgrad, tgrad_sums = moves[:9]
-    if keep is not None and not options[0]:
-        return reference_jvp(gradients, args, moves)
-    if tout is None or tden is None:
-        tout, tden, _ = native.tangent(q, k, v, keep, sums, out, den, tq, tk, tv, None, tsums, *options)
-    dq, dk, dv, dsums = native.second(q, k, v, keep, sums, out, den, grad, grad_sums, tout, tden, tq, tk, tv, tsums, tgrad,
-                                      tgrad_sums, *options)
-    return dq, dk, dv, q.new_empty(q.shape[0], 0), dsums
-
-
-native.forward.derive(vjp=_vjp, jvp=_jvp)
-native.backward.derive(vjp=_backward_vjp, jvp=_backward_jvp, save_outputs=False)
-# The references of the operators that are given out and den compute them from q, k, v again: what forward saved is a
-# function of those, and derivatives must not be lost there.
-native.tangent.derive(**_from_reference(tangents))
-native.second.derive(**_from_reference(gradient_tangents))
+# ------------------------------------------------------------------------------------------------ the kernels
+for _kernel in (native, triton):
+    derive(_kernel)
 
 KERNELS = (
     Kernel("native", native.forward, lambda q, k, v: native_reason("taylor", q, k, v)),
-    Kernel("triton", triton.kernel.forward, triton.kernel.why_not),
+    Kernel("triton", triton.forward, triton.why_not),
 )

@@ -1,0 +1,70 @@
+"""The derivatives of Taylor attention's kernels, the same for all of them.
+
+Value, gradient and tangent are kernels, and so is the tangent of the gradient, which serves both ways to a Hessian-vector
+product. Beyond that, and for the gradient of soft weights of keys, derivatives are those of the plain-torch forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from fnattn_kernels.contracts import reference_jvp, reference_vjp
+
+from .reference import gradients, reference, tangents
+from .second import gradient_tangents
+
+
+def _of_plain_torch(fn: Callable) -> dict[str, Callable]:
+    """Both rules of an operator whose plain-torch form is fn."""
+    return dict(vjp=lambda needs, args, outs, cotangents: reference_vjp(fn, needs, args, cotangents),
+                jvp=lambda args, outs, moves: reference_jvp(fn, args, moves), save_outputs=False)
+
+
+def derive(kernel: ModuleType) -> None:
+    """Gives kernel.forward, .backward, .tangent and .second, with the arguments of native/taylor.py, their derivatives."""
+
+    def vjp(needs, args, outs, cotangents):
+        q, k, v, keep, sums, *options = args
+        out, den, _ = outs
+        grad, grad_den, grad_sums = cotangents
+        if grad_den is not None:  # nobody outside reads den, so this serves direct calls of the operator only
+            return reference_vjp(reference, needs, args, cotangents)
+        grad = torch.zeros_like(out) if grad is None else grad
+        grads = kernel.backward(q, k, v, keep, sums, out, den, grad, grad_sums, *options)
+        return (*(g if need else None for g, need in zip(grads, needs)), *(None for _ in options))
+
+    def jvp(args, outs, moves):
+        return kernel.tangent(*args[:5], outs[0], outs[1], *moves[:5], *args[5:])
+
+    def backward_vjp(needs, args, outs, cotangents):
+        """Hessian times vector: backward is a gradient, so its transposed derivative is its derivative."""
+        q, k, v, keep, sums, out, den, grad, grad_sums, *options = args
+        cq, ck, cv, _, csums = cotangents
+        if keep is not None and not options[0]:
+            return reference_vjp(gradients, needs, args, cotangents)
+        csums = None if sums is None else csums
+        tout, tden, ttotal = kernel.tangent(q, k, v, keep, sums, out, den, cq, ck, cv, None, csums, *options)
+        dq, dk, dv, dsums = kernel.second(q, k, v, keep, sums, out, den, grad, grad_sums, tout, tden, cq, ck, cv, csums, None, None,
+                                          *options)
+        grads = (dq, dk, dv, None, dsums, None, None, tout, ttotal)
+        return (*(g if need else None for g, need in zip(grads, needs)), *(None for _ in options))
+
+    def backward_jvp(args, outs, moves):
+        q, k, v, keep, sums, out, den, grad, grad_sums, *options = args
+        tq, tk, tv, _, tsums, tout, tden, tgrad, tgrad_sums = moves[:9]
+        if keep is not None and not options[0]:
+            return reference_jvp(gradients, args, moves)
+        if tout is None or tden is None:
+            tout, tden, _ = kernel.tangent(q, k, v, keep, sums, out, den, tq, tk, tv, None, tsums, *options)
+        dq, dk, dv, dsums = kernel.second(q, k, v, keep, sums, out, den, grad, grad_sums, tout, tden, tq, tk, tv, tsums, tgrad, tgrad_sums,
+                                          *options)
+        return dq, dk, dv, q.new_empty(q.shape[0], 0), dsums
+
+    kernel.forward.derive(vjp=vjp, jvp=jvp)
+    kernel.backward.derive(vjp=backward_vjp, jvp=backward_jvp, save_outputs=False)
+    # The plain-torch forms of the operators that are given out and den compute them from q, k, v again: what forward saved is a
+    # function of those, and derivatives must not be lost there.
+    kernel.tangent.derive(**_of_plain_torch(tangents))
+    kernel.second.derive(**_of_plain_torch(gradient_tangents))
