@@ -47,6 +47,11 @@ TABLE = (
     Crossover("scan", "native", ALWAYS, EPYC),
     Crossover("scan", "triton", NEVER, UNMEASURED),
     Crossover("taylor", "native", ALWAYS, EPYC),
+    # Inside native. With F features of d channels, F (e + 1) / (d + e + 1) pairs cost as much as reading a state: 79 (285, 1081)
+    # for d = e = 16 (32, 64). Returned sums are made either way.
+    Crossover("taylor", "native, quadratic", "value: the first {value} of so many positions; gradient: up to {whole} of them whole "
+              "sequences, of longer ones the first and last {gradient}", f"{EPYC}: gradient of whole sequences 1.4 times as fast at "
+              "n 64 (512), equal at 256 (768), at d 64 2.3 times at 1024", {"value": 1.0, "whole": 2.6, "gradient": 0.5}),
     # It makes no [n, F] table of features, as plain torch does, whose every chunk reads one from memory.
     Crossover("taylor", "triton", ALWAYS, UNPROVEN),
     # In plain torch: the [n, n] table of a sequence so short that it costs less than reading the sums.
@@ -86,6 +91,7 @@ TABLE = (
     Crossover("block_sparse_attention", "native", ALWAYS, EPYC),
     # Plain torch makes a table of all pairs, or copies of the blocks that are there.
     Crossover("block_sparse_attention", "triton", ALWAYS, UNPROVEN),
+    Crossover("block_sparse_attention", "flex", NEVER, UNMEASURED),
     # Gathering copies keys and values once per block that reads them: worth it for long rows that are mostly absent.
     Crossover("block_sparse_attention", "gather", "n >= {length} and at most {density:.0%} of the blocks are there", EPYC,
               {"length": 1024, "density": 0.25}),

@@ -17,6 +17,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from fnattn_kernels import flex
 from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import segment_attention as native
 from fnattn_kernels.triton import segment_attention as triton
@@ -125,6 +126,7 @@ for _ops in (NATIVE, TRITON):
     _ops.backward.derive(**_rules_of_backward(_ops))
     _ops.tangent.derive(**_rules_of_tangent(_ops))
     softmax._by_formula(_ops.second, _of_second, mask_at=13)
+flex.attend.derive(**rules(flex.attend, TRITON))
 
 
 # ------------------------------------------------------------------------------------------------ kernels of three operators
@@ -136,6 +138,10 @@ def _native_reason(q: Tensor, k: Tensor, v: Tensor, *_) -> str | None:
 
 def _triton_reason(q: Tensor, k: Tensor, v: Tensor, *_) -> str | None:
     return triton.why_not(q, k, v)
+
+
+def _flex_reason(q: Tensor, k: Tensor, v: Tensor, *_) -> str | None:
+    return flex.why_not(q, k, v)
 
 
 def conv(attend, q, k, v, mask, text_len, image_size, kernel_size, dilation, scale, text_sees_all, *_):
@@ -157,3 +163,6 @@ def kernels(run: Callable) -> tuple[Kernel, Kernel]:
     """"native" and "triton" of the operator that run(attend, ...) computes."""
     return (Kernel("native", functools.partial(run, NATIVE.attend), _native_reason),
             Kernel("triton", functools.partial(run, TRITON.attend), _triton_reason))
+
+
+FLEX = Kernel("flex", functools.partial(blocks, flex.attend), _flex_reason)

@@ -4,8 +4,10 @@
 
 Two plain-torch forms. "reference" spreads the layout to a mask of positions: every transform composes, also over the layout,
 at the cost of dense attention. "gather" collects the present key blocks of each row of blocks, rows of like size together:
-the time of the blocks that are there; it has to read the layout, so the layout may not be mapped or traced. The native kernel
-(CPU) walks lists of the blocks that are there and holds no table; derivatives beyond the second are those of "reference".
+the time of the blocks that are there; it has to read the layout, so the layout may not be mapped or traced. The kernels in C
+(CPU) and by Triton (CUDA, widths to 128, not float64) walk lists of the blocks that are there and hold no table; derivatives
+beyond the second are those of "reference". "flex" is the value by torch's FlexAttention (CUDA), from a BlockMask made of the
+layout, with the derivatives of the Triton kernels; it compiles for each shape anew, and has not been run on a GPU.
 
 Source: DeepSpeed 0.19.6 sparse self-attention (its layout, causal and key padding masks are ours). Its kernels run on no
 torch since 2.0 and were removed in 0.19.7.
@@ -40,7 +42,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, *, b
         causal: query i sees keys j <= i only, whatever the layout says.
         keep: bool [b, n], False for keys that are not there.
         scale: what products are multiplied by; default d^-1/2.
-        impl: "reference", "gather", "native", or "auto": see above.
+        impl: "reference", "gather", "native", "triton", "flex", or "auto": see above and `ops.report()`.
     Returns:
         [b, h, n, e] in v's dtype, computed in float32 or wider. Rows that see no key are 0.
     Raises:
@@ -144,6 +146,7 @@ def _worth_gathering(q: Tensor, k: Tensor, v: Tensor, layout: Tensor) -> bool:
 
 KERNELS = (
     *_segment_kernel.kernels(_segment_kernel.blocks),
+    _segment_kernel.FLEX,
     Kernel("gather", gather, _gather_reason, _worth_gathering),
     # Never runs: its reason is what somebody who asks for DeepSpeed's kernels should read.
     Kernel("deepspeed", reference, lambda *args: sparse_missing()),

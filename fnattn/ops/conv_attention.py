@@ -39,8 +39,9 @@ def conv_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_size
         mask: bool [b, n]; False keys are not there.
         text_sees_all: text queries ignore the mask, as upstream's do.
         scale: what the products are multiplied by; default d^-1/2.
-        impl: "reference" is plain torch; "native" is one fused kernel (CPU), to second derivatives; "bands" gives bands of the
-            picture to the fused softmax kernel (CPU); "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "native" (CPU) and "triton" (CUDA, d and e up to 128, not float64) are one fused kernel, to
+            second derivatives; "bands" gives bands of the picture to the fused softmax kernel (CPU); "auto" chooses. See
+            `ops.report()`.
     Returns:
         [b, h, n, e] in v's dtype, computed in float32, or in float64 if any input is. Rows that see no key are 0.
     Raises:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from conftest import assert_close
+from fnattn_kernels import flex
 from fnattn_kernels.contracts import KernelUnavailable
 from interpreted_checks import FEW, check
 
 from fnattn import ops, random
+from fnattn.ops import _segment_kernel
 from fnattn.ops.axial_attention import KERNELS as AXIAL
 from fnattn.ops.block_sparse import KERNELS as BLOCKS
 from fnattn.ops.conv_attention import KERNELS as CONV
@@ -34,16 +38,16 @@ def layout(heads, blocks, seed=3):
 
 # name -> operator, (b, h, g, n, d, e), options; "some" is a random mask
 CASES = {
-    "window, the last row begun": ("conv_attention", (1, 2, 1, 41, 3, 5), dict(text_len=19, image_size=7, kernel_size=3, mask="some")),
-    "dilated window": ("conv_attention", (1, 2, 2, 43, 17, 2), dict(text_len=7, image_size=6, kernel_size=2, dilation=2, mask="some",
+    "window, the last row begun": ("conv_attention", (1, 2, 1, 37, 3, 5), dict(text_len=19, image_size=7, kernel_size=3, mask="some")),
+    "dilated window": ("conv_attention", (1, 1, 1, 31, 17, 2), dict(text_len=7, image_size=6, kernel_size=2, dilation=2, mask="some",
                                                                     text_sees_all=True)),
-    "window beyond the picture": ("conv_attention", (1, 1, 1, 28, 3, 2), dict(text_len=3, image_size=5, kernel_size=7, dilation=3)),
+    "window beyond the picture": ("conv_attention", (1, 1, 1, 19, 3, 2), dict(text_len=3, image_size=4, kernel_size=7, dilation=3)),
     "no text": ("conv_attention", (1, 1, 1, 25, 3, 3), dict(text_len=0, image_size=5, kernel_size=3, mask="some")),
-    "text alone": ("conv_attention", (2, 2, 1, 19, 3, 3), dict(text_len=37, image_size=5, mask="some")),
-    "rows, one begun": ("axial_attention", (1, 2, 1, 43, 3, 5), dict(text_len=5, image_size=19, axis=0, mask="some", text_sees_all=True)),
+    "text alone": ("conv_attention", (1, 2, 1, 19, 3, 3), dict(text_len=37, image_size=5, mask="some")),
+    "rows, one begun": ("axial_attention", (1, 1, 1, 43, 3, 5), dict(text_len=5, image_size=19, axis=0, mask="some", text_sees_all=True)),
     "columns, the last row begun": ("axial_attention", (1, 1, 1, 40, 3, 2), dict(text_len=17, image_size=5, axis=1, mask="some")),
     "layout": ("block_sparse_attention", (2, 1, 1, 37, 5, 3), dict(layout=layout(1, 3), block=16, causal=True)),
-    "layout per head, both directions": ("block_sparse_attention", (1, 2, 2, 37, 3, 5), dict(layout=layout(2, 8), block=5, keep="some")),
+    "layout per head, both directions": ("block_sparse_attention", (1, 2, 2, 29, 3, 5), dict(layout=layout(2, 8), block=5, keep="some")),
     "blocks longer than tiles": ("block_sparse_attention", (1, 1, 1, 45, 3, 2), dict(layout=layout(1, 3), block=23, causal=True)),
     "layout of single positions": ("block_sparse_attention", (1, 2, 2, 19, 2, 2), dict(layout=layout(2, 23), block=1, causal=True)),
 }
@@ -85,13 +89,13 @@ def directions(tensors, seed=5):
 
 
 def all_of(fn, tensors, second=False):
-    """The value, the gradient of a random weighting, the tangent in one direction, and that of the gradient."""
-    weight, moves = directions([fn(*tensors)], 7)[0], directions(tensors)
-    slope = torch.func.grad(lambda *a: (fn(*a).square() * weight).sum(), (0, 1, 2))
+    """The value, the tangent in one direction, the gradient of a loss, and if asked the gradient's tangent."""
+    moves = directions(tensors)
     out, tangent = torch.func.jvp(fn, tensors, moves)
-    if second:
-        return out, tangent, *(t for part in torch.func.jvp(slope, tensors, moves) for t in part)
-    return out, tangent, *slope(*tensors)
+    weight = directions([out], 7)[0]
+    slope = torch.func.grad(lambda *a: (fn(*a).square() * weight).sum(), (0, 1, 2))
+    slopes = torch.func.jvp(slope, tensors, moves) if second else (slope(*tensors),)
+    return out, tangent, *(t for part in slopes for t in part)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -193,6 +197,16 @@ def test_nothing_at_all_is_served(case):
         narrow = tuple(torch.ones(*t.shape[:3], width, dtype=F64) for t, width in zip(tensors, (d, d, e)))
         assert_close(attending(name, options)(*narrow), dense(name, {**options, "scale": 0.7})(*narrow) if d else
                      attending(name, options, "reference")(*narrow))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_derivatives_of_flex_attention_are_those_of_these_kernels():
+    tensors, name, options = make("layout of single positions")
+    fn = functools.partial(_segment_kernel.blocks, flex.attend, layout=options["layout"][:, :19, :19], block=1, causal=True, keep=None,
+                           scale=2 ** -0.5)
+    for ours, theirs in zip(all_of(fn, tensors, True), all_of(dense(name, options), tensors, True)):
+        assert_close(ours, theirs)
+        assert theirs.abs().max() > 0
 
 
 def test_wide_heads_are_refused():
