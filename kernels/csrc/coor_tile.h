@@ -223,11 +223,11 @@ static VF S(iterate_back)(const VF *s, VF *ds, VF *E, VF *y, int64_t n, VF log_k
         if (still) {
             VF away = (now - c) * inverse;
             if (S(any)((away > S(splat)(REACH)) | (away < S(splat)(-REACH)))) {
-                /* The coefficients would leave the range of numbers: a new reference, and the sums so far in terms of it. */
-                VF shift = S(exponential)(away);
+                /* The coefficients would leave the range of numbers: a new reference, and the sums so far in terms of it. An
+                 * entry far above it takes no more coefficients (weights are at most 1): its E only carries the sum so far. */
                 for (int64_t j = 0; j < n; j++) {
-                    VF e = S(exponential)((s[j] - now) * inverse);
-                    ds[j] = S(keep)(e > 0, ds[j] * shift);
+                    VF e = S(exponential)(S(least)((s[j] - now) * inverse, S(splat)(REACH + 20)));
+                    ds[j] = S(keep)(e > 0, E[j] * ds[j] / e);
                     E[j] = e;
                 }
                 c = now, away = zero;
