@@ -2,7 +2,8 @@
  *
  * A forward pass in chunks of CHUNK positions: inside a chunk p is evaluated as a polynomial of s; earlier chunks are read
  * from the state S = sum_j psi(k_j) [v_j, 1], because p = phi(q).psi(k) for the features 1, x_i, x_i x_j. All products of
- * matrices are one routine on data in the first-level cache, with positions in vector lanes.
+ * matrices are one routine on data in the first-level cache, with positions in vector lanes. The first `near` positions read
+ * earlier chunks as the own one, pair by pair: up to about d^2 / 4 of them that costs less than reading the state.
  *
  * Shapes, all contiguous: q [b, h, n, d], k [b, g, m, d], v [b, g, m, e], keep [b, m] or NULL, sums [b, g, F, e+1] or NULL,
  * out [b, h, n, e], den [b, h, n] (before the clamp). h is a multiple of g; each key head serves h / g query heads.
@@ -90,16 +91,24 @@ static int S(work_new)(S(work) *w, int64_t d, int64_t e, int count) {
 
 static inline int64_t S(lanes)(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* p = 1 + s + s^2/2 in place for `rows` rows; `side`: 1 keeps lane >= row, -1 keeps lane <= row, 0 keeps all. */
+/* p = 1 + s + s^2/2 in place for `rows` rows; `side`: 1 keeps lane >= row, 0 keeps all. */
 static void S(polynomial)(REAL *s, int64_t rows, int64_t L, int side) {
     VI lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
     for (int64_t j = 0; j < rows; j++)
         for (int64_t l = 0; l < L; l += LANES) {
             VF *x = (VF *)(s + j * CHUNK + l), p = *x + 1;
-            VI seen = side > 0 ? lane + (int)l >= (int)j : side < 0 ? lane + (int)l <= (int)j : lane >= 0;
+            VI seen = side > 0 ? lane + (int)l >= (int)j : lane >= 0;
             *x = (VF)((VI)((p * p + 1) * (REAL)0.5) & seen);
         }
+}
+
+/* acc += what the queries qT (n of them, scaled) take from the chunk's keys. */
+static void S(attend_chunk)(S(work) *w, int64_t n, int64_t keys, int side) {
+    int64_t L = S(lanes)(n);
+    S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * w->d, 1, keys, w->d, L, 1);
+    S(polynomial)(w->s, keys, L, side);
+    S(mac)(w->acc, CHUNK, w->s, CHUNK, w->v1, 1, w->ldv, w->e1, keys, L, 0);
 }
 
 /* Everything that the queries qT (n of them, scaled) take from the chunk's keys and from the state: acc [e+1] lanes. */
@@ -107,10 +116,7 @@ static void S(attend)(S(work) *w, int64_t n, int64_t keys, int causal, int past)
     int64_t L = S(lanes)(n);
     memset(w->acc, 0, (size_t)(w->e1 * CHUNK) * sizeof(REAL));
     if (past) S(read_state)(w->acc, w->qT, NULL, w->S, w->stride, w->d, w->e1, L, w->phi);
-    if (!causal) return;
-    S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * w->d, 1, keys, w->d, L, 1);
-    S(polynomial)(w->s, keys, L, 1);
-    S(mac)(w->acc, CHUNK, w->s, CHUNK, w->v1, 1, w->ldv, w->e1, keys, L, 0);
+    if (causal) S(attend_chunk)(w, n, keys, 1);
 }
 
 /* Divides by the normaliser and writes n rows. */
@@ -124,19 +130,29 @@ static void S(write_out)(S(work) *w, REAL *out, REAL *den, int64_t n, REAL eps) 
     S(transpose)(w->acc, CHUNK, out, e, e, n);
 }
 
+static void S(keys_of)(S(work) *w, const REAL *k, const REAL *v, const REAL *keep, int64_t j, int64_t size, int64_t e, int hard) {
+    S(load_rows)(w->kk, k + j * w->d, size, w->d, 1, hard ? keep + j : NULL, CHUNK);
+    S(load_values)(w->v1, w->ldv, v + j * e, size, e, keep ? keep + j : NULL, hard, CHUNK);
+}
+
 static void S(group_forward)(S(work) *w, const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0,
-                             REAL *out,
-                             REAL *den, REAL *sums, int64_t queries, int64_t n, int64_t m, int64_t e, int hard, int causal,
-                             REAL scale, REAL eps) {
+                             REAL *out, REAL *den, REAL *sums, int64_t queries, int64_t n, int64_t m, int64_t e, int64_t near,
+                             int hard, int causal, REAL scale, REAL eps) {
     int64_t d = w->d;
     S(to_state)(w->S, w->stride, sums0, d, w->e1, 1);
     for (int64_t j = 0; j < m; j += CHUNK) {
         int64_t size = min64(CHUNK, m - j);
-        S(load_rows)(w->kk, k + j * d, size, d, 1, hard ? keep + j : NULL, CHUNK);
-        S(load_values)(w->v1, w->ldv, v + j * e, size, e, keep ? keep + j : NULL, hard, CHUNK);
+        S(keys_of)(w, k, v, keep, j, size, e, hard);
         for (int64_t r = 0; r < queries && causal; r++) {
             S(load_lanes)(w->qT, w->qq, q + (r * n + j) * d, size, d, scale);
-            S(attend)(w, size, size, 1, j || sums0);
+            if (j && j < near && !sums0) {
+                memset(w->acc, 0, (size_t)(w->e1 * CHUNK) * sizeof(REAL));
+                for (int64_t i = 0; i <= j; i += CHUNK) { /* its own chunk last: it stays loaded */
+                    S(keys_of)(w, k, v, keep, i, i < j ? CHUNK : size, e, hard);
+                    S(attend_chunk)(w, size, i < j ? CHUNK : size, i == j);
+                }
+            } else
+                S(attend)(w, size, size, 1, j || sums0);
             S(write_out)(w, out + (r * n + j) * e, den + r * n + j, size, eps);
         }
         S(add_state)(w->S, w->stride, w->kk, NULL, w->v1, w->ldv, size, d, w->e1, w->phi);
@@ -153,8 +169,8 @@ static void S(group_forward)(S(work) *w, const REAL *q, const REAL *k, const REA
 
 int S(try_taylor_forward)(const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, REAL *out,
                           REAL *den,
-                          REAL *sums, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, int64_t hard,
-                          int64_t causal, double scale, double eps, int64_t threads) {
+                          REAL *sums, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, int64_t near,
+                          int64_t hard, int64_t causal, double scale, double eps, int64_t threads) {
     int64_t queries = g ? h / g : 0, entries = (1 + d + d * (d + 1) / 2) * (e + 1);
     int failed = 0;
 #pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
@@ -176,7 +192,7 @@ int S(try_taylor_forward)(const REAL *q, const REAL *k, const REAL *v, const REA
             else if (!bad)
                 S(group_forward)(&w, q + i * queries * n * d, k + i * m * d, v + i * m * e, keep ? keep + i / g * m : NULL,
                                  sums0 ? sums0 + i * entries : NULL, out + i * queries * n * e, den + i * queries * n,
-                                 sums + i * entries, queries, n, m, e, (int)hard, (int)causal, (REAL)scale, (REAL)eps);
+                                 sums + i * entries, queries, n, m, e, near, (int)hard, (int)causal, (REAL)scale, (REAL)eps);
         if (!bad) free(steps ? (void *)space : w.memory);
     }
     return failed;

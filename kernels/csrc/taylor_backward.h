@@ -34,42 +34,40 @@ static void S(load_gradient)(S(work) *w, const REAL *grad, const REAL *out, cons
     }
 }
 
-/* ds = (1 + s) u where p > 0 in lanes >= row (side 1) or lanes <= row (side -1), else 0. Turns s into p. */
+/* ds = (1 + s) u in lanes >= row (side 1), lanes <= row (side -1) or all (side 0), else 0. Turns s into p. */
 static void S(score_gradient)(REAL *s, REAL *ds, int64_t rows, int64_t L, int side) {
     VI lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
     for (int64_t j = 0; j < rows; j++)
         for (int64_t l = 0; l < L; l += LANES) {
             VF *x = (VF *)(s + j * CHUNK + l), *u = (VF *)(ds + j * CHUNK + l), p = *x + 1;
-            VI seen = side > 0 ? lane + (int)l >= (int)j : lane + (int)l <= (int)j;
+            VI seen = side > 0 ? lane + (int)l >= (int)j : side < 0 ? lane + (int)l <= (int)j : lane >= 0;
             *u = (VF)((VI)(*u * p) & seen);
             *x = (VF)((VI)((p * p + 1) * (REAL)0.5) & seen);
         }
 }
 
-/* dq of one chunk, from the chunk's own keys (if causal) and from the state of the keys before. */
-static void S(query_gradient)(S(work) *w, REAL *dq, int64_t n, int64_t keys, int past, REAL scale) {
+/* Adds to dq (in dx) what the chunk's keys give the n queries in the lanes. */
+static void S(query_gradient_inside)(S(work) *w, int64_t n, int64_t keys, int side) {
     int64_t L = S(lanes)(n), d = w->d;
-    memset(w->dx, 0, (size_t)(d * CHUNK) * sizeof(REAL));
-    S(transpose)(w->qq, 2 * d, w->qT, CHUNK, CHUNK, d);
-    S(transpose)(w->g1, w->ldv, w->g1T, CHUNK, CHUNK, w->e1);
-    if (past) S(read_state_back)(w->dx, w->qT, w->g1T, w->S, w->stride, d, w->e1, L, w->phi);
-    if (keys) {
-        S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * d, 1, keys, d, L, 1);
-        S(mac)(w->ds, CHUNK, w->g1T, CHUNK, w->v1, w->ldv, 1, keys, w->e1, L, 1);
-        S(score_gradient)(w->s, w->ds, keys, L, 1);
-        S(mac)(w->dx, CHUNK, w->ds, CHUNK, w->kk, 1, 2 * d, d, keys, L, 0);
-    }
-    for (int64_t i = 0; i < d * CHUNK; i++) w->dx[i] *= scale;
-    S(transpose)(w->dx, CHUNK, dq, d, d, n);
+    S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * d, 1, keys, d, L, 1);
+    S(mac)(w->ds, CHUNK, w->g1T, CHUNK, w->v1, w->ldv, 1, keys, w->e1, L, 1);
+    S(score_gradient)(w->s, w->ds, keys, L, side);
+    S(mac)(w->dx, CHUNK, w->ds, CHUNK, w->kk, 1, 2 * d, d, keys, L, 0);
 }
 
-/* Adds to dk (in dx) and d[v, 1] (in acc) what the queries qq, g1 of the same chunk give the keys in the lanes. */
-static void S(key_gradient_inside)(S(work) *w, int64_t n) {
-    int64_t L = S(lanes)(n), d = w->d;
+/* dq = scale dx for n queries. */
+static void S(write_query_gradient)(S(work) *w, REAL *dq, int64_t n, REAL scale) {
+    for (int64_t i = 0; i < w->d * CHUNK; i++) w->dx[i] *= scale;
+    S(transpose)(w->dx, CHUNK, dq, w->d, w->d, n);
+}
+
+/* Adds to dk (in dx) and d[v, 1] (in acc) what the n queries qq, g1 give the `keys` keys in the lanes. */
+static void S(key_gradient_inside)(S(work) *w, int64_t n, int64_t keys, int side) {
+    int64_t L = S(lanes)(keys), d = w->d;
     S(mac)(w->s, CHUNK, w->kT, CHUNK, w->qq, 2 * d, 1, n, d, L, 1);
     S(mac)(w->ds, CHUNK, w->v1T, CHUNK, w->g1, w->ldv, 1, n, w->e1, L, 1);
-    S(score_gradient)(w->s, w->ds, n, L, -1);
+    S(score_gradient)(w->s, w->ds, n, L, side);
     S(mac)(w->dx, CHUNK, w->ds, CHUNK, w->qq, 1, 2 * d, d, n, L, 0);
     S(mac)(w->acc, CHUNK, w->s, CHUNK, w->g1, 1, w->ldv, w->e1, n, L, 0);
 }
@@ -93,7 +91,7 @@ static void S(write_key_gradient)(S(work) *w, const REAL *v, const REAL *keep, R
 typedef struct {
     const REAL *q, *k, *v, *keep, *sums0, *out, *den, *grad, *grad_sums;
     REAL *dq, *dk, *dv, *dkeep, *dsums0;
-    int64_t queries, n, m, e;
+    int64_t queries, n, m, e, near;
     int hard, causal;
     REAL scale, eps;
 } S(backward);
@@ -109,29 +107,44 @@ static void S(load_queries)(S(work) *w, const S(backward) *a, int64_t r, int64_t
     S(load_gradient)(w, a->grad + at * a->e, a->out + at * a->e, a->den + at, size, a->eps, ahead);
 }
 
+/* dq of the chunk of queries from i on: from the state of the keys before (`past`), or from the chunks of keys j0 to j1. */
+static void S(query_gradient)(S(work) *w, const S(backward) *a, int64_t r, int64_t i, int64_t n, int past, int64_t j0, int64_t j1) {
+    int64_t d = w->d;
+    S(load_queries)(w, a, r, i, n, CHUNK);
+    memset(w->dx, 0, (size_t)(d * CHUNK) * sizeof(REAL));
+    S(transpose)(w->qq, 2 * d, w->qT, CHUNK, CHUNK, d);
+    S(transpose)(w->g1, w->ldv, w->g1T, CHUNK, CHUNK, w->e1);
+    if (past) S(read_state_back)(w->dx, w->qT, w->g1T, w->S, w->stride, d, w->e1, S(lanes)(n), w->phi);
+    for (int64_t j = j0; j < j1; j += CHUNK) { /* its own chunk last: it stays loaded */
+        int64_t size = min64(CHUNK, j1 - j);
+        if (j1 - j0 > CHUNK) S(load_keys)(w, a, j, size, CHUNK);
+        S(query_gradient_inside)(w, n, size, j == i);
+    }
+    S(write_query_gradient)(w, a->dq + (r * a->n + i) * d, n, a->scale);
+}
+
 static void S(group_backward)(S(work) *w, const S(backward) *a) {
-    int64_t d = w->d, n = a->n, m = a->m, e = a->e;
+    int64_t d = w->d, n = a->n, m = a->m, e = a->e, near = a->causal ? a->near : 0;
+    int keep_S = !a->causal || a->sums0 || m > near, keep_R = !a->causal || a->dsums0 || a->grad_sums || m > near;
     S(to_state)(w->S, w->stride, a->sums0, d, w->e1, 1);
     S(to_state)(w->R, w->stride, a->grad_sums, d, w->e1, (REAL)0.5);
     for (int64_t j = 0; j < m; j += CHUNK) {
         int64_t size = min64(CHUNK, m - j);
         S(load_keys)(w, a, j, size, CHUNK);
-        for (int64_t r = 0; r < a->queries && a->causal; r++) {
-            S(load_queries)(w, a, r, j, size, CHUNK);
-            S(query_gradient)(w, a->dq + (r * n + j) * d, size, size, j || a->sums0, a->scale);
-        }
-        if (!a->causal || j + CHUNK < m) S(add_state)(w->S, w->stride, w->kk, NULL, w->v1, w->ldv, size, d, w->e1, w->phi);
+        int pairs = j < near && !a->sums0;
+        for (int64_t r = 0; r < a->queries && a->causal; r++)
+            S(query_gradient)(w, a, r, j, size, !pairs && (j || a->sums0), pairs ? 0 : j, j + size);
+        if (keep_S && (!a->causal || j + CHUNK < m)) S(add_state)(w->S, w->stride, w->kk, NULL, w->v1, w->ldv, size, d, w->e1, w->phi);
     }
     for (int64_t r = 0; r < a->queries && !a->causal; r++)
         for (int64_t i = 0; i < n; i += CHUNK) {
             int64_t size = min64(CHUNK, n - i);
-            S(load_queries)(w, a, r, i, size, CHUNK);
-            S(query_gradient)(w, a->dq + (r * n + i) * d, size, 0, 1, a->scale);
+            S(query_gradient)(w, a, r, i, size, 1, 0, 0);
             S(add_state)(w->R, w->stride, w->qq, NULL, w->g1, w->ldv, size, d, w->e1, w->phi);
         }
     for (int64_t j = (m - 1) / CHUNK * CHUNK; j >= 0 && m; j -= CHUNK) {
         int64_t size = min64(CHUNK, m - j), L = S(lanes)(size);
-        int future = !a->causal || a->grad_sums || j + CHUNK < m;
+        int pairs = m - j <= near && !a->grad_sums, future = !pairs && (!a->causal || a->grad_sums || j + CHUNK < m);
         S(load_keys)(w, a, j, size, -CHUNK);
         S(transpose)(w->kk, 2 * d, w->kT, CHUNK, CHUNK, d);
         S(transpose)(w->v1, w->ldv, w->v1T, CHUNK, CHUNK, w->e1);
@@ -142,9 +155,12 @@ static void S(group_backward)(S(work) *w, const S(backward) *a) {
             S(read_state_back)(w->dx, w->kT, w->v1T, w->R, w->stride, d, w->e1, L, w->phi);
         }
         for (int64_t r = 0; r < a->queries && a->causal; r++) {
-            S(load_queries)(w, a, r, j, size, -CHUNK);
-            S(key_gradient_inside)(w, size);
-            if (j || a->dsums0) S(add_state)(w->R, w->stride, w->qq, NULL, w->g1, w->ldv, size, d, w->e1, w->phi);
+            for (int64_t i = pairs ? (m - 1) / CHUNK * CHUNK : j; i >= j; i -= CHUNK) {
+                int64_t n_i = min64(CHUNK, n - i);
+                S(load_queries)(w, a, r, i, n_i, -CHUNK);
+                S(key_gradient_inside)(w, n_i, size, i == j ? -1 : 0);
+            }
+            if (keep_R && (j || a->dsums0)) S(add_state)(w->R, w->stride, w->qq, NULL, w->g1, w->ldv, size, d, w->e1, w->phi);
         }
         S(write_key_gradient)(w, a->v + j * e, a->keep ? a->keep + j : NULL, a->dk + j * d, a->dv + j * e,
                               a->dkeep ? a->dkeep + j : NULL, size, e);
@@ -155,7 +171,7 @@ static void S(group_backward)(S(work) *w, const S(backward) *a) {
 int S(try_taylor_backward)(const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, const REAL *out,
                            const REAL *den, const REAL *grad, const REAL *grad_sums, REAL *dq, REAL *dk, REAL *dv, REAL *dkeep,
                            REAL *dsums0, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
-                           int64_t hard, int64_t causal, double scale, double eps, int64_t threads) {
+                           int64_t near, int64_t hard, int64_t causal, double scale, double eps, int64_t threads) {
     int64_t queries = g ? h / g : 0, entries = (1 + d + d * (d + 1) / 2) * (e + 1);
     int failed = 0;
 #pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
@@ -172,7 +188,7 @@ int S(try_taylor_backward)(const REAL *q, const REAL *k, const REAL *v, const RE
             S(backward) a = {q + x * d, k + i * m * d, v + i * m * e, keep ? keep + i / g * m : NULL,
                              sums0 ? sums0 + i * entries : NULL, out + x * e, den + x, grad + x * e,
                              grad_sums ? grad_sums + i * entries : NULL, dq + x * d, dk + i * m * d, dv + i * m * e,
-                             dkeep ? dkeep + i * m : NULL, dsums0 ? dsums0 + i * entries : NULL, queries, n, m, e, (int)hard,
+                             dkeep ? dkeep + i * m : NULL, dsums0 ? dsums0 + i * entries : NULL, queries, n, m, e, near, (int)hard,
                              (int)causal, (REAL)scale, (REAL)eps};
             if (!bad) S(group_backward)(&w, &a);
         }

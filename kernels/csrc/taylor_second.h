@@ -176,7 +176,7 @@ int S(try_taylor_second)(const REAL *q, const REAL *k, const REAL *v, const REAL
             int64_t x = i * queries * n, y = i * m, z = i * entries;
             S(second) a = {{q + x * d, k + y * d, v + y * e, AT(keep, i / g * m), AT(sums0, z), out + x * e, den + x,
                             grad + x * e, AT(grad_sums, z), dq + x * d, dk + y * d, dv + y * e, NULL, AT(dsums0, z), queries, n,
-                            m, e, (int)hard, (int)causal, (REAL)scale, (REAL)eps},
+                            m, e, 0, (int)hard, (int)causal, (REAL)scale, (REAL)eps},
                            tout + x * e, tden + x, AT(tq, x * d), AT(tk, y * d), AT(tv, y * e), AT(tsums0, z),
                            AT(tgrad, x * e), AT(tgrad_sums, z)};
             if (!bad) S(group_second)(&w, &a);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import crossovers
 from ..contracts import Operator
 from .call import address, function, threads
 
@@ -22,12 +23,27 @@ def features(d: int) -> int:
     return 1 + d + d * (d + 1) // 2
 
 
+_QUADRATIC = crossovers.limits("taylor", "native, quadratic")
+
+
+def _near(name: str, n: int, d: int, e: int) -> int:
+    """How many positions read earlier ones pair by pair, in units of the pairs that cost as much as reading a state.
+
+    That is about d^2 / 4. A gradient that does so for a whole sequence keeps no states, and gains by that up to about d^2.
+    """
+    pairs = features(d) * (e + 1) / (d + e + 1)
+    if name == "forward":
+        return int(_QUADRATIC["value"] * pairs)
+    return n if n <= _QUADRATIC["whole"] * pairs else int(_QUADRATIC["gradient"] * pairs)
+
+
 def _run(name: str, tensors: list[Tensor | None], hard: bool, causal: bool, scale: float, eps: float) -> None:
     q, k, v = tensors[:3]
     (b, h, n, d), (_, g, m, e) = q.shape, v.shape
     work = b * max(h * n, g * m) * features(d) * (e + 1)
-    call = function("taylor", f"try_taylor_{name}", q.dtype, "p" * len(tensors) + "i" * 9 + "ddi")
-    if call(*map(address, tensors), b, h, g, n, m, d, e, int(hard), int(causal), scale, eps, threads(work)):
+    sizes = (b, h, g, n, m, d, e) + ((_near(name, n, d, e),) if name in ("forward", "backward") else ())
+    call = function("taylor", f"try_taylor_{name}", q.dtype, "p" * len(tensors) + "i" * (len(sizes) + 2) + "ddi")
+    if call(*map(address, tensors), *sizes, int(hard), int(causal), scale, eps, threads(work)):
         raise MemoryError(f"taylor: no memory for the native kernel's workspace (d={d}, e={e})")
 
 

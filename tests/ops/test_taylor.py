@@ -363,3 +363,20 @@ def test_the_tangent_of_each_argument_alone_is_right(impl, kind, causal):
 
         for a, x in zip(along(call(taylor, impl=impl)), along(call(dense))):
             assert_close(a, x)
+
+
+@pytest.mark.parametrize("n", [31, 33, 97, 211, 331])
+@pytest.mark.parametrize("kind", [None, "mask", "weights", "sums"])
+def test_pairs_and_states_agree_at_every_length(kind, n):
+    args = inputs(1, 4, 2, n, 16, 16)
+    past = earlier(1, 2, 16, 16) if kind == "sums" else None
+    keep = weights_of(kind, 1, n)
+
+    def gradients_of(fn):  # the sums get no cotangent: only then does a gradient need no states
+        leaves = [t.clone().requires_grad_() for t in args]
+        out = fn(*leaves, keep=keep, sums=past)[0]
+        return out, *torch.autograd.grad((out * out.detach().cos()).sum(), leaves)
+
+    for a, x in zip(gradients_of(taylor), gradients_of(dense)):
+        assert x.abs().max() > 1e-2
+        assert_close(a, x)
