@@ -12,7 +12,7 @@ from . import device_code, power_of_2
 
 # Width of a head, filled up: positions of a segment. Reading the sums then costs about what the [length, length] scores do, and
 # they take no more memory than a few copies of the output.
-SEGMENT = {16: 128, 32: 256, 64: 512}
+SEGMENT = {16: 128, 32: 256, 64: 1024}
 # Wider of d and e, filled up: warps. The other sizes: rows of a program and of the other side, features of a program, entries that
 # one product sums over; without TF32 it keeps its operands in registers, so they are few. Compiled for a GPU, only the tangents of
 # gradients spill, up to 40 bytes per thread.
