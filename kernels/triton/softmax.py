@@ -13,6 +13,8 @@ from . import device_code, power_of_2
 from . import why_not as triton_why_not
 
 WIDTH = 128
+# Widest heads whose gradient moves in the same launch: more would need more shared memory than small GPUs have.
+TOGETHER = 64
 # Widest of d and e, filled up: queries and keys of a tile, warps. Without TF32 a product keeps its operands in registers.
 TILES = {16: (32, 32, 4), 32: (32, 32, 8), 64: (16, 32, 8), 128: (16, 16, 8)}
 
@@ -81,6 +83,10 @@ def _tangent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, 
 def _second(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, t_out: Tensor, t_lse: Tensor,
             tg: Tensor | None, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, start: int | None,
             scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    if tg is not None and max(q.shape[3], v.shape[3]) > TOGETHER:
+        parts = (_second(g, q, k, v, mask, out, lse, t_out, t_lse, None, tq, tk, tv, start, scale),
+                 _backward(tg, q, k, v, mask, out, lse, start, scale))
+        return tuple(a + b for a, b in zip(*parts))
     g, q, k, v, lse, t_lse = (t.contiguous() for t in (g, q, k, v, lse, t_lse))
     tq, tk, tv = (torch.zeros_like(x) if t is None else t.contiguous() for x, t in ((q, tq), (k, tk), (v, tv)))
     dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))

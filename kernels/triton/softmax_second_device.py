@@ -91,10 +91,10 @@ def second_keys(q, k, v, mask, g, lse, delta, t_lse, t_delta, tg, tq, tk, tv, dk
             s = _scores(q_i, k_j, i, j, n, m, mask + b * mask_b + h * mask_h, mask_n, mask_m, start, scale, CAUSAL, MASK, PRECISION, ACC)
             p, tp, ds, tds = _moves(s, q_i, tq_i, k_j, tk_j, g_i, tg_i, v_j, tv_j, level, t_level, less, t_less, scale, G_MOVES,
                                     PRECISION, ACC)
-            result_k += tl.dot(tl.trans(tds), q_i, input_precision=PRECISION, out_dtype=ACC)
-            result_k += tl.dot(tl.trans(ds), tq_i, input_precision=PRECISION, out_dtype=ACC)
-            result_v += tl.dot(tl.trans(tp), g_i, input_precision=PRECISION, out_dtype=ACC)
             if G_MOVES:
                 result_v += tl.dot(tl.trans(p), tg_i, input_precision=PRECISION, out_dtype=ACC)
+            result_v += tl.dot(tl.trans(tp), g_i, input_precision=PRECISION, out_dtype=ACC)
+            result_k += tl.dot(tl.trans(ds), tq_i, input_precision=PRECISION, out_dtype=ACC)
+            result_k += tl.dot(tl.trans(tds), q_i, input_precision=PRECISION, out_dtype=ACC)
     tl.store(dk + (source * m + j[:, None]) * d + cols_d[None, :], result_k * scale, mask=(j < m)[:, None] & (cols_d < d)[None, :])
     tl.store(dv + (source * m + j[:, None]) * e + cols_e[None, :], result_v, mask=(j < m)[:, None] & (cols_e < e)[None, :])

@@ -139,3 +139,18 @@ def test_softmax_attention_compiles_for_a_gpu(width):
                          ("backward_keys", ("g", "lse", "delta", "dk", "dv")),
                          ("tangent", ("out", "lse", "tq", "tk", "tv", "tout", "tlse"))):
         compiled(softmax_device, name, ("q", "k", "v", *others), sizes, shape, floats=("scale",), masks=("mask",))
+
+
+@needs_triton
+@pytest.mark.skipif(lang.INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("width", [64, 128])
+def test_second_derivatives_of_softmax_attention_compile_for_a_gpu(width):
+    from fnattn_kernels.triton import softmax, softmax_second_device
+
+    kind = torch.float32
+    shape = dict(softmax.tiles(width, width, kind), CAUSAL=True, MASK=True, ACC=lang.accumulator(kind), PRECISION=lang.PRECISION,
+                 G_MOVES=width <= softmax.TOGETHER)
+    sizes = ("n", "m", "d", "e", "heads", "groups", "start", "mask_b", "mask_h", "mask_n", "mask_m")
+    given = ("q", "k", "v", "g", "lse", "delta", "t_lse", "t_delta", "tg", "tq", "tk", "tv")
+    for name, results in (("second_queries", ("dq",)), ("second_keys", ("dk", "dv"))):
+        compiled(softmax_second_device, name, (*given, *results), sizes, shape, floats=("scale",), masks=("mask",))

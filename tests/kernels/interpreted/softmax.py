@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import assert_close
 from fnattn_kernels.contracts import KernelUnavailable
+from fnattn_kernels.triton import softmax as triton
 from interpreted_checks import FEW, check
 
 from fnattn.ops import softmax_attention
@@ -41,6 +42,29 @@ def test_several_tiles(masked, options):
     for ours, true in zip(*results):
         assert_close(ours, true)
         assert ours.abs().max() > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "offset": -3}])
+def test_second_derivatives_over_several_tiles(options, monkeypatch):
+    if not options:
+        monkeypatch.setattr(triton, "TOGETHER", 16)  # as for the widest heads
+    args = tuple(a.detach() for a in draw(2, 1, 19, 35, 3, 17))
+    mask = torch.rand(2, 1, 19, 35, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[1, :, 5] = False
+    g = torch.randn(2, 2, 19, 17, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for moving_g in (False, True):
+        def slope(*args, impl, moving_g=moving_g):
+            def loss(*args):
+                out = softmax_attention(*args, **options, mask=mask, impl=impl)
+                return ((out + out.square() if moving_g else out) * g).sum()
+            return torch.func.grad(loss, (0, 1, 2))(*args)
+        moves = tuple(a.cos() for a in args)
+        ours, plain = (torch.func.jvp(lambda *a, impl=impl: slope(*a, impl=impl), args, moves)[1] for impl in ("triton", "reference"))
+        back = torch.func.vjp(lambda *a: slope(*a, impl="triton"), *args)[1](moves) if moving_g else ours
+        for a, b, true in zip(ours, back, plain):
+            assert_close(a, true)
+            assert_close(b, true)
+            assert true.abs().max() > 0
 
 
 def test_tangents_of_one_argument_alone():
