@@ -8,7 +8,8 @@ Nothing is written to, nothing is remembered outside `state`, and everything map
 state one call trains an ensemble. Hyper-parameters are numbers, 0-d tensors (so that an ensemble can map them: build the
 optimiser inside the mapped function) or, for a learning rate, a schedule: a function of the number of updates made.
 
-Loops over leaves instead of torch._foreach_*: these have no vmap rule, and on a CPU they are the same loop.
+Leaves are worked on one by one, which every transform understands. Where nothing maps, traces or differentiates an update on
+a CPU, all leaves take each step in one call (`_together`): the same numbers in a fraction of the time for small leaves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import tree
+from . import _together, tree
 from .core import EMPTY, Empty, check
 
 Schedule = Callable[[Tensor], Tensor]
@@ -107,10 +108,17 @@ def adamw(learning_rate: Schedule | Number = 1e-3, *, betas: tuple[Number, Numbe
         return AdamState(_count(params), tree.map(_zeros, params), tree.map(_zeros, params))
 
     def update(grads: Any, state: AdamState, params: Any) -> tuple[Any, AdamState]:
-        _check_same("adamw", grads, params)
+        lists, shape = _same("adamw", grads, params, state.mu, state.nu)
         rate = _rate(learning_rate, state.step)
         t = state.step.to(_wide(state.step)) + 1
         size, root = rate / (1 - b1 ** t), torch.sqrt(1 - b2 ** t)
+        at = [i for i, g in enumerate(lists[0]) if g is not None]
+        some = tuple([x[i] for i in at] for x in lists)
+        if _together.plain(some, rate, b1, b2, eps, weight_decay):
+            new = _together.adamw(*some, *map(float, (b1, b2, eps, weight_decay, rate, size, root)))
+            # None stays where nothing is differentiated, and so does what the state has there.
+            change, mu, nu = (tree.unflatten(_put(x, old, at), shape) for x, old in zip(new, (lists[0], *lists[2:])))
+            return change, AdamState(state.step + 1, mu, nu)
         mu = tree.map(lambda g, m: m if g is None else m * b1 + g.to(m.dtype) * (1 - b1), grads, state.mu)
         nu = tree.map(lambda g, n: n if g is None else n * b2 + g.to(n.dtype).square() * (1 - b2), grads, state.nu)
 
@@ -123,6 +131,14 @@ def adamw(learning_rate: Schedule | Number = 1e-3, *, betas: tuple[Number, Numbe
         return tree.map(change, grads, mu, nu, params), AdamState(state.step + 1, mu, nu)
 
     return Optimizer(init, update)
+
+
+def _put(new: list, old: list, at: list[int]) -> list:
+    """old, with the new values at these places."""
+    out = list(old)
+    for i, x in zip(at, new):
+        out[i] = x
+    return out
 
 
 def adam(learning_rate: Schedule | Number = 1e-3, *, betas: tuple[Number, Number] = (0.9, 0.999),
@@ -151,7 +167,7 @@ def sgd(learning_rate: Schedule | Number, *, momentum: Number = 0.0, nesterov: b
         return SgdState(_count(params), EMPTY if plain else tree.map(_zeros, params))
 
     def update(grads: Any, state: SgdState, params: Any) -> tuple[Any, SgdState]:
-        _check_same("sgd", grads, params)
+        _same("sgd", grads, params)
         rate = _rate(learning_rate, state.step)
         velocity = EMPTY if plain else tree.map(
             lambda g, v: v if g is None else v * momentum + g.to(v.dtype), grads, state.velocity)
@@ -174,6 +190,13 @@ def clip_by_global_norm(max_norm: Number) -> Optimizer:
     """
 
     def update(grads: Any, state: Empty, params: Any = None) -> tuple[Any, Empty]:
+        leaves, shape = tree.flatten(grads)
+        given = [g for g in leaves if g is not None]
+        if _together.plain((given,), max_norm):
+            norm = float(_together.norm(given))
+            factor = min(1.0, float(max_norm) / (norm + 1e-6))
+            scaled = iter(_together.scale(given, factor))
+            return tree.unflatten([None if g is None else next(scaled) for g in leaves], shape), state
         factor = (max_norm / (global_norm(grads) + 1e-6)).clamp(max=1.0)
         return tree.map(lambda g: None if g is None else g * factor.to(g.dtype), grads), state
 
@@ -195,6 +218,12 @@ def chain(*links: Optimizer) -> Optimizer:
 
 def apply_updates(params: Any, updates: Any) -> Any:
     """params + updates, leaf by leaf, each in its own dtype; where the update is None the leaf stays."""
+    (old, shape), changes = tree.flatten(params), tree.leaves(updates)
+    if len(old) == len(changes):
+        at = [i for i, u in enumerate(changes) if u is not None]
+        some = [old[i] for i in at], [changes[i] for i in at]
+        if _together.plain(some):
+            return tree.unflatten(_put(_together.add(*some), old, at), shape)
     return tree.map(lambda p, u: p if u is None else (p.to(u.dtype) + u).to(p.dtype), params, updates)
 
 
@@ -217,10 +246,12 @@ def _count(params: Any) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=device)
 
 
-def _check_same(who: str, grads: Any, params: Any) -> None:
-    found, expected = tree.structure(grads), tree.structure(params)
+def _same(who: str, grads: Any, params: Any, *others: Any) -> tuple[list[list], Any]:
+    """The leaves of each tree, and the structure that grads and params must share."""
+    (given, found), (old, expected) = tree.flatten(grads), tree.flatten(params)
     check(found == expected, "optim.{}.update: grads must have the structure of params; got {} and {}.", who, found, expected,
           remedy="Differentiate with tree.value_and_grad with respect to these params.")
+    return [given, old, *map(tree.leaves, others)], expected
 
 
 # ------------------------------------------------------------------------------------------------ bridges

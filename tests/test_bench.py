@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fnattn
 from fnattn import random
 from fnattn.attentions import full, gate_loop, linformer, simple_gate_loop, sparse_conv, taylor
-from fnattn.bench import CASES, check, layers, memory, operators, report, scaling, table, timing, transforms, upstream, work
+from fnattn.bench import CASES, check, layers, memory, operators, report, scaling, table, timing, training, transforms, upstream, work
 from fnattn.bench.case import Case, Contest, Opponent, Side, Work, normal
 from fnattn.bench.peaks import Peaks
 from fnattn.cli import bench, main
@@ -161,7 +161,7 @@ def test_pairs_are_counted_right():
 
 
 def test_names_are_unique_and_every_goal_of_the_table_has_a_case():
-    names = [case.name for case in (*operators.CASES, *layers.CASES)] + [*transforms.CASES, *scaling.CASES]
+    names = [case.name for case in (*operators.CASES, *layers.CASES)] + [*training.CASES, *transforms.CASES, *scaling.CASES]
     assert len(set(names)) == len(names) == len(table.names())
     assert sum(goal is not None for case in CASES.values() for goal in case.goal) >= 50
 
@@ -299,3 +299,46 @@ def test_memory_of_linear_operators_grows_as_their_results_do(name, compiled):
     assert kept4 == 4 * kept
     assert four <= 4.2 * one, "memory grows faster than the length"
     assert four <= 2.5 * kept4, f"{four} bytes for {kept4} of results and gradients"
+
+
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")  # upstream's
+@pytest.mark.parametrize("name", training.CASES)
+def test_a_step_of_training_agrees_with_the_same_model_elsewhere(name):
+    case = training.CASES[name]
+    try:
+        sides = training.build(case, case.quick, torch.device("cpu"))
+    except upstream.Missing as reason:
+        pytest.skip(str(reason))
+    assert training.wrong(sides) is None
+    before = [p.detach().clone() for p in sides.our_params()]
+    sides.ours()
+    assert all((new != old).any() for new, old in zip(sides.our_params(), before))
+
+
+def test_a_step_of_training_that_differs_is_not_timed(monkeypatch):
+    case, params = training.CASES["training full"], torch.zeros(3)
+
+    def one(moves, loss=1.0):
+        params.add_(moves)
+        return torch.tensor(loss)
+
+    def sides(**other):
+        return training.Sides(lambda: one(1.0), lambda: one(0.0, **other), lambda: [params], lambda: [params - 0.5])
+
+    monkeypatch.setattr(training, "build", lambda *args: sides(loss=2.0))
+    row = table.training_row(case, OPTIONS)
+    assert "the loss is" in row["wrong"] and "ours_ms" not in row
+    monkeypatch.setattr(training, "build", lambda *args: sides())
+    assert "parameters' change" in table.training_row(case, OPTIONS)["wrong"]
+
+
+def test_a_row_of_training_has_a_ratio(monkeypatch):
+    row = table.training_row(training.CASES["training taylor"], OPTIONS)
+    assert row["ratio"] > 0 and "step" in report.line(row)
+
+    def missing(*args):
+        raise upstream.Missing("not here")
+
+    monkeypatch.setattr(training, "build", missing)
+    row = table.training_row(training.CASES["training transformer"], OPTIONS)
+    assert row["ratio"] is None and "not here" in report.line(row) and table.met(row) is None

@@ -30,6 +30,7 @@ PRIVATE = {
     "kernels/sharding.py": "what DTensor remembers a decision by",
     "fnattn/tree.py": "torch's pytree module; remat's forward mode",
     "kernels/native/softmax_aten.py": "torch's fused attention for the CPU has no public name",
+    "fnattn/_together.py": "many tensors in one call have no public name; forward mode under way",
     "fnattn/core.py": "whether Python may look at a value",
     "fnattn/taps.py": "how many transforms are under way",
     "fnattn/models/reversible.py": "one autograd node that works at every transform level",

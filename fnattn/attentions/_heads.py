@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -45,11 +43,11 @@ def merge_heads(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     """gamma sqrt(d) x / max(|x|, 1e-12) over the last axis: x by its root mean square. 0 stays 0, with gradient 0."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    square = wide.square().sum(-1, keepdim=True)
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     # As F.normalize(eps=1e-12), but on the square, so that the gradient at x = 0 is 0 and not 0/0.
-    scale = square.clamp(min=1e-24).rsqrt() * math.sqrt(x.shape[-1])
-    return (wide * scale).to(x.dtype) * gamma
+    scale = wide.square().mean(-1, keepdim=True).clamp(min=1e-24 / max(x.shape[-1], 1)).rsqrt()
+    normed = wide * scale
+    return (normed if normed.dtype == x.dtype else normed.to(x.dtype)) * gamma
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

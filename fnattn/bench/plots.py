@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-FORWARD, BOTH, GOAL = "#8fb4dc", "#0b4f9c", "#d1495b"
+FORWARD, BOTH, STEP, GOAL = "#8fb4dc", "#0b4f9c", "#5a7d5a", "#d1495b"
 
 
 def picture(rows: list[dict[str, Any]], caption: str) -> bytes:
@@ -30,9 +30,11 @@ def picture(rows: list[dict[str, Any]], caption: str) -> bytes:
 
 
 def _ratios(axes: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
-    for shift, which, colour in ((-0.2, "forward", FORWARD), (0.2, "forward+backward", BOTH)):
+    for shift, which, colour in ((-0.2, "forward", FORWARD), (0.2, "forward+backward", BOTH), (0.0, "step", STEP)):
         here = [row for row in rows if row.get("ratio") and row["kind"] != "transform" and row["pass"] == which]
         places = [names.index(row["case"]) + shift for row in here]
+        if not here:
+            continue
         axes.barh(places, [row["ratio"] for row in here], height=0.36, color=colour, label=which)
         goals = [(row["goal"], y) for row, y in zip(here, places, strict=True) if row["goal"]]
         if goals:

@@ -18,7 +18,7 @@ from .table import met
 
 HEAD = (f"{'case':<23} {'shape':<31} {'pass':<5}{'upstream ms':>12}{'ours ms':>10}{'ratio':>8}{'goal':>7} {'':<4}"
         f"{'floor ms':>9}{'x floor':>8}  extra MB: ours, upstream")
-SHORT = {"forward": "fwd", "forward+backward": "f+b"}
+SHORT = {"forward": "fwd", "forward+backward": "f+b", "step": "step"}
 
 
 def machine(device: torch.device, peaks: Peaks | None, quick: bool, rounds: int) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def line(row: dict[str, Any]) -> str:
     held = ""
     if row["memory_ours_mb"] is not None:
         held = f"  {row['memory_ours_mb']:.1f}, {_number(row['memory_upstream_mb'], '.0f') or '-'}"
-    text = (f"{head}{SHORT[row['pass']]:<5}{_number(row['upstream_ms'], '.3f'):>12}{row['ours_ms']:>10.3f}{ratio:>8}{goal:>7} "
+    text = (f"{head}{SHORT[row['pass']]:<5}{_number(row['upstream_ms'], '.3f'):>12}{_number(row['ours_ms'], '.3f'):>10}{ratio:>8}{goal:>7} "
             f"{mark:<4}{_number(row['floor_ms'], '.3f'):>9}{over:>8}{held}")
     return text + (f"  ({row['missing']})" if row["missing"] else "")
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import CASES, check, memory, scaling, timing, transforms, upstream
+from . import CASES, check, memory, scaling, timing, training, transforms, upstream
 from .case import Case, Contest, Opponent, Side, shape_text
 from .peaks import Peaks
 
@@ -25,7 +25,7 @@ class Options(NamedTuple):
 
 def names() -> list[str]:
     """Every case, in the order of the table."""
-    return [*CASES, *transforms.CASES, *scaling.CASES]
+    return [*CASES, *training.CASES, *transforms.CASES, *scaling.CASES]
 
 
 def rows(chosen: list[str], options: Options, peaks: Peaks | None,
@@ -35,6 +35,8 @@ def rows(chosen: list[str], options: Options, peaks: Peaks | None,
         step(name)
         if name in CASES:
             yield from contest_rows(CASES[name], options, peaks)
+        elif name in training.CASES:
+            yield training_row(training.CASES[name], options)
         elif name in transforms.CASES:
             yield multiple_row(transforms.CASES[name], options)
         else:
@@ -80,6 +82,23 @@ def _verdict(case: Case, contest: Contest, sizes: dict, opponent: Opponent | Non
         contest = case.build({**sizes, **case.check}, options.device)
         opponent, _ = _opponent(contest)
     return check.wrong(contest, len(case.passes) > 1, case.tolerance, opponent)
+
+
+def training_row(case: training.Training, options: Options) -> dict:
+    """A step of training against the same elsewhere, after a first step that must agree."""
+    sizes = case.quick if options.quick else case.sizes
+    head = {"case": case.name, "kind": "training", "shape": shape_text(sizes), "pass": "step", "peer": training.PEERS[case.peer]}
+    none = {"floor_ms": None, "memory_ours_mb": None, "memory_upstream_mb": None, "goal": None if options.quick else case.goal}
+    try:
+        sides = training.build(case, sizes, options.device)
+    except upstream.Missing as reason:
+        return {**head, **none, "ours_ms": None, "upstream_ms": None, "ratio": None, "missing": str(reason)}
+    wrong = training.wrong(sides)
+    if wrong:
+        return {**head, "wrong": wrong}
+    times = timing.alternate(sides.ours, sides.theirs, options.rounds, options.device)
+    return {**head, **none, "ours_ms": times.ours, "upstream_ms": times.theirs, "ratio": times.ratio, "spread": times.spread,
+            "missing": None}
 
 
 def multiple_row(case: transforms.Transform, options: Options) -> dict:
