@@ -88,6 +88,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, block: int, causa
 def gather(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, block: int, causal: bool, keep: Tensor | None, scale: float) -> Tensor:
     """The present key blocks of each row of blocks, rows with about as many blocks together."""
     b, h, n, _ = q.shape
+    if n == 0:
+        return reference(q, k, v, layout, block, causal, keep, scale)
     nb = layout.shape[1]
     layout = peek(layout)
     layout = (layout.tril() if causal else layout).expand(h, nb, nb)
