@@ -198,3 +198,33 @@ def test_a_schedule_of_no_length_is_refused(make, message):
     with pytest.raises(ValueError) as error:
         make()
     assert str(error.value).startswith(message)
+
+
+def test_all_leaves_in_one_call_give_what_each_leaf_gives(monkeypatch):
+    shapes = [(3, 5), (7,), (), (2, 0), (11, 2)]
+    params = [random.normal(random.fold_in(random.key(1), i), shape, torch.float64) for i, shape in enumerate(shapes)]
+    grads = [None, *(2 * p.cos() for p in params[1:])]
+    optimizer = optim.chain(optim.clip_by_global_norm(0.3), optim.adamw(optim.cosine(0.1, 9), weight_decay=0.2))
+    results = []
+    for plain in (True, False):
+        if not plain:
+            monkeypatch.setattr(optim._together, "plain", lambda *args: False)
+        state, at = optimizer.init(params), params
+        for _ in range(3):
+            updates, state = optimizer.update(grads, state, at)
+            at = optim.apply_updates(at, updates)
+        results.append((at, state))
+        assert at[0] is params[0] and updates[0] is None
+    for a, b, p in zip(results[0][0], results[1][0], params):
+        assert_close(a, b)
+        assert p.numel() == 0 or p is params[0] or (a != p).all()
+    for a, b in zip(tree.leaves(results[0][1]), tree.leaves(results[1][1])):
+        assert_close(a.double(), b.double())
+
+
+def test_a_gradient_through_an_update_is_not_lost():
+    params = [torch.ones(3, dtype=torch.float64)]
+    grads = [torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)]
+    optimizer = optim.adamw(0.1)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    assert updates[0].requires_grad and optim.apply_updates(params, updates)[0].requires_grad
