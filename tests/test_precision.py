@@ -12,8 +12,8 @@ import importlib
 
 import pytest
 import torch
-
 from conftest import assert_close
+
 from fnattn.bench import implementations
 from fnattn.ops.report import CASES
 from fnattn.random import fold_in, key, normal
@@ -114,7 +114,8 @@ def test_errs_at_most_twice_as_much_as_plain_torch(name, kernel, dtype):
         for i, (ours, theirs) in enumerate(pairs):
             seen += ours is not None
             if ours is not None and not ours <= times * theirs + unit:
-                far.append(f"n {n}, {'badly' if bad else 'well'} scaled, {f'gradient {i}' if i else 'value'}: {ours:.1e}, plain {theirs:.1e}")
+                far.append(f"n {n}, {'badly' if bad else 'well'} scaled, {f'gradient {i}' if i else 'value'}: {ours:.1e}, plain "
+                           f"{theirs:.1e}")
     assert seen > 10
     assert not far, "\n" + "\n".join(far)
 
