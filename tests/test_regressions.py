@@ -45,18 +45,19 @@ class Case(NamedTuple):
 
     growth: how many times as much a call of twice the length may take.
     bound: instructions for each multiply-add of a whole AVX2 vector; half again of what GCC 12 made with -O1.
+    short: the shorter length.
     """
 
     call: Callable[[int], torch.Tensor]
     products: Callable[[int], tuple[float, float]]
     growth: float
     bound: float
+    short: int = 96
 
 
 F = 1 + 16 + 16 * 17 // 2  # features of a head of Taylor attention
-SHORT = 96
 CASES = {
-    "taylor": Case(lambda n: ops.taylor(*qkv(n, 16))[0], lambda n: (2 * n * 2 * F * 17, 2 * n * 5 * F * 17), 2.5, 9.5),
+    "taylor": Case(lambda n: ops.taylor(*qkv(n, 16))[0], lambda n: (2 * n * 2 * F * 17, 2 * n * 5 * F * 17), 2.2, 9.5, 320),
     "gate_loop": Case(lambda n: ops.gate_loop(*qkv(n, 16), gates(n))[0], lambda n: (2 * n * 4 * 256, 2 * n * 14 * 256), 2.2, 14),
     "softmax": Case(lambda n: ops.softmax_attention(*qkv(n, 32), causal=True), lambda n: (n * n * 64, n * n * 160), 4.1, 18),
     "coor_descent": Case(lambda n: ops.coor_descent(qkv(n, 64)[0], 4.0, n_iters=5), lambda n: (2 * n * 64 * 20,) * 2, 2.2, 11),
@@ -156,7 +157,7 @@ def test_a_kernel_takes_no_more_instructions_than_its_algorithm_needs(monkeypatc
     case = CASES[source]
     with monkeypatch.context() as patch:
         recorder = Recorder(patch, source)
-        for n in (SHORT, 2 * SHORT):
+        for n in (case.short, 2 * case.short):
             out = case.call(n)
             out.backward(torch.ones_like(out))
     assert len(recorder.calls) == 4, [name for name, _ in recorder.calls]  # one call of C each for value and gradient
@@ -164,7 +165,7 @@ def test_a_kernel_takes_no_more_instructions_than_its_algorithm_needs(monkeypatc
     short, long = counts[:2], counts[2:]
     for few, many in zip(short, long):
         assert 1.5 * few < many <= case.growth * few
-    for n, numbers in ((SHORT, short), (2 * SHORT, long)):
+    for n, numbers in ((case.short, short), (2 * case.short, long)):
         for count, products in zip(numbers, case.products(n)):
             fused = 1 if lanes == 8 else 2  # the baseline multiplies and adds in two instructions
             assert count / (products / lanes) <= case.bound * fused
@@ -199,11 +200,12 @@ def test_value_and_gradient_are_one_operator_each_and_bytes_grow_with_the_length
         out = CASES[name].call(n)
         out.backward(torch.ones_like(out))
 
-    both(SHORT)
-    short, long = (dispatched(lambda n=n: both(n)) for n in (SHORT, 2 * SHORT))
+    n = CASES[name].short
+    both(n)
+    short, long = (dispatched(lambda n=n: both(n)) for n in (n, 2 * n))
     assert short == long and sum(count for op, count in short.items() if op.startswith("fnattn::")) == 2
     assert sum(short.values()) <= 16, short  # inputs and the layout of gradients among them
-    assert peak_bytes(lambda: both(2 * SHORT)) <= 2 * peak_bytes(lambda: both(SHORT))
+    assert peak_bytes(lambda: both(2 * n)) <= 2 * peak_bytes(lambda: both(n))
 
 
 # How many operators one step of generation may dispatch, views aside: projections and one kernel.

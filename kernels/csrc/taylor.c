@@ -164,14 +164,21 @@ static void S(group_forward)(S(work) *w, const REAL *q, const REAL *k, const REA
             S(attend)(w, size, 0, 0, 1);
             S(write_out)(w, out + (r * n + i) * e, den + r * n + i, size, eps);
         }
-    S(from_state)(sums, w->S, w->stride, d, w->e1, 1);
+    if (sums) S(from_state)(sums, w->S, w->stride, d, w->e1, 1);
 }
+
+#include "taylor_split.h"
 
 int S(try_taylor_forward)(const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, REAL *out,
                           REAL *den,
                           REAL *sums, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, int64_t near,
                           int64_t hard, int64_t causal, double scale, double eps, int64_t threads) {
     int64_t queries = g ? h / g : 0, entries = (1 + d + d * (d + 1) / 2) * (e + 1);
+    int64_t parts = causal ? S(parts)(threads, b * g, n) : 1;
+    if (parts > 1) {
+        S(inputs) a = {q, k, v, keep, sums0, NULL, NULL, NULL, NULL, b, h, g, n, d, e, (int)hard, (REAL)scale, (REAL)eps, threads};
+        return S(split_forward)(&a, out, den, sums, parts, near);
+    }
     int failed = 0;
 #pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
     {

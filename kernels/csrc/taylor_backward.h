@@ -156,7 +156,7 @@ static void S(group_backward)(S(work) *w, const S(backward) *a) {
         }
         for (int64_t r = 0; r < a->queries && a->causal; r++) {
             for (int64_t i = pairs ? (m - 1) / CHUNK * CHUNK : j; i >= j; i -= CHUNK) {
-                int64_t n_i = min64(CHUNK, n - i);
+                int64_t n_i = min64(CHUNK, m - i); /* a part of a sequence ends before n */
                 S(load_queries)(w, a, r, i, n_i, -CHUNK);
                 S(key_gradient_inside)(w, n_i, size, i == j ? -1 : 0);
             }
@@ -168,11 +168,73 @@ static void S(group_backward)(S(work) *w, const S(backward) *a) {
     if (a->dsums0) S(from_state)(a->dsums0, w->R, w->stride, d, w->e1, 2);
 }
 
+/* sums = sum phi(q) g'^T over a part's queries, in the public order. */
+static void S(query_sums)(S(work) *w, const S(backward) *a, REAL *sums) {
+    S(to_state)(w->R, w->stride, NULL, w->d, w->e1, 1);
+    for (int64_t i = 0; i < a->m; i += CHUNK)
+        for (int64_t r = 0; r < a->queries; r++) {
+            int64_t size = min64(CHUNK, a->m - i);
+            S(load_queries)(w, a, r, i, size, CHUNK);
+            S(add_state)(w->R, w->stride, w->qq, NULL, w->g1, w->ldv, size, w->d, w->e1, w->phi);
+        }
+    S(from_state)(sums, w->R, w->stride, w->d, w->e1, 2);
+}
+
+/* As split_forward; parts are numbered from the end where sums over queries are taken. */
+static int S(split_backward)(const S(inputs) *x, REAL *dq, REAL *dk, REAL *dv, REAL *dkeep, REAL *dsums0, int64_t parts) {
+    int64_t d = x->d, e = x->e, n = x->n, groups = x->b * x->g, queries = x->h / x->g, entries = (1 + d + d * (d + 1) / 2) * (e + 1);
+    REAL *before = scratch((size_t)(2 * groups * parts * entries) * sizeof(REAL)), *behind = before + groups * parts * entries;
+    if (!before) return 1;
+    int failed = 0;
+#pragma omp parallel num_threads((int)x->threads)
+    {
+        S(work) w;
+        int bad = S(work_new)(&w, d, e, BACKWARD);
+        if (bad) {
+#pragma omp atomic write
+            failed = 1;
+        }
+        for (int phase = 0; phase < 2; phase++) {
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < groups * parts * (2 - phase); task++) {
+                int64_t i = task / parts % groups, p = task % parts, from = S(part_start)(p, parts, n);
+                int64_t size = S(part_start)(p + 1, parts, n) - from, at = i * n + from, row = i * queries * n + from;
+                int64_t own = i * parts + p, last = i * parts + parts - 1 - p;
+                const REAL *keep = x->keep ? x->keep + i / x->g * n + from : NULL;
+                S(backward) a = {x->q + row * d, x->k + at * d, x->v + at * e, keep,
+                                 p ? before + own * entries : AT(x->sums0, i * entries), x->out + row * e, x->den + row,
+                                 x->grad + row * e, p < parts - 1 ? behind + last * entries : AT(x->grad_sums, i * entries),
+                                 dq + row * d, dk + at * d, dv + at * e, AT(dkeep, at), p ? NULL : AT(dsums0, i * entries), queries, n,
+                                 size, e, 0, x->hard, 1, x->scale, x->eps};
+                if (bad) continue;
+                if (phase) S(group_backward)(&w, &a);
+                else if (task >= groups * parts) p ? S(query_sums)(&w, &a, behind + last * entries) : (void)0;
+                else if (p < parts - 1)
+                    S(group_forward)(&w, NULL, a.k, a.v, keep, NULL, NULL, NULL, before + own * entries, 0, n, size, e, 0, x->hard, 1,
+                                     x->scale, x->eps);
+            }
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < (phase ? 0 : groups); i++) {
+                S(running_sums)(before + i * parts * entries, AT(x->sums0, i * entries), parts, 1, entries);
+                S(running_sums)(behind + i * parts * entries, AT(x->grad_sums, i * entries), parts, 1, entries);
+            }
+        }
+        if (!bad) free(w.memory);
+    }
+    free(before);
+    return failed;
+}
+
 int S(try_taylor_backward)(const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, const REAL *out,
                            const REAL *den, const REAL *grad, const REAL *grad_sums, REAL *dq, REAL *dk, REAL *dv, REAL *dkeep,
                            REAL *dsums0, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
                            int64_t near, int64_t hard, int64_t causal, double scale, double eps, int64_t threads) {
     int64_t queries = g ? h / g : 0, entries = (1 + d + d * (d + 1) / 2) * (e + 1);
+    int64_t parts = causal ? S(parts)(threads, b * g, n) : 1;
+    if (parts > 1) {
+        S(inputs) a = {q, k, v, keep, sums0, out, den, grad, grad_sums, b, h, g, n, d, e, (int)hard, (REAL)scale, (REAL)eps, threads};
+        return S(split_backward)(&a, dq, dk, dv, dkeep, dsums0, parts);
+    }
     int failed = 0;
 #pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
     {
