@@ -10,8 +10,9 @@ Private torch names are confined to this file and to sharding.py.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ _LIB = torch.library.Library(NAMESPACE, "FRAGMENT")
 _C = torch._C
 _FLOPS: dict[Any, Callable] = {}
 OPERATORS: list[Operator] = []  # all that were made
+_RECORDED: list[Operator] | None = None
 
 
 class KernelUnavailable(RuntimeError):
@@ -129,6 +131,8 @@ class Operator:
     def _autograd(self, keyset, *args):
         """Runs once per transform level and once at the bottom, like the kernel of a built-in operator."""
         sharding.on_first_use(args)
+        if _RECORDED is not None:
+            _RECORDED.append(self)
         forward_on = _C._is_fwd_grad_enabled()
         reverse = _C.is_grad_enabled() and _C._any_requires_grad(*args)
         if reverse or (forward_on and any(isinstance(a, Tensor) and unpack_dual(a)[1] is not None for a in args)):
@@ -152,6 +156,17 @@ class Operator:
         split = [unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in args]
         outs, tangents = self._both([primal for primal, _ in split], [tangent for _, tangent in split])
         return tuple(make_dual(out, _laid_out(t, out.stride())) for out, t in zip(outs, tangents, strict=True))
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Operator]]:
+    """A list that receives every Operator called meanwhile, once per transform level."""
+    global _RECORDED
+    before, _RECORDED = _RECORDED, []
+    try:
+        yield _RECORDED
+    finally:
+        _RECORDED = before
 
 
 def register_flops() -> None:

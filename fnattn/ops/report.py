@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TextIO
 
 import torch
+from fnattn_kernels.contracts import KernelUnavailable, recording
 from torch import Tensor
 
 from ._door import REFERENCE, worthwhile
@@ -83,6 +85,8 @@ def _picture(s: dict) -> dict:
 
 
 BLOCK = 16
+PACKAGES = {"fast_transformers": "pytorch-fast-transformers", "colt5": "CoLT5-attention", "deepspeed": "deepspeed", "triton": "triton",
+            "rotary_embedding_torch": "rotary-embedding-torch"}
 CASES = {
     "causal_dot": Case("causal_dot", _qkv),
     "scan": Case("scan", _scan, asked=lambda a, x: (a, x, None)),
@@ -104,7 +108,10 @@ CASES = {
 
 
 class Answer(NamedTuple):
-    """One implementation of one operator on one device: reason is why it would not run, None if it could."""
+    """One implementation of one operator on one device: reason is why it would not run, None if it could.
+
+    version: the dispatcher operators that it calls, whose names end in their version, and the version of a package it wraps.
+    """
 
     operator: str
     device: str
@@ -112,6 +119,7 @@ class Answer(NamedTuple):
     impl: str
     reason: str | None
     chosen: bool
+    version: str
 
 
 def devices() -> list[str]:
@@ -134,8 +142,29 @@ def rows(dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Iterator[Answer]
                 answers = [(k.name, k.why_not(*asked), worthwhile(name, k, *asked)) for k in kernels]
                 chosen = next((impl for impl, reason, worth in answers if reason is None and worth), REFERENCE)
                 short = str(dtype).removeprefix("torch.")
-                yield from (Answer(name, device, short, impl, reason, impl == chosen) for impl, reason, _ in answers)
-                yield Answer(name, device, short, REFERENCE, None, chosen == REFERENCE)
+                yield from (Answer(name, device, short, impl, reason, impl == chosen, version(name, impl, reason is None))
+                            for impl, reason, _ in answers)
+                yield Answer(name, device, short, REFERENCE, None, chosen == REFERENCE, f"torch {torch.__version__}")
+
+
+def version(name: str, impl: str, able: bool) -> str:
+    """What an implementation of an operator consists of: seen, if it is able to run, on the meta device, where nothing is computed."""
+    case, called = CASES[name], []
+    try:
+        if not able:
+            raise KernelUnavailable
+        with recording() as called:
+            args = case.call(functools.partial(_zeros, torch.float32, "meta"), SIZES)
+            getattr(importlib.import_module(__package__), name)(*args, **case.options(SIZES), impl=impl)
+    except KernelUnavailable:
+        pass
+    found = list(dict.fromkeys(operator.name for operator in called))
+    if impl in PACKAGES:
+        try:
+            found.append(f"{PACKAGES[impl]} {importlib.metadata.version(PACKAGES[impl])}")
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return ", ".join(found)
 
 
 def _zeros(dtype: torch.dtype, device: str, *shape: int) -> Tensor:
@@ -146,8 +175,9 @@ def report(file: TextIO | None = None) -> None:
     """Prints, per operator and device, which implementation impl="auto" runs, and why not the others."""
     out: Any = sys.stdout if file is None else file
     out.write(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, devices: {', '.join(devices())}\n"
-              f'impl="auto" takes the one marked *; any other is taken when asked for by name, or says why not.\n\n')
+              f'impl="auto" takes the one marked *; any other is taken when asked for by name, or says why not.\n'
+              f"Behind each that could run: its operators, with their versions, and the package that it wraps.\n\n")
     for answer in rows():
         mark = "*" if answer.chosen else " "
-        fact = answer.reason or ("" if answer.chosen else "could run")
+        fact = answer.reason or answer.version or "could run"
         out.write(f"{answer.operator:<23} {answer.device:<5} {mark} {answer.impl:<24} {fact}".rstrip() + "\n")

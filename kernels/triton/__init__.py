@@ -23,6 +23,8 @@ from ..contracts import KernelUnavailable
 def _unusable(device: str, switch: str) -> str | None:
     if device == "cpu" and switch != "1":
         return "needs CUDA tensors, got cpu (TRITON_INTERPRET=1 in the environment would interpret it)"
+    if device == "meta":  # shapes alone
+        return None
     if device not in ("cpu", "cuda"):
         return f"needs CUDA tensors, got {device}"
     lang = importlib.import_module(f"{__name__}.lang")
