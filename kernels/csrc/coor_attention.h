@@ -1,9 +1,11 @@
 /* Attention with coordinate descent: scores, choice and weighted sum for BLOCK = 2 LANES queries of one head at a time, with
  * queries in lanes; included once per precision by coor_descent.c after coor_tile.h and coor_exact.h.
  *
- * Arrays are contiguous: q [b, h, n, d], k [b, g, m, d], v [b, g, m, e], log_k [b, h, n] (k itself for the exact solver), keep
- * [b, m] bytes or NULL, start [b], out [b, h, n, e], marks [b, h, n, T] (exact: cut and m, T = 2). Query i of a sequence sees
- * key j if j < nulls or j - nulls <= start + i, and if keep[j]. */
+ * Tensors with rows anywhere, in `of`: q [b, h, n, d], k [b, g, m, d], v [b, g, m, e], their gradients or tangents, and out
+ * [b, h, n, e] with its gradient. Contiguous: log_k [b, h, n] (k itself for the exact solver), keep [b, m] bytes or NULL, start
+ * [b], marks [b, h, n, T] (exact: cut and m, T = 2). Query i of a sequence sees key j if j < nulls or j - nulls <= start + i, and
+ * if keep[j]. */
+#include "strided.h"
 
 #define BLOCK (2 * LANES)
 #ifndef COOR_ROWS
@@ -83,35 +85,41 @@ static void S(rows_product)(REAL *out, const REAL *X, const VF *B, int64_t M, in
 
 static inline int64_t S(padded)(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* rows [count][width] -> out [width][BLOCK] times scale, 0 in the lanes that are left. */
-static void S(lanes_of)(const REAL *rows, int64_t count, int64_t width, REAL scale, REAL *out) {
+/* Row `first` of a head. */
+static inline REAL *S(row)(const strided *t, int64_t batch, int64_t head, int64_t first) {
+    return (REAL *)(intptr_t)t->address + batch * t->batch + head * t->head + first * t->row;
+}
+
+/* count rows, `step` numbers apart, -> out [width][BLOCK] times scale, 0 in the lanes that are left. */
+static void S(lanes_of)(const REAL *rows, int64_t step, int64_t count, int64_t width, REAL scale, REAL *out) {
     for (int64_t c = 0; c < width; c++)
-        for (int64_t l = 0; l < BLOCK; l++) out[c * BLOCK + l] = l < count ? scale * rows[l * width + c] : 0;
+        for (int64_t l = 0; l < BLOCK; l++) out[c * BLOCK + l] = l < count ? scale * rows[l * step + c] : 0;
 }
 
-/* in [width][BLOCK] times scale -> rows [count][width]. */
-static void S(rows_of)(const REAL *in, int64_t count, int64_t width, REAL scale, REAL *rows) {
+/* in [width][BLOCK] times scale -> count rows, `step` numbers apart. */
+static void S(rows_of)(const REAL *in, int64_t count, int64_t width, REAL scale, REAL *rows, int64_t step) {
     for (int64_t l = 0; l < count; l++)
-        for (int64_t c = 0; c < width; c++) rows[l * width + c] = scale * in[c * BLOCK + l];
+        for (int64_t c = 0; c < width; c++) rows[l * step + c] = scale * in[c * BLOCK + l];
 }
 
-/* rows [count][width] times scale -> out [BLOCK][padded width], 0 elsewhere. */
-static void S(pad_rows)(const REAL *rows, int64_t count, int64_t width, REAL scale, REAL *out) {
+/* count rows, `step` numbers apart, times scale -> out [BLOCK][padded width], 0 elsewhere. */
+static void S(pad_rows)(const REAL *rows, int64_t step, int64_t count, int64_t width, REAL scale, REAL *out) {
     int64_t wide = S(padded)(width);
     memset(out, 0, (size_t)(BLOCK * wide) * sizeof(REAL));
     for (int64_t l = 0; l < count; l++)
-        for (int64_t c = 0; c < width; c++) out[l * wide + c] = scale * rows[l * width + c];
+        for (int64_t c = 0; c < width; c++) out[l * wide + c] = scale * rows[l * step + c];
 }
 
 /* Scores of queries i0 .. with the keys that any of them sees, as nv tiles [m]; returns the number of keys. */
-static int64_t S(scores)(const S(problem) *p, int64_t batch, int64_t i0, int nv, const REAL *k, const REAL *q_lanes, VF *s) {
+static int64_t S(scores)(const S(problem) *p, int64_t batch, int64_t i0, int nv, const REAL *k, int64_t k_row,
+                         const REAL *q_lanes, VF *s) {
     int64_t common = max64(p->nulls, min64(p->m, p->nulls + p->start[batch] + i0 + 1)), keys = p->m;
     if (p->start[batch] + i0 + BLOCK < p->m - p->nulls) keys = max64(p->nulls, p->nulls + p->start[batch] + i0 + BLOCK);
     const uint8_t *keep = p->keep ? p->keep + batch * p->m : NULL;
     VF low = S(splat)(-INFINITY);
     memset(s, 0, (size_t)keys * sizeof(VF));
     memset(s + p->m, 0, (size_t)keys * sizeof(VF));
-    S(product)((REAL *)s, p->m * LANES, LANES, q_lanes, LANES, BLOCK, k, p->d, 1, keys, p->d, nv);
+    S(product)((REAL *)s, p->m * LANES, LANES, q_lanes, LANES, BLOCK, k, k_row, 1, keys, p->d, nv);
     for (int64_t j = common; j < keys; j++)
         for (int64_t l = 0; l < nv * LANES; l++)
             if (j - p->nulls > p->start[batch] + i0 + l) s[(l / LANES) * p->m + j][l % LANES] = -INFINITY;
@@ -123,9 +131,10 @@ static int64_t S(scores)(const S(problem) *p, int64_t batch, int64_t i0, int nv,
 
 /* ------------------------------------------------------------------------------------------------- forward, backward */
 
-void S(coor_attention)(const REAL *q, const REAL *k, const REAL *v, const REAL *log_k, const uint8_t *keep, const int64_t *start,
-                       REAL *out, REAL *marks, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
-                       int64_t nulls, double scale, int64_t exact, const double *schedule, int64_t T, int64_t threads) {
+/* of: q, k, v, out. */
+void S(coor_attention)(const strided *of, const REAL *log_k, const uint8_t *keep, const int64_t *start, REAL *marks, int64_t b,
+                       int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, int64_t nulls, double scale, int64_t exact,
+                       const double *schedule, int64_t T, int64_t threads) {
     S(problem) p = {b, h, g, n, m, d, e, nulls, exact ? 2 : T, exact, (REAL)scale, (REAL)schedule[T], schedule, start, keep};
     int64_t blocks = (n + BLOCK - 1) / BLOCK;
     if (!b || !h || !n) return;
@@ -136,10 +145,10 @@ void S(coor_attention)(const REAL *q, const REAL *k, const REAL *v, const REAL *
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * h * blocks; i++) {
             int64_t head = i / blocks, i0 = (blocks - 1 - i % blocks) * BLOCK, count = min64(BLOCK, n - i0), batch = head / h;
-            int64_t kv = batch * g + head % h / (h / g), row = head * n + i0;
-            S(lanes_of)(q + row * d, count, d, p.scale, q_lanes);
+            int64_t own = head % h, kv = own / (h / g), row = head * n + i0;
+            S(lanes_of)(S(row)(of, batch, own, i0), of[0].row, count, d, p.scale, q_lanes);
             int nv = count > LANES ? 2 : 1;
-            int64_t keys = S(scores)(&p, batch, i0, nv, k + kv * m * d, q_lanes, s);
+            int64_t keys = S(scores)(&p, batch, i0, nv, S(row)(of + 1, batch, kv, 0), of[1].row, q_lanes, s);
             for (int64_t half = 0; half * LANES < count; half++) {
                 int64_t first = row + half * LANES, some = min64(LANES, count - half * LANES);
                 VF lk;
@@ -149,29 +158,31 @@ void S(coor_attention)(const REAL *q, const REAL *k, const REAL *v, const REAL *
                 S(scatter)(mark, some, p.T, marks + first * p.T);
             }
             memset(sum, 0, (size_t)(e * BLOCK) * sizeof(REAL));
-            S(product)(sum, LANES, BLOCK, (const REAL *)y, m * LANES, LANES, v + kv * m * e, 1, e, e, keys, nv);
-            S(rows_of)(sum, count, e, 1, out + row * e);
+            S(product)(sum, LANES, BLOCK, (const REAL *)y, m * LANES, LANES, S(row)(of + 2, batch, kv, 0), 1, of[2].row, e, keys, nv);
+            S(rows_of)(sum, count, e, 1, S(row)(of + 3, batch, own, i0), of[3].row);
         }
         free(s);
     }
 }
 
-/* One block of queries of one head: dq, the gradient of log k, and its part of dk and dv [m][padded width]. */
-static void S(attention_block_back)(const S(problem) *p, int64_t head, int64_t i0, const REAL *q, const REAL *k, const REAL *v,
-                                    const REAL *log_k, const REAL *marks, const REAL *grad, REAL *dq, REAL *dlogk, REAL *dk,
-                                    REAL *dv, VF *memory) {
-    int64_t m = p->m, d = p->d, e = p->e, batch = head / p->h, count = min64(BLOCK, p->n - i0), row = head * p->n + i0;
+/* One block of queries of one head: dq, the gradient of log k, and its part of dk and dv [m][padded width]. of: q, k, v, grad, dq. */
+static void S(attention_block_back)(const S(problem) *p, int64_t batch, int64_t head, int64_t i0, const strided *of,
+                                    const REAL *log_k, const REAL *marks, REAL *dlogk, REAL *dk, REAL *dv, VF *memory) {
+    int64_t m = p->m, d = p->d, e = p->e, count = min64(BLOCK, p->n - i0), row = (batch * p->h + head) * p->n + i0;
+    const int64_t kv = head / (p->h / p->g);
+    const REAL *q = S(row)(of, batch, head, i0), *k = S(row)(of + 1, batch, kv, 0), *v = S(row)(of + 2, batch, kv, 0);
+    const REAL *grad = S(row)(of + 3, batch, head, i0);
     VF *s = memory, *ds = s + 2 * m, *E = ds + 2 * m, *y = E + m, *mark = y + m;
     REAL *lanes = (REAL *)(mark + p->T), *q_rows = lanes + max64(d, e) * BLOCK, *g_rows = q_rows + S(padded)(d) * BLOCK;
-    S(lanes_of)(q + row * d, count, d, p->scale, lanes);
+    S(lanes_of)(q, of[0].row, count, d, p->scale, lanes);
     int nv = count > LANES ? 2 : 1;
-    int64_t keys = S(scores)(p, batch, i0, nv, k, lanes, s);
-    S(lanes_of)(grad + row * e, count, e, 1, lanes);
+    int64_t keys = S(scores)(p, batch, i0, nv, k, of[1].row, lanes, s);
+    S(lanes_of)(grad, of[3].row, count, e, 1, lanes);
     memset(ds, 0, (size_t)keys * sizeof(VF));
     memset(ds + m, 0, (size_t)keys * sizeof(VF));
-    S(product)((REAL *)ds, m * LANES, LANES, lanes, LANES, BLOCK, v, e, 1, keys, e, nv);
-    S(pad_rows)(q + row * d, count, d, p->scale, q_rows);
-    S(pad_rows)(grad + row * e, count, e, 1, g_rows);
+    S(product)((REAL *)ds, m * LANES, LANES, lanes, LANES, BLOCK, v, of[2].row, 1, keys, e, nv);
+    S(pad_rows)(q, of[0].row, count, d, p->scale, q_rows);
+    S(pad_rows)(grad, of[3].row, count, e, 1, g_rows);
     for (int64_t half = 0; half * LANES < count; half++) {
         int64_t first = row + half * LANES, some = min64(LANES, count - half * LANES);
         VF lk, slope;
@@ -184,13 +195,13 @@ static void S(attention_block_back)(const S(problem) *p, int64_t head, int64_t i
         S(rows_product)(dk, q_rows + half * LANES * S(padded)(d), ds + half * m, keys, S(padded)(d));
     }
     memset(lanes, 0, (size_t)(d * BLOCK) * sizeof(REAL));
-    S(product)(lanes, LANES, BLOCK, (const REAL *)ds, m * LANES, LANES, k, 1, d, d, keys, nv);
-    S(rows_of)(lanes, count, d, p->scale, dq + row * d);
+    S(product)(lanes, LANES, BLOCK, (const REAL *)ds, m * LANES, LANES, k, 1, of[1].row, d, keys, nv);
+    S(rows_of)(lanes, count, d, p->scale, S(row)(of + 4, batch, head, i0), of[4].row);
 }
 
-void S(coor_attention_back)(const REAL *q, const REAL *k, const REAL *v, const REAL *log_k, const uint8_t *keep,
-                            const int64_t *start, const REAL *marks, const REAL *grad, REAL *dq, REAL *dk, REAL *dv, REAL *dlogk,
-                            int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, int64_t nulls,
+/* of: q, k, v, grad, dq, dk, dv. */
+void S(coor_attention_back)(const strided *of, const REAL *log_k, const uint8_t *keep, const int64_t *start, const REAL *marks,
+                            REAL *dlogk, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, int64_t nulls,
                             double scale, int64_t exact, const double *schedule, int64_t T, int64_t threads) {
     S(problem) p = {b, h, g, n, m, d, e, nulls, exact ? 2 : T, exact, (REAL)scale, (REAL)schedule[T], schedule, start, keep};
     int64_t wide_d = S(padded)(d), wide_e = S(padded)(e), group = h / g;
@@ -205,23 +216,20 @@ void S(coor_attention_back)(const REAL *q, const REAL *k, const REAL *v, const R
             memset(sum_k, 0, (size_t)sums * sizeof(VF));
             for (int64_t r = 0; r < group; r++)
                 for (int64_t i0 = 0; i0 < n; i0 += BLOCK)
-                    S(attention_block_back)(&p, i / g * h + i % g * group + r, i0, q, k + i * m * d, v + i * m * e, log_k, marks,
-                                            grad, dq, dlogk, sum_k, sum_v, memory);
+                    S(attention_block_back)(&p, i / g, i % g * group + r, i0, of, log_k, marks, dlogk, sum_k, sum_v, memory);
             for (int64_t j = 0; j < m; j++) {
-                memcpy(dk + (i * m + j) * d, sum_k + j * wide_d, (size_t)d * sizeof(REAL));
-                memcpy(dv + (i * m + j) * e, sum_v + j * wide_e, (size_t)e * sizeof(REAL));
+                memcpy(S(row)(of + 5, i / g, i % g, j), sum_k + j * wide_d, (size_t)d * sizeof(REAL));
+                memcpy(S(row)(of + 6, i / g, i % g, j), sum_v + j * wide_e, (size_t)e * sizeof(REAL));
             }
         }
         free(memory);
     }
 }
 
-/* The tangent of out along tq, tk, tv and tlog_k. */
-void S(coor_attention_tangent)(const REAL *q, const REAL *k, const REAL *v, const REAL *log_k, const uint8_t *keep,
-                               const int64_t *start, const REAL *marks, const REAL *tq, const REAL *tk, const REAL *tv,
-                               const REAL *tlog_k, REAL *out, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d,
-                               int64_t e, int64_t nulls, double scale, int64_t exact, const double *schedule, int64_t T,
-                               int64_t threads) {
+/* The tangent of out along tq, tk, tv and tlog_k. of: q, k, v, tq, tk, tv, the tangent. */
+void S(coor_attention_tangent)(const strided *of, const REAL *log_k, const uint8_t *keep, const int64_t *start, const REAL *marks,
+                               const REAL *tlog_k, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
+                               int64_t nulls, double scale, int64_t exact, const double *schedule, int64_t T, int64_t threads) {
     S(problem) p = {b, h, g, n, m, d, e, nulls, exact ? 2 : T, exact, (REAL)scale, (REAL)schedule[T], schedule, start, keep};
     int64_t blocks = (n + BLOCK - 1) / BLOCK;
     if (!b || !h || !n) return;
@@ -232,15 +240,16 @@ void S(coor_attention_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * h * blocks; i++) {
             int64_t head = i / blocks, i0 = (blocks - 1 - i % blocks) * BLOCK, count = min64(BLOCK, n - i0), batch = head / h;
-            int64_t kv = batch * g + head % h / (h / g), row = head * n + i0;
+            int64_t own = head % h, kv = own / (h / g), row = head * n + i0;
             int nv = count > LANES ? 2 : 1;
-            S(lanes_of)(q + row * d, count, d, p.scale, q_lanes);
-            S(lanes_of)(tq + row * d, count, d, p.scale, tq_lanes);
-            int64_t keys = S(scores)(&p, batch, i0, nv, k + kv * m * d, q_lanes, s);
+            const REAL *k = S(row)(of + 1, batch, kv, 0), *tk = S(row)(of + 4, batch, kv, 0);
+            S(lanes_of)(S(row)(of, batch, own, i0), of[0].row, count, d, p.scale, q_lanes);
+            S(lanes_of)(S(row)(of + 3, batch, own, i0), of[3].row, count, d, p.scale, tq_lanes);
+            int64_t keys = S(scores)(&p, batch, i0, nv, k, of[1].row, q_lanes, s);
             memset(ts, 0, (size_t)keys * sizeof(VF));
             memset(ts + m, 0, (size_t)keys * sizeof(VF));
-            S(product)((REAL *)ts, m * LANES, LANES, tq_lanes, LANES, BLOCK, k + kv * m * d, d, 1, keys, d, nv);
-            S(product)((REAL *)ts, m * LANES, LANES, q_lanes, LANES, BLOCK, tk + kv * m * d, d, 1, keys, d, nv);
+            S(product)((REAL *)ts, m * LANES, LANES, tq_lanes, LANES, BLOCK, k, of[1].row, 1, keys, d, nv);
+            S(product)((REAL *)ts, m * LANES, LANES, q_lanes, LANES, BLOCK, tk, of[4].row, 1, keys, d, nv);
             for (int64_t half = 0; half < nv; half++) {
                 int64_t first = row + half * LANES, some = min64(LANES, count - half * LANES);
                 VF lk, dlk, *at = s + half * m, *tangent = ts + half * m;
@@ -252,9 +261,9 @@ void S(coor_attention_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
                 else S(iterate_tangent)(at, tangent, P, keys, lk, dlk, schedule, T, mark);
             }
             memset(sum, 0, (size_t)(e * BLOCK) * sizeof(REAL));
-            S(product)(sum, LANES, BLOCK, (const REAL *)ts, m * LANES, LANES, v + kv * m * e, 1, e, e, keys, nv);
-            S(product)(sum, LANES, BLOCK, (const REAL *)y, m * LANES, LANES, tv + kv * m * e, 1, e, e, keys, nv);
-            S(rows_of)(sum, count, e, 1, out + row * e);
+            S(product)(sum, LANES, BLOCK, (const REAL *)ts, m * LANES, LANES, S(row)(of + 2, batch, kv, 0), 1, of[2].row, e, keys, nv);
+            S(product)(sum, LANES, BLOCK, (const REAL *)y, m * LANES, LANES, S(row)(of + 5, batch, kv, 0), 1, of[5].row, e, keys, nv);
+            S(rows_of)(sum, count, e, 1, S(row)(of + 6, batch, own, i0), of[6].row);
         }
         free(s);
     }

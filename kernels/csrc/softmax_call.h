@@ -2,11 +2,7 @@
 #ifndef FNATTN_SOFTMAX_CALL_H
 #define FNATTN_SOFTMAX_CALL_H
 
-/* A tensor [batch, head, row, width], its rows in one piece each and anywhere: `address` of the first number (0: there is no
- * such tensor), and how many numbers lie from one index to the next. */
-typedef struct {
-    int64_t address, batch, head, row;
-} strided;
+#include "strided.h"
 
 /* b batch, h query heads, g key heads, n queries, m keys, d width of q and k, e width of v; causal: query i sees key j if
  * j <= start + i. mask: bytes [b, h, n, m], strides of 0 for axes that it shares. The tensors follow in the kernel's order. */

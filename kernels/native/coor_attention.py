@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Operator
-from .call import address, function, threads
+from .call import address, function, merged, numbers, rows, threads
 from .coor_descent import SOURCE, c_schedule
 
 
@@ -30,35 +30,36 @@ def _work(q: Tensor, k: Tensor, n_iters: int) -> int:
     return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (2 * q.shape[3] + n_iters)
 
 
-def _forward(q, k, v, log_k, keep, start, nulls, scale, exact, eps, eps_init, eps_decay, n_iters):
-    q, k, v, log_k, keep, start = _plain(q, k, v, log_k, keep, start)
-    out, marks = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], _marks(exact, n_iters))
+def _call(name: str, rowed: list[Tensor], flat: list[Tensor | None], options: tuple) -> None:
+    """Calls the C function: tensors whose rows may lie anywhere, q, k and v first, and contiguous ones."""
+    nulls, scale, exact, eps, eps_init, eps_decay, n_iters = options
+    q, k, v = rowed[:3]
     values = c_schedule(eps, eps_init, eps_decay, n_iters)
-    function(SOURCE, "coor_attention", q.dtype, "p" * 8 + "i" * 8 + "d" + "i" + "p" + "ii")(
-        *map(address, (q, k, v, log_k, keep, start, out, marks)), *_sizes(q, k, v), nulls, scale, int(exact),
-        ctypes.addressof(values), n_iters, threads(_work(q, k, n_iters)))
+    function(SOURCE, name, q.dtype, "p" * (1 + len(flat)) + "i" * 8 + "d" + "i" + "p" + "ii")(
+        numbers([], rowed), *map(address, flat), *_sizes(q, k, v), nulls, scale, int(exact), ctypes.addressof(values), n_iters,
+        threads(_work(q, k, n_iters)))
+
+
+def _forward(q, k, v, log_k, keep, start, *options):
+    q, k, v = rows(q, k, v)
+    out, marks = merged(q, v.shape[3]), q.new_empty(*q.shape[:3], _marks(options[2], options[-1]))
+    _call("coor_attention", [q, k, v, out], [*_plain(log_k, keep, start), marks], options)
     return out, marks
 
 
-def _backward(q, k, v, log_k, keep, start, marks, g, nulls, scale, exact, eps, eps_init, eps_decay, n_iters):
-    q, k, v, log_k, keep, start, marks, g = _plain(q, k, v, log_k, keep, start, marks, g)
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(log_k)
+def _backward(q, k, v, log_k, keep, start, marks, g, *options):
+    q, k, v, g = rows(q, k, v, g)
+    grads, dlog_k = [merged(t, t.shape[3]) for t in (q, k, v)], log_k.new_empty(log_k.shape)
     if q.numel() == 0:
-        return tuple(t.zero_() for t in grads)
-    values = c_schedule(eps, eps_init, eps_decay, n_iters)
-    function(SOURCE, "coor_attention_back", q.dtype, "p" * 12 + "i" * 8 + "d" + "i" + "p" + "ii")(
-        *map(address, (q, k, v, log_k, keep, start, marks, g, *grads)), *_sizes(q, k, v), nulls, scale, int(exact),
-        ctypes.addressof(values), n_iters, threads(_work(q, k, n_iters)))
-    return grads
+        return *(t.zero_() for t in grads), dlog_k.zero_()
+    _call("coor_attention_back", [q, k, v, g, *grads], [*_plain(log_k, keep, start, marks), dlog_k], options)
+    return *grads, dlog_k
 
 
-def _tangent(q, k, v, log_k, keep, start, marks, tq, tk, tv, tlog_k, nulls, scale, exact, eps, eps_init, eps_decay, n_iters):
-    tensors = _plain(q, k, v, log_k, keep, start, marks, tq, tk, tv, tlog_k)
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    values = c_schedule(eps, eps_init, eps_decay, n_iters)
-    function(SOURCE, "coor_attention_tangent", q.dtype, "p" * 12 + "i" * 8 + "d" + "i" + "p" + "ii")(
-        *map(address, (*tensors, out)), *_sizes(q, k, v), nulls, scale, int(exact), ctypes.addressof(values), n_iters,
-        threads(_work(q, k, n_iters)))
+def _tangent(q, k, v, log_k, keep, start, marks, tq, tk, tv, tlog_k, *options):
+    q, k, v, tq, tk, tv = rows(q, k, v, tq, tk, tv)
+    out = merged(q, v.shape[3])
+    _call("coor_attention_tangent", [q, k, v, tq, tk, tv, out], _plain(log_k, keep, start, marks, tlog_k), options)
     return out
 
 
@@ -66,32 +67,32 @@ _OPTIONS = "int nulls, float scale, bool exact, float eps, float eps_init, float
 
 
 def _fake(q, k, v, log_k, keep, start, nulls, scale, exact, eps, eps_init, eps_decay, n_iters):
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], _marks(exact, n_iters))
+    return merged(q, v.shape[3]), q.new_empty(*q.shape[:3], _marks(exact, n_iters))
 
 
 def _fake_back(q, k, v, log_k, *others):
-    # Contiguous, whatever the arguments' strides.
-    return tuple(t.new_empty(t.shape) for t in (q, k, v, log_k))
+    # Laid out so, whatever the arguments' strides.
+    return *(merged(t, t.shape[3]) for t in (q, k, v)), log_k.new_empty(log_k.shape)
 
 
 # q [b, h, n, d], k [b, g, m, d], v [b, g, m, e], log_k [b, h, n] (k itself if exact), keep [b, m] bool, start [b] int64
 # -> out [b, h, n, e] and marks [b, h, n, n_iters or 2], which only the backward kernel reads.
 attention = Operator(
-    "coor_attention_native", 1,
+    "coor_attention_native", 2,
     f"(Tensor q, Tensor k, Tensor v, Tensor log_k, Tensor? keep, Tensor start, {_OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake, cpu=_forward)
 # -> gradients of q, k, v and log_k (k itself if exact), from the cotangent g of out.
 attention_back = Operator(
-    "coor_attention_back_native", 1,
+    "coor_attention_back_native", 2,
     f"(Tensor q, Tensor k, Tensor v, Tensor log_k, Tensor? keep, Tensor start, Tensor marks, Tensor g, {_OPTIONS}) "
     f"-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_back, cpu=_backward)
 # -> tangent of out, from those of q, k, v and log_k (k itself if exact).
 attention_tangent = Operator(
-    "coor_attention_tangent_native", 1,
+    "coor_attention_tangent_native", 2,
     f"(Tensor q, Tensor k, Tensor v, Tensor log_k, Tensor? keep, Tensor start, Tensor marks, Tensor tq, Tensor tk, Tensor tv, "
     f"Tensor tlog_k, {_OPTIONS}) -> Tensor",
-    fake=lambda q, k, v, *others: q.new_empty(*q.shape[:3], v.shape[3]), cpu=_tangent)
+    fake=lambda q, k, v, *others: merged(q, v.shape[3]), cpu=_tangent)
 
 
 def _flops(per_d: int, per_e: int, rounds: int):
