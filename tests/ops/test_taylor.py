@@ -14,8 +14,7 @@ from fnattn.ops.taylor import reference, taylor
 from fnattn.ops.taylor.reference import features, gradients
 
 REASON = build.why_not("taylor")
-IMPLS = ["reference", "auto", pytest.param("native", marks=pytest.mark.skipif(
-    REASON is not None, reason=str(REASON)))]
+IMPLS = ["reference", "auto", pytest.param("native", marks=pytest.mark.skipif(REASON is not None, reason=str(REASON)))]
 # b, h, g, n, d, e: prime sizes, one position, one chunk more or less, grouped heads, widths beside and on whole vectors
 SIZES = [(2, 3, 1, 1, 5, 7), (1, 2, 2, 63, 16, 16), (1, 4, 2, 64, 3, 17), (2, 2, 1, 65, 17, 16), (1, 2, 2, 131, 16, 64),
          (1, 1, 1, 97, 32, 33), (1, 2, 2, 37, 1, 1), (1, 3, 3, 29, 2, 3), (1, 1, 1, 43, 65, 5)]
@@ -364,40 +363,3 @@ def test_the_tangent_of_each_argument_alone_is_right(impl, kind, causal):
 
         for a, x in zip(along(call(taylor, impl=impl)), along(call(dense))):
             assert_close(a, x)
-
-
-@pytest.mark.parametrize("n", [31, 33, 97, 211, 331])
-@pytest.mark.parametrize("kind", [None, "mask", "weights", "sums"])
-def test_pairs_and_states_agree_at_every_length(kind, n):
-    args = inputs(1, 4, 2, n, 16, 16)
-    past = earlier(1, 2, 16, 16) if kind == "sums" else None
-    keep = weights_of(kind, 1, n)
-
-    def gradients_of(fn):  # the sums get no cotangent: only then does a gradient need no states
-        leaves = [t.clone().requires_grad_() for t in args]
-        out = fn(*leaves, keep=keep, sums=past)[0]
-        return out, *torch.autograd.grad((out * out.detach().cos()).sum(), leaves)
-
-    for a, x in zip(gradients_of(taylor), gradients_of(dense)):
-        assert x.abs().max() > 1e-2
-        assert_close(a, x)
-
-
-@pytest.mark.parametrize("threads", [2, 3])
-@pytest.mark.parametrize("kind", [None, "mask", "weights", "sums"])
-def test_a_head_that_threads_share_gives_the_same_to_rounding(kind, threads):
-    n = 801  # parts of 256 positions or more
-    past, keep = earlier(1, 1, 7, 5) if kind == "sums" else None, weights_of(kind, 1, n)
-    args = (*inputs(1, 2, 1, n, 7, 5), keep, past)
-    run = lambda: with_gradients(lambda q, k, v, c, s: taylor(q, k, v, keep=c, sums=s), args)  # noqa: E731
-    single = run()
-    torch.set_num_threads(threads)
-    try:
-        shared = run()
-    finally:
-        torch.set_num_threads(1)
-    for a, x in zip(shared, single):
-        assert x.abs().max() > 1e-3
-        assert_close(a, x)
-    if REASON is None:
-        assert not torch.equal(shared[0], single[0])  # it was shared
