@@ -60,6 +60,8 @@ CALLS = {
     "softmax_attention, a mask per head": Call(
         lambda q, k, v, mask: ops.softmax_attention(q, k, v, mask=mask, impl="native"), _qkv(),
         lambda: (torch.ones(6, 6, dtype=torch.bool).tril().expand(1, 4, 6, 6).clone().index_fill_(1, torch.tensor([2]), True),)),
+    "cached_attention": Call(lambda q, *kv: ops.cached_attention(q, *kv, first=5, length=6, impl="native"),
+                             ((2, 4, 1, 4), (2, 2, 5, 4), (2, 2, 5, 2), (2, 2, 1, 4), (2, 2, 1, 2))),
     "rotary": Call(lambda x, positions, freqs: ops.rotary(x, positions, freqs, impl="native"), _qkv()[:1],
                    lambda: (torch.arange(6), torch.tensor([1.0, 0.1]))),
     "coor_descent": Call(lambda s, k: ops.coor_descent(s, k.square() + 1, **_SOLVER, impl="native"), ((2, 4, 6), (2, 4))),
