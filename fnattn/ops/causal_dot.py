@@ -46,6 +46,9 @@ def causal_dot(q: Tensor, k: Tensor, v: Tensor, *, reverse: bool = False, impl: 
         ValueError: shapes or devices disagree. TypeError: not floating tensors.
         KernelUnavailable: the named kernel cannot serve the call.
 
+    "native" gives the same bits for any number of threads: heads go to threads, and where there are more threads than heads,
+    the columns of v, a vector register each at least.
+
     Differentiable any number of times in both modes; batches under vmap without a loop; compiles and exports.
     """
     check_heads("causal_dot", q, k, v)

@@ -33,6 +33,12 @@ typedef int64_t vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
 #define HIGH_16 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* Channels of one task: `most`, or fewer, whole cache lines, if that leaves threads without a task. */
+static inline int64_t task_channels(int64_t b, int64_t c, int64_t threads, int64_t most) {
+    int64_t parts = b ? (threads + b - 1) / b : 1, blocks = (c + most - 1) / most;
+    return !c || blocks >= parts ? most : min64(most, ((c + parts - 1) / parts + 63) / 64 * 64);
+}
 #endif
 
 #if WIDE

@@ -54,10 +54,10 @@ void S(gate_loop_narrow)(const REAL *q, const REAL *k, const REAL *v, const REAL
                          REAL *product, REAL *marks, int64_t b, int64_t n, int64_t c, int64_t q_batch, int64_t q_row,
                          int64_t k_batch, int64_t k_row, int64_t v_batch, int64_t v_row, int64_t a_batch, int64_t a_row,
                          int64_t threads) {
-    int64_t blocks = (c + CHANNELS - 1) / CHANNELS, tasks = b * blocks;
+    int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
 #pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(static) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
-        int64_t i = task / blocks, from = task % blocks * CHANNELS, width = min64(CHANNELS, c - from), full = width / LANES * LANES;
+        int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
         S(narrow_state) st[2]; /* before and after a step, by turns */
         memset(st, 0, sizeof st);
         for (int64_t j = 0; j < VECTORS; j++) st[0].pr[j] = S(all)(1);
@@ -76,7 +76,7 @@ void S(gate_loop_narrow)(const REAL *q, const REAL *k, const REAL *v, const REAL
 #define FAST(count)                                                                                                       \
     (__builtin_prefetch(q_t + AHEAD * q_row + j), __builtin_prefetch(k_t + AHEAD * k_row + j),                            \
      __builtin_prefetch(v_t + AHEAD * v_row + j), __builtin_prefetch(a_t + AHEAD * a_row + 2 * j),                        \
-     __builtin_prefetch(a_t + AHEAD * a_row + 2 * j + LANES),                                                             \
+     __builtin_prefetch(a_t + AHEAD * a_row + 2 * j + LANES), __builtin_prefetch(out_t + AHEAD * c + j, 1),               \
      S(narrow_step)(q_t + j, k_t + j, v_t + j, a_t + 2 * j, out_t + j, now, next, j / LANES, 0, &odd, count))
 #define CAREFUL(count) \
     S(narrow_step)(q_t + j, k_t + j, v_t + j, a_t + 2 * j, out_t + j, now, next, j / LANES, 1, &odd, count)
@@ -131,14 +131,15 @@ void S(gate_loop_narrow_backward)(const REAL *q, const REAL *k, const REAL *v, c
                                   REAL *dv, REAL *da, REAL *dh0, int64_t b, int64_t n, int64_t c, int64_t q_batch, int64_t q_row,
                                   int64_t k_batch, int64_t k_row, int64_t v_batch, int64_t v_row, int64_t a_batch, int64_t a_row,
                                   int64_t g_batch, int64_t g_row, int64_t threads) {
-    int64_t blocks = (c + CHANNELS - 1) / CHANNELS, tasks = b * blocks, segments = (n + EVERY - 1) / EVERY;
+    int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
+    int64_t segments = (n + EVERY - 1) / EVERY;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
         S(narrow_kept) *kept = scratch(sizeof(S(narrow_kept)) * VECTORS * EVERY);
         if (!kept) abort();
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {
-            int64_t i = task / blocks, from = task % blocks * CHANNELS, width = min64(CHANNELS, c - from);
+            int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from);
             int64_t full = width / LANES * LANES;
             VF carry_re[VECTORS] = {{0}}, carry_im[VECTORS] = {{0}};
             int64_t slow = 0;
@@ -180,6 +181,9 @@ void S(gate_loop_narrow_backward)(const REAL *q, const REAL *k, const REAL *v, c
                     const S(narrow_kept) *kept_t = kept + s * VECTORS, *kept_b = s ? kept_t - VECTORS : NULL;
 #define CALL(count)                                                                                                        \
     (__builtin_prefetch(r.q - AHEAD * q_row + j), __builtin_prefetch(r.g ? r.g - AHEAD * g_row + j : r.q),                 \
+     __builtin_prefetch(r.dq - AHEAD * c + j, 1), __builtin_prefetch(r.dk - AHEAD * c + j, 1),                             \
+     __builtin_prefetch(r.dv - AHEAD * c + j, 1), __builtin_prefetch(r.da - AHEAD * 2 * c + 2 * j, 1),                     \
+     __builtin_prefetch(r.da - AHEAD * 2 * c + 2 * j + LANES, 1),                                                          \
      S(narrow_back)(&r, j, kept_t + j / LANES, BEFORE(hr, mark_re), BEFORE(hi, mark_im), carry_re + j / LANES,             \
                     carry_im + j / LANES, wr[j / LANES], wi[j / LANES], count))
                     STEP(full, width, CALL);

@@ -89,7 +89,8 @@ void S(gate_loop_narrow_hessian)(const REAL *q, const REAL *k, const REAL *v, co
                                  int64_t v_batch, int64_t v_row, int64_t a_batch, int64_t a_row, int64_t g_batch, int64_t g_row,
                                  int64_t tq_batch, int64_t tq_row, int64_t tk_batch, int64_t tk_row, int64_t tv_batch, int64_t tv_row,
                                  int64_t ta_batch, int64_t ta_row, int64_t tg_batch, int64_t tg_row, int64_t threads) {
-    int64_t blocks = (c + CHANNELS - 1) / CHANNELS, tasks = b * blocks, segments = (n + EVERY - 1) / EVERY;
+    int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
+    int64_t segments = (n + EVERY - 1) / EVERY;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
         S(twice_kept) *kept = scratch(sizeof(S(twice_kept)) * VECTORS * EVERY);
@@ -97,7 +98,7 @@ void S(gate_loop_narrow_hessian)(const REAL *q, const REAL *k, const REAL *v, co
         if (!kept || !st) abort();
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {
-            int64_t i = task / blocks, from = task % blocks * CHANNELS, width = min64(CHANNELS, c - from);
+            int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from);
             int64_t full = width / LANES * LANES;
             memset(st, 0, sizeof *st);
             if (g_last) S(split_pairs)(AT_PAIRS(g_last), st->gr, st->gi, width);

@@ -11,11 +11,11 @@ INLINE void S(simple_step)(const REAL *q, const REAL *x, const REAL *a, REAL *ou
 void S(simple_gate_loop)(const REAL *q, const REAL *x, const REAL *a, const REAL *h0, REAL *out, REAL *last, REAL *marks,
                          int64_t b, int64_t n, int64_t c, int64_t q_batch, int64_t q_row, int64_t x_batch, int64_t x_row,
                          int64_t a_batch, int64_t a_row, int64_t reverse, int64_t threads) {
-    int64_t blocks = (c + CHANNELS - 1) / CHANNELS, tasks = b * blocks;
+    int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
     int64_t one = reverse ? -1 : 1, first = reverse ? n - 1 : 0;
 #pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(static) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
-        int64_t i = task / blocks, from = task % blocks * CHANNELS, width = min64(CHANNELS, c - from), full = width / LANES * LANES;
+        int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
         VF h[VECTORS] = {{0}};
         if (h0) memcpy(h, h0 + i * c + from, (size_t)width * sizeof(REAL));
         for (int64_t s = 0; s < n; s++) {
@@ -54,7 +54,8 @@ void S(simple_gate_loop_backward)(const REAL *q, const REAL *x, const REAL *a, c
                                   const REAL *g_last, REAL *dq, REAL *dx, REAL *da, REAL *dh0, int64_t b, int64_t n, int64_t c,
                                   int64_t q_batch, int64_t q_row, int64_t x_batch, int64_t x_row, int64_t a_batch,
                                   int64_t a_row, int64_t g_batch, int64_t g_row, int64_t reverse, int64_t threads) {
-    int64_t blocks = (c + CHANNELS - 1) / CHANNELS, tasks = b * blocks, segments = (n + EVERY - 1) / EVERY;
+    int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
+    int64_t segments = (n + EVERY - 1) / EVERY;
     int64_t one = reverse ? -1 : 1, first = reverse ? n - 1 : 0;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
@@ -62,7 +63,7 @@ void S(simple_gate_loop_backward)(const REAL *q, const REAL *x, const REAL *a, c
         if (!gates) abort();
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {
-            int64_t i = task / blocks, from = task % blocks * CHANNELS, width = min64(CHANNELS, c - from);
+            int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from);
             int64_t full = width / LANES * LANES;
             VF carry[VECTORS] = {{0}}, h[VECTORS] = {{0}};
             if (g_last) memcpy(carry, g_last + i * c + from, (size_t)width * sizeof(REAL));

@@ -11,10 +11,10 @@ void S(simple_gate_loop_tangent)(const REAL *q, const REAL *x, const REAL *a, co
                                  int64_t q_batch, int64_t q_row, int64_t x_batch, int64_t x_row, int64_t a_batch, int64_t a_row,
                                  int64_t tq_batch, int64_t tq_row, int64_t tx_batch, int64_t tx_row, int64_t ta_batch,
                                  int64_t ta_row, int64_t reverse, int64_t threads) {
-    int64_t blocks = (c + CHANNELS - 1) / CHANNELS, tasks = b * blocks;
+    int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
 #pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(static) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
-        int64_t i = task / blocks, from = task % blocks * CHANNELS, width = min64(CHANNELS, c - from), full = width / LANES * LANES;
+        int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
         VF h[VECTORS] = {{0}}, th[VECTORS] = {{0}};
         if (h0) memcpy(h, h0 + i * c + from, (size_t)width * sizeof(REAL));
         if (th0) memcpy(th, th0 + i * c + from, (size_t)width * sizeof(REAL));
@@ -38,55 +38,73 @@ void S(simple_gate_loop_tangent)(const REAL *q, const REAL *x, const REAL *a, co
     }
 }
 
+/* H, its tangent T, and the sum of lambda. */
+typedef struct {
+    VF hr[VECTORS], hi[VECTORS], tr[VECTORS], ti[VECTORS], lr[VECTORS], li[VECTORS];
+} S(narrow_tangent_state);
+
+typedef struct {
+    const REAL *q, *k, *v, *a, *tq, *tk, *tv, *ta;
+    REAL *out;
+} S(tangent_rows);
+
+INLINE void S(narrow_tangent_step)(const S(tangent_rows) *r, int64_t j, const S(narrow_tangent_state) *from, S(narrow_tangent_state) *to,
+                                   const int careful, VI *odd, int64_t count) {
+    int64_t p = j / LANES;
+    S(gate) gate = S(make_gate)(S(load_gates)(r->a + 2 * j, count), careful, odd);
+    VF re = gate.size * gate.ux, im = gate.size * gate.uy, hr = from->hr[p], hi = from->hi[p], tr = from->tr[p], ti = from->ti[p];
+    if (r->ta) {
+        S(pair) da = S(load_pairs)(r->ta + 2 * j, count);
+        VF along = ((REAL)1 - gate.size) * (gate.ux * da.re + gate.uy * da.im);
+        VF across = gate.inverse * (gate.ux * da.im - gate.uy * da.re);
+        if (careful) along = S(select)(gate.inverse == (REAL)0, S(all)(0), along);
+        tr += along * hr - across * hi, ti += along * hi + across * hr;
+        to->lr[p] = from->lr[p] + along, to->li[p] = from->li[p] + across;
+    }
+    VF key = S(load)(r->k + j, count), value = S(load)(r->v + j, count);
+    hr = re * hr - im * hi + key * value, hi = re * hi + im * from->hr[p];
+    VF next = re * tr - im * ti + S(load_or_zero)(r->tk, j, count) * value + key * S(load_or_zero)(r->tv, j, count);
+    to->hr[p] = hr, to->hi[p] = hi, to->tr[p] = next, to->ti[p] = re * ti + im * tr;
+    S(store)(r->out + j, S(load)(r->q + j, count) * next + S(load_or_zero)(r->tq, j, count) * hr, count);
+}
+
 /* `logs` [b, c, 2]: the sum of lambda, which is the tangent of log(product). t_marks: tangents of the forward pass's marks. */
 void S(gate_loop_narrow_tangent)(const REAL *q, const REAL *k, const REAL *v, const REAL *a, const REAL *h0, const REAL *tq,
                                  const REAL *tk, const REAL *tv, const REAL *ta, const REAL *th0, REAL *tout, REAL *tlast, REAL *logs,
-                                 REAL *t_marks, int64_t b, int64_t n, int64_t c, int64_t q_batch, int64_t q_row, int64_t k_batch, int64_t k_row,
+                                 REAL *t_marks, int64_t b, int64_t n, int64_t c, int64_t q_batch, int64_t q_row, int64_t k_batch,
+                                 int64_t k_row,
                                  int64_t v_batch, int64_t v_row, int64_t a_batch, int64_t a_row, int64_t tq_batch, int64_t tq_row,
                                  int64_t tk_batch, int64_t tk_row, int64_t tv_batch, int64_t tv_row, int64_t ta_batch,
                                  int64_t ta_row, int64_t threads) {
-    int64_t blocks = (c + CHANNELS - 1) / CHANNELS, tasks = b * blocks;
+    int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
 #pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(static) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
-        int64_t i = task / blocks, from = task % blocks * CHANNELS, width = min64(CHANNELS, c - from), full = width / LANES * LANES;
-        S(narrow_state) h, th; /* th.pr, th.pi: the sum of lambda */
-        memset(&h, 0, sizeof h), memset(&th, 0, sizeof th);
-        if (h0) S(split_pairs)(h0 + 2 * (i * c + from), h.hr, h.hi, width);
-        if (th0) S(split_pairs)(th0 + 2 * (i * c + from), th.hr, th.hi, width);
+        int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
+        S(narrow_tangent_state) st[2]; /* before and after a step, by turns */
+        memset(st, 0, sizeof st);
+        if (h0) S(split_pairs)(h0 + 2 * (i * c + from), st[0].hr, st[0].hi, width);
+        if (th0) S(split_pairs)(th0 + 2 * (i * c + from), st[0].tr, st[0].ti, width);
+        int64_t slow = 0;
         for (int64_t t = 0; t < n; t++) {
+            const S(narrow_tangent_state) *now = st + t % 2;
+            S(narrow_tangent_state) *next = st + (t + 1) % 2;
             if (t % EVERY == 0) {
                 REAL *mark = t_marks + (i * MARKS(n) + t / EVERY) * 2 * c + from;
-                memcpy(mark, th.hr, (size_t)width * sizeof(REAL));
-                memcpy(mark + c, th.hi, (size_t)width * sizeof(REAL));
+                memcpy(mark, now->tr, (size_t)width * sizeof(REAL));
+                memcpy(mark + c, now->ti, (size_t)width * sizeof(REAL));
             }
-            const REAL *q_t = ROW(q, i, t) + from, *k_t = ROW(k, i, t) + from, *v_t = ROW(v, i, t) + from;
-            const REAL *a_t = ROW(a, i, t) + 2 * from, *ta_t = TANGENT_ROW(ta, i, t, 2 * from);
-            const REAL *tq_t = TANGENT_ROW(tq, i, t, from), *tk_t = TANGENT_ROW(tk, i, t, from), *tv_t = TANGENT_ROW(tv, i, t, from);
-            REAL *out_t = tout + (i * n + t) * c + from;
-#define CALL(count)                                                                                                    \
-    do {                                                                                                               \
-        int64_t p = j / LANES;                                                                                         \
-        S(gate) gate = S(make_gate)(S(load_gates)(a_t + 2 * j, count), 1, NULL);                                       \
-        VF re = gate.size * gate.ux, im = gate.size * gate.uy, hr = h.hr[p], hi = h.hi[p], tr = th.hr[p], ti = th.hi[p]; \
-        if (ta_t) {                                                                                                    \
-            S(pair) da = S(load_pairs)(ta_t + 2 * j, count);                                                           \
-            VF along = ((REAL)1 - gate.size) * (gate.ux * da.re + gate.uy * da.im);                                    \
-            VF across = gate.inverse * (gate.ux * da.im - gate.uy * da.re);                                            \
-            along = S(select)(gate.inverse == (REAL)0, S(all)(0), along);                                              \
-            tr += along * hr - across * hi, ti += along * hi + across * hr;                                            \
-            th.pr[p] += along, th.pi[p] += across;                                                                     \
-        }                                                                                                              \
-        VF key = S(load)(k_t + j, count), value = S(load)(v_t + j, count);                                             \
-        h.hr[p] = re * hr - im * hi + key * value, h.hi[p] = re * hi + im * hr;                                        \
-        th.hr[p] = re * tr - im * ti + S(load_or_zero)(tk_t, j, count) * value + key * S(load_or_zero)(tv_t, j, count); \
-        th.hi[p] = re * ti + im * tr;                                                                                  \
-        S(store)(out_t + j, S(load)(q_t + j, count) * th.hr[p] + S(load_or_zero)(tq_t, j, count) * h.hr[p], count);    \
-    } while (0)
-            STEP(full, width, CALL);
-#undef CALL
+            S(tangent_rows) r = {ROW(q, i, t) + from, ROW(k, i, t) + from, ROW(v, i, t) + from, ROW(a, i, t) + 2 * from,
+                                 TANGENT_ROW(tq, i, t, from), TANGENT_ROW(tk, i, t, from), TANGENT_ROW(tv, i, t, from),
+                                 TANGENT_ROW(ta, i, t, 2 * from), tout + (i * n + t) * c + from};
+#define FAST(count) S(narrow_tangent_step)(&r, j, now, next, 0, &odd, count)
+#define CAREFUL(count) S(narrow_tangent_step)(&r, j, now, next, 1, &odd, count)
+            FAST_OR_CAREFUL(slow, FAST, CAREFUL);
+#undef FAST
+#undef CAREFUL
         }
-        S(join_pairs)(tlast + 2 * (i * c + from), th.hr, th.hi, width);
-        S(join_pairs)(logs + 2 * (i * c + from), th.pr, th.pi, width);
+        const S(narrow_tangent_state) *end = st + n % 2;
+        S(join_pairs)(tlast + 2 * (i * c + from), end->tr, end->ti, width);
+        S(join_pairs)(logs + 2 * (i * c + from), end->lr, end->li, width);
     }
 }
 
@@ -155,8 +173,8 @@ static void S(pack_or_zero)(const REAL *from, int64_t stride, REAL *to, int64_t 
  * tangent of the product, else that of its logarithm. */
 void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, const REAL *a, const REAL *h0, const REAL *tq,
                                const REAL *tk, const REAL *tv, const REAL *ta, const REAL *th0, REAL *tout, REAL *tlast, REAL *logs,
-                               REAL *out, REAL *last, REAL *product, int64_t b, int64_t h, int64_t n, int64_t d, int64_t e, int64_t q_batch, int64_t q_head, int64_t q_row,
-                               int64_t k_batch, int64_t k_head, int64_t k_row, int64_t v_batch, int64_t v_head, int64_t v_row,
+                               REAL *out, REAL *last, REAL *product, int64_t b, int64_t h, int64_t n, int64_t d, int64_t e,
+                               int64_t q_batch, int64_t q_head, int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row, int64_t v_batch, int64_t v_head, int64_t v_row,
                                int64_t a_batch, int64_t a_head, int64_t a_row, int64_t tq_batch, int64_t tq_head, int64_t tq_row,
                                int64_t tk_batch, int64_t tk_head, int64_t tk_row, int64_t tv_batch, int64_t tv_head, int64_t tv_row,
                                int64_t ta_batch, int64_t ta_head, int64_t ta_row, int64_t out_batch, int64_t out_head,

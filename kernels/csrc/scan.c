@@ -56,12 +56,12 @@ INLINE void S(scan_pairs_vector)(const REAL *a, const REAL *x, const REAL *befor
 void S(scan)(const REAL *a, const REAL *x, const REAL *h0, REAL *h, int64_t b, int64_t n, int64_t c, int64_t a_batch,
              int64_t a_row, int64_t x_batch, int64_t x_row, int64_t reverse, int64_t pairs, int64_t lag, int64_t conjugate,
              int64_t threads) {
-    int64_t blocks = (c + CHANNELS - 1) / CHANNELS, two = pairs ? 2 : 1, tasks = b * blocks;
+    int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, two = pairs ? 2 : 1, tasks = b * blocks;
     if (!tasks || !n) return;
     REAL sign = conjugate ? -1 : 1;
 #pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(static) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
-        int64_t i = task / blocks, from = task % blocks * CHANNELS, width = min64(CHANNELS, c - from), full = width / LANES * LANES;
+        int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
         int64_t h_row = reverse ? -c * two : c * two, ar = reverse ? -a_row : a_row, xr = reverse ? -x_row : x_row;
         int64_t first = reverse ? n - 1 : 0;
         const REAL *pa = a + i * a_batch + first * a_row + from * two, *px = x + i * x_batch + first * x_row + from * two;

@@ -1,4 +1,4 @@
-"""Wide heads of gate_loop by C: second derivatives against brute force, value and tangent in one, threads that share a head."""
+"""gate_loop by C: second derivatives of wide heads against brute force, value and tangent in one, threads that share a head."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from conftest import assert_close
 from fnattn_kernels.native import gate_loop as native
 from fnattn_kernels.native import gate_loop_tangent as native_tangent
+from fnattn_kernels.native import scan as native_scan
 from fnattn_kernels.native.build import why_not
 
 from fnattn.ops import causal_dot
@@ -179,5 +180,22 @@ def test_threads_that_share_a_head_of_causal_dot_give_the_same_bits(h, g, revers
 
     one = with_threads(1, every)
     assert_close(one[0], causal_dot(q, k, v, reverse=reverse, impl="reference"))
+    for count in (2, 3, 7):
+        assert all(torch.equal(u, v) for u, v in zip(one, with_threads(count, every))), count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("b, c", [(1, 139), (2, 521)])
+def test_threads_that_share_a_sequence_of_channels_give_the_same_bits(b, c, dtype):
+    torch.manual_seed(23)
+    q, k, v, a, h, g, m = (torch.randn(b, *shape, dtype=dtype) for shape in ((97, c),) * 3 + ((97, c, 2), (c, 2), (97, c), (97, c, 2)))
+
+    def every():
+        out, last, product, marks = native.narrow(q, k, v, a, h)
+        return (out, last, product, *native.narrow_backward(q, k, v, a, h, marks, product, g, None, None),
+                *native_tangent.narrow(q, k, v, a, h, g, None, None, m, None)[:3], native.simple(q, k, v, None, True)[0],
+                native_scan.scan(a, m, h, False, True, False, False))
+
+    one = with_threads(1, every)
     for count in (2, 3, 7):
         assert all(torch.equal(u, v) for u, v in zip(one, with_threads(count, every))), count

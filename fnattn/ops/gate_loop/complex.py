@@ -55,6 +55,9 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, a: Tensor, *, state: tuple[Tensor
         ValueError: shapes or devices disagree. TypeError: not floating tensors.
         KernelUnavailable: the named kernel cannot serve the call.
 
+    "native" gives the same bits for any number of threads: heads go to threads, and where there are more threads than heads,
+    the parts of a head's states, then its chunks (tangents and second derivatives: heads only).
+
     Differentiable any number of times in both modes, through the state too; batches under vmap without a loop; compiles
     and exports.
     """
