@@ -6,6 +6,7 @@ torch's own fused kernels (`softmax_aten`) serve without a compiler, and where o
 keys, which fill a part of the vector lanes only, and a backward with far fewer key heads than threads. Measured in ms of one
 AVX-512 core, ours against torch's, 8 causal heads of 512 x 512, float32, width 32 (64): forward 1.4 (2.4) against 3.4 (6.2),
 backward 2.5 (4.9) against 8.6 (15.4); one query against 513 keys, 16 heads: 0.58 against 0.08.
+Ours alone, 4 causal heads of 1024 x 1024, width 64: value 3.4, gradient 6.8, tangent 7.0, the gradient's tangent 13.7.
 """
 
 from __future__ import annotations
