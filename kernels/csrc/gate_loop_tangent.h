@@ -174,8 +174,8 @@ static void S(pack_or_zero)(const REAL *from, int64_t stride, REAL *to, int64_t 
 void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, const REAL *a, const REAL *h0, const REAL *tq,
                                const REAL *tk, const REAL *tv, const REAL *ta, const REAL *th0, REAL *tout, REAL *tlast, REAL *logs,
                                REAL *out, REAL *last, REAL *product, int64_t b, int64_t h, int64_t n, int64_t d, int64_t e,
-                               int64_t q_batch, int64_t q_head, int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row, int64_t v_batch, int64_t v_head, int64_t v_row,
-                               int64_t a_batch, int64_t a_head, int64_t a_row, int64_t tq_batch, int64_t tq_head, int64_t tq_row,
+                               int64_t q_batch, int64_t q_head, int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row,
+                               int64_t v_batch, int64_t v_head, int64_t v_row, int64_t a_batch, int64_t a_head, int64_t a_row, int64_t tq_batch, int64_t tq_head, int64_t tq_row,
                                int64_t tk_batch, int64_t tk_head, int64_t tk_row, int64_t tv_batch, int64_t tv_head, int64_t tv_row,
                                int64_t ta_batch, int64_t ta_head, int64_t ta_row, int64_t out_batch, int64_t out_head,
                                int64_t out_row, int64_t threads) {
