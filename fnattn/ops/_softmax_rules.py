@@ -14,7 +14,6 @@ input, and is never differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
