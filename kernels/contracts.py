@@ -26,6 +26,7 @@ NAMESPACE = "fnattn"
 _LIB = torch.library.Library(NAMESPACE, "FRAGMENT")
 _C = torch._C
 _FLOPS: dict[Any, Callable] = {}
+_UNPACK = torch._VF._unpack_dual
 OPERATORS: list[Operator] = []  # all that were made
 _RECORDED: list[Operator] | None = None
 
@@ -135,7 +136,7 @@ class Operator:
             _RECORDED.append(self)
         forward_on = _C._is_fwd_grad_enabled()
         reverse = _C.is_grad_enabled() and _C._any_requires_grad(*args)
-        if reverse or (forward_on and any(isinstance(a, Tensor) and unpack_dual(a)[1] is not None for a in args)):
+        if reverse or (forward_on and _any_moves(args)):
             if self._vjp is None:
                 raise DerivativeUnsupported(
                     f"{self.qualified} is a raw kernel without derivatives, and an input carries a gradient or tangent.\n"
@@ -167,6 +168,14 @@ def recording() -> Iterator[list[Operator]]:
         yield _RECORDED
     finally:
         _RECORDED = before
+
+
+def _any_moves(args: Sequence[Any]) -> bool:
+    """Whether a tensor has a tangent at the innermost level. On the way of every call: no generator, no lookup by name."""
+    for a in args:
+        if isinstance(a, Tensor) and _UNPACK(a, level=0)[1] is not None:
+            return True
+    return False
 
 
 def register_flops() -> None:

@@ -7,6 +7,7 @@ can serve the call and is worth it at this size (`fnattn_kernels.crossovers`, as
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from fnattn_kernels.native import build
 from torch import Tensor
 
 REFERENCE = "reference"
+_NOTHING = nullcontext()
 
 
 class Kernel(NamedTuple):
@@ -90,9 +92,13 @@ def widen(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
-def no_autocast(t: Tensor) -> torch.autocast:
+def no_autocast(t: Tensor) -> AbstractContextManager:
     """A context in which autocast leaves sums and products alone."""
-    return torch.autocast(t.device.type if t.device.type in ("cpu", "cuda") else "cpu", enabled=False)
+    device = t.device.type if t.device.type in ("cpu", "cuda") else "cpu"
+    # Entering it costs as much as a small operator, so not for nothing.
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return _NOTHING
 
 
 def check_heads(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
