@@ -36,6 +36,8 @@ class Contest(NamedTuple):
     forward, both: the least work of a forward, and of a forward with gradients. None: not counted.
     truth:   what `ours` must give, if that is not `ours` with impl="reference".
     calls:   how many steps `ours` and the other side take; times and work in the table are those of one.
+    packed:  whether args[0] is queries, keys and values side by side, as the modules take them. An operator takes them apart,
+             and its memory is measured so: torch puts the gradient of a packed one together in a second copy.
     """
 
     args: tuple
@@ -45,6 +47,7 @@ class Contest(NamedTuple):
     both: Work | None = None
     truth: Callable[..., Tensor] | None = None
     calls: int = 1
+    packed: bool = False
 
 
 class Opponent(NamedTuple):

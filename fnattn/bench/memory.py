@@ -55,7 +55,10 @@ def measure(case: Case, quick: bool) -> dict[str, float]:
 
 def _side(contest: Contest, which: str) -> Side | None:
     if which == "ours":
-        return Side(contest.ours, contest.args)
+        args = contest.args
+        if contest.packed:
+            args = (tuple(t.contiguous() for t in args[0].chunk(3, -1)), *args[1:])
+        return Side(contest.ours, args)
     if contest.theirs is None:
         return None
     opponent = contest.theirs()

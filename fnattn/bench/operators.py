@@ -15,9 +15,10 @@ from .case import Case, Contest, bytes_of, normal
 # b batch, h heads, n positions, d width of a head, e width of a value, t positions of the text, s side of the picture
 
 
-def _heads(qkv: Tensor, h: int) -> list[Tensor]:
-    """[b, n, 3 h d] -> q, k, v [b, h, n, d]."""
-    return [t.unflatten(-1, (h, -1)).transpose(1, 2) for t in qkv.chunk(3, -1)]
+def _heads(qkv: Tensor | tuple[Tensor, ...], h: int) -> list[Tensor]:
+    """[b, n, 3 h d], or three of [b, n, h d] -> q, k, v [b, h, n, d]."""
+    parts = qkv.chunk(3, -1) if isinstance(qkv, Tensor) else qkv
+    return [t.unflatten(-1, (h, -1)).transpose(1, 2) for t in parts]
 
 
 def _merge(out: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def _gate_loop(s: dict, device: torch.device) -> Contest:
         return _merge(ops.gate_loop(*_heads(qkv, h), a.unflatten(-1, (h, 2)).transpose(1, 2), impl=impl)[0])
 
     counted = work.gate_loop_narrow(b, n, h) if d == 1 else work.gate_loop_wide(b, h, n, d, d)
-    return Contest(args, ours, partial(upstream.gate_loop, h), *counted)
+    return Contest(args, ours, partial(upstream.gate_loop, h), *counted, packed=True)
 
 
 def _simple(s: dict, device: torch.device) -> Contest:
@@ -76,7 +77,7 @@ def _coor_attention(iterations: int, s: dict, device: torch.device) -> Contest:
     io = bytes_of((b, h, n, 4 * d))
     products = work.Work(4 * d * pairs, 0, 0)
     return Contest((normal("qkv", b, n, 3 * h * d, device=device),), ours, theirs,
-                   forward._replace(bytes=io) + products, both._replace(bytes=3 * io) + products.times(3.5))
+                   forward._replace(bytes=io) + products, both._replace(bytes=3 * io) + products.times(3.5), packed=True)
 
 
 def _picture(kind: str, s: dict, device: torch.device) -> Contest:
@@ -99,7 +100,7 @@ def _picture(kind: str, s: dict, device: torch.device) -> Contest:
     def ours(qkv, impl="auto"):
         return _merge(run(*_heads(qkv, h), impl=impl))
 
-    return Contest((normal("qkv", b, n, 3 * h * d, device=device),), ours, theirs, *work.attention(b, h, n, pairs, d))
+    return Contest((normal("qkv", b, n, 3 * h * d, device=device),), ours, theirs, *work.attention(b, h, n, pairs, d), packed=True)
 
 
 def _block_sparse(s: dict, device: torch.device) -> Contest:
@@ -114,7 +115,7 @@ def _block_sparse(s: dict, device: torch.device) -> Contest:
         return _merge(ops.block_sparse_attention(*_heads(qkv, h), layout, block=block, causal=True, impl=impl))
 
     return Contest((normal("qkv", b, n, 3 * h * d, device=device),), ours, partial(upstream.dense, allowed, h),
-                   *work.attention(b, h, n, float(allowed.sum()), d))
+                   *work.attention(b, h, n, float(allowed.sum()), d), packed=True)
 
 
 DALLE, SMALL = {"b": 2, "h": 8, "d": 64, "t": 257, "s": 32}, {"b": 2, "h": 2, "d": 16, "t": 17, "s": 8}
