@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 ALWAYS, NEVER = "always", "never"
 EPYC = "one core of an AMD EPYC with AVX-512, 2026-11"
-UNMEASURED = "not yet measured on a GPU, so not yet chosen there"
-UNPROVEN = "not yet measured on a GPU: compiled for one, and right in Triton's interpreter"
-UNPROVEN = "not yet measured on a GPU: compiled for one, and right in Triton's interpreter"
+# Right in Triton's interpreter and compiled for a GPU; what has never run on one is not what a user gets unasked.
+UNMEASURED = "not yet run on a GPU, so not yet chosen there: ask for it by name"
 
 
 class Crossover(NamedTuple):
@@ -52,15 +51,13 @@ TABLE = (
     Crossover("taylor", "native, quadratic", "value: the first {value} of so many positions; gradient: up to {whole} of them whole "
               "sequences, of longer ones the first and last {gradient}", f"{EPYC}: gradient of whole sequences 1.4 times as fast at "
               "n 64 (512), equal at 256 (768), at d 64 2.3 times at 1024", {"value": 1.0, "whole": 2.6, "gradient": 0.5}),
-    # It makes no [n, F] table of features, as plain torch does, whose every chunk reads one from memory.
-    Crossover("taylor", "triton", ALWAYS, UNPROVEN),
+    Crossover("taylor", "triton", NEVER, UNMEASURED),
     # In plain torch: the [n, n] table of a sequence so short that it costs less than reading the sums.
     Crossover("taylor", "reference, quadratic", "n <= {length} positions", EPYC, {"length": 256}),
     Crossover("gate_loop", "native", ALWAYS, EPYC),
-    # Plain torch makes a table of states for width 1, and several tables per chunk for wide heads.
-    Crossover("gate_loop", "triton", ALWAYS, UNPROVEN),
+    Crossover("gate_loop", "triton", NEVER, UNMEASURED),
     Crossover("simple_gate_loop", "native", ALWAYS, EPYC),
-    Crossover("simple_gate_loop", "triton", ALWAYS, UNPROVEN),
+    Crossover("simple_gate_loop", "triton", NEVER, UNMEASURED),
     Crossover("softmax_attention", "native", ALWAYS, EPYC),
     # Inside native: torch's own fused kernel, where ours would leave most of its vector lanes idle.
     Crossover("softmax_attention", "native, torch's", "n < {bytes} / bytes of a number, and more than {ratio} n + {extra} keys",
@@ -77,20 +74,17 @@ TABLE = (
     Crossover("rotary", "native", "not while torch.compile traces", EPYC),
     Crossover("rotary", "rotary_embedding_torch", NEVER, EPYC),
     Crossover("coor_descent", "native", ALWAYS, EPYC),
-    # Plain torch reads and writes every row several times per iteration.
-    Crossover("coor_descent", "triton", ALWAYS, UNPROVEN),
+    Crossover("coor_descent", "triton", NEVER, UNMEASURED),
     Crossover("coor_descent", "colt5", NEVER, UNMEASURED),
     Crossover("coor_descent_attention", "native", ALWAYS, EPYC),
     Crossover("conv_attention", "native", ALWAYS, EPYC),
-    # Plain torch makes a table of every query and the keys near it.
-    Crossover("conv_attention", "triton", ALWAYS, UNPROVEN),
+    Crossover("conv_attention", "triton", NEVER, UNMEASURED),
     Crossover("conv_attention", "bands", ALWAYS, EPYC),
     Crossover("axial_attention", "native", ALWAYS, EPYC),
-    Crossover("axial_attention", "triton", ALWAYS, UNPROVEN),
+    Crossover("axial_attention", "triton", NEVER, UNMEASURED),
     Crossover("axial_attention", "bands", ALWAYS, EPYC),
     Crossover("block_sparse_attention", "native", ALWAYS, EPYC),
-    # Plain torch makes a table of all pairs, or copies of the blocks that are there.
-    Crossover("block_sparse_attention", "triton", ALWAYS, UNPROVEN),
+    Crossover("block_sparse_attention", "triton", NEVER, UNMEASURED),
     Crossover("block_sparse_attention", "flex", NEVER, UNMEASURED),
     # Gathering copies keys and values once per block that reads them: worth it for long rows that are mostly absent.
     Crossover("block_sparse_attention", "gather", "n >= {length} and at most {density:.0%} of the blocks are there", EPYC,

@@ -72,3 +72,8 @@ def test_rows_name_what_auto_takes_and_what_is_fastest(monkeypatch):
     assert set(taylor["ms"]) >= {"native", "reference", "reference, quadratic"}
     slow = {**taylor, "ms": {"native": 2.0, "reference": 1.0}, "behind": 2.0, "fastest": "reference"}
     assert "16< native" in measured.line(slow) and "16  native" in measured.line({**slow, "behind": 1.05})
+
+
+def test_what_was_never_measured_is_taken_only_when_it_is_asked_for():
+    unmeasured = [row for row in crossovers.TABLE if row.measured == crossovers.UNMEASURED]
+    assert len(unmeasured) >= 10 and all(row.takes == crossovers.NEVER for row in unmeasured)

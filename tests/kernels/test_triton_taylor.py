@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from compiling import compiled, compiles, needs_triton
-from fnattn_kernels.crossovers import fixed
 from fnattn_kernels.triton import lang, taylor_launch
 
 pytestmark = [needs_triton, compiles]
@@ -54,7 +53,3 @@ def test_running_sums(dtype):
     from fnattn_kernels.triton import taylor_device as device
 
     compiled(device, "add_up", ("sums",), ("visits", "width"), {"W": taylor_launch.COLUMNS, "num_warps": 1}, dtype=dtype)
-
-
-def test_it_is_taken_on_a_gpu():
-    assert fixed("taylor", "triton")
