@@ -92,6 +92,13 @@ def widen(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
+def rows_as_they_are(rows: Sequence[Tensor], *states: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Arguments of a kernel that reads rows of bfloat16 itself: rows unchanged if all are bfloat16, else all in one wide dtype."""
+    if all(t.dtype == torch.bfloat16 for t in rows) and compute_dtype(*states) == torch.float32:
+        return *rows, *widen(*states)
+    return widen(*rows, *states)
+
+
 def no_autocast(t: Tensor) -> AbstractContextManager:
     """A context in which autocast leaves sums and products alone."""
     device = t.device.type if t.device.type in ("cpu", "cuda") else "cpu"

@@ -1,14 +1,18 @@
-/* The gated loops: real gates per channel (simple), complex gates per channel (narrow), complex gates per head (wide). */
+/* The gated loops: real gates per channel (simple), complex gates per channel (narrow), complex gates per head (wide).
+ * Those per channel also take rows of bfloat16. */
 #include "common.h"
 
 #ifndef REAL
 #define REAL float
+#define NUM float
+#define HALF 0
 #define S(x) PASTE(fnattn_, x, _, f32)
 #define VF vf32
 #define LANES LANES_f32
 #define WIDE 0
 #include "gate_loop.c"
 #undef REAL
+#undef NUM
 #undef S
 #undef VF
 #undef VI
@@ -16,13 +20,32 @@
 #undef LANES
 #undef WIDE
 #define REAL double
+#define NUM double
 #define S(x) PASTE(fnattn_, x, _, f64)
 #define VF vf64
 #define LANES LANES_f64
 #define WIDE 1
 #include "gate_loop.c"
+#undef REAL
+#undef NUM
+#undef S
+#undef VF
+#undef VI
+#undef INT
+#undef LANES
+#undef WIDE
+#undef HALF
+#define REAL float
+#define NUM uint16_t
+#define HALF 1
+#define S(x) PASTE(fnattn_, x, _, bf16)
+#define VF vf32
+#define LANES LANES_f32
+#define WIDE 0
+#include "gate_loop.c"
 #else
 #include "gate_lanes.h"
+#include "gate_rows.h"
 
 #ifndef GATE_LOOP_ONCE
 #define GATE_LOOP_ONCE
@@ -47,10 +70,12 @@
 
 #include "gate_loop_simple.h"
 #include "gate_loop_narrow.h"
+#if !HALF
 #include "gate_loop_tiles.h"
 #include "gate_loop_wide.h"
 #include "gate_loop_wide_backward.h"
 #include "gate_loop_tangent.h"
 #include "gate_loop_narrow_hessian.h"
 #include "gate_loop_wide_hessian.h"
+#endif
 #endif

@@ -8,21 +8,21 @@ typedef struct {
 } S(narrow_state);
 
 /* Raw gates; behind the end of a row ones, which no branch need look at. */
-INLINE S(pair) S(load_gates)(const REAL *a, int64_t count) {
-    if (count == LANES) return S(load_pairs)(a, LANES);
-    REAL padded[2 * LANES];
-    for (int i = 0; i < 2 * LANES; i++) padded[i] = i < 2 * count ? a[i] : 1;
-    return S(load_pairs)(padded, LANES);
+INLINE S(pair) S(load_gates)(const NUM *a, int64_t count) {
+    if (count == LANES) return S(read_pairs)(a, LANES);
+    NUM padded[2 * LANES];
+    for (int i = 0; i < 2 * LANES; i++) padded[i] = i < 2 * count ? a[i] : ONE;
+    return S(read_pairs)(padded, LANES);
 }
 
-INLINE void S(narrow_step)(const REAL *q, const REAL *k, const REAL *v, const REAL *a, REAL *out, const S(narrow_state) *from,
+INLINE void S(narrow_step)(const NUM *q, const NUM *k, const NUM *v, const NUM *a, NUM *out, const S(narrow_state) *from,
                            S(narrow_state) *to, int64_t i, const int careful, VI *odd, int64_t count) {
     S(gate) gate = S(make_gate)(S(load_gates)(a, count), careful, odd);
     VF re = gate.size * gate.ux, im = gate.size * gate.uy, hr = from->hr[i], hi = from->hi[i], pr = from->pr[i], pi = from->pi[i];
-    VF next = re * hr - im * hi + S(load)(k, count) * S(load)(v, count);
+    VF next = re * hr - im * hi + S(read)(k, count) * S(read)(v, count);
     to->hr[i] = next, to->hi[i] = re * hi + im * hr;
     to->pr[i] = re * pr - im * pi, to->pi[i] = re * pi + im * pr;
-    S(store)(out, S(load)(q, count) * next, count);
+    S(write)(out, S(read)(q, count) * next, count);
 }
 
 /* Ordinary rows take the fast gates. A row with a gate near zero or beyond reach is done again with care, and so are the rows
@@ -50,7 +50,7 @@ static void S(join_pairs)(REAL *to, const VF *re, const VF *im, int64_t width) {
     for (int64_t j = 0; j < width; j++) to[2 * j] = r[j], to[2 * j + 1] = m[j];
 }
 
-void S(gate_loop_narrow)(const REAL *q, const REAL *k, const REAL *v, const REAL *a, const REAL *h0, REAL *out, REAL *last,
+void S(gate_loop_narrow)(const NUM *q, const NUM *k, const NUM *v, const NUM *a, const REAL *h0, NUM *out, REAL *last,
                          REAL *product, REAL *marks, int64_t b, int64_t n, int64_t c, int64_t q_batch, int64_t q_row,
                          int64_t k_batch, int64_t k_row, int64_t v_batch, int64_t v_row, int64_t a_batch, int64_t a_row,
                          int64_t threads) {
@@ -70,9 +70,9 @@ void S(gate_loop_narrow)(const REAL *q, const REAL *k, const REAL *v, const REAL
                 memcpy(mark, now->hr, (size_t)width * sizeof(REAL));
                 memcpy(mark + c, now->hi, (size_t)width * sizeof(REAL));
             }
-            const REAL *q_t = ROW(q, i, t) + from, *k_t = ROW(k, i, t) + from, *v_t = ROW(v, i, t) + from;
-            const REAL *a_t = ROW(a, i, t) + 2 * from;
-            REAL *out_t = out + (i * n + t) * c + from;
+            const NUM *q_t = ROW(q, i, t) + from, *k_t = ROW(k, i, t) + from, *v_t = ROW(v, i, t) + from;
+            const NUM *a_t = ROW(a, i, t) + 2 * from;
+            NUM *out_t = out + (i * n + t) * c + from;
 #define FAST(count)                                                                                                       \
     (__builtin_prefetch(q_t + AHEAD * q_row + j), __builtin_prefetch(k_t + AHEAD * k_row + j),                            \
      __builtin_prefetch(v_t + AHEAD * v_row + j), __builtin_prefetch(a_t + AHEAD * a_row + 2 * j),                        \
@@ -94,41 +94,41 @@ typedef struct {
     VF hr, hi, ux, uy, size, inverse;
 } S(narrow_kept);
 
-INLINE void S(narrow_again)(const REAL *k, const REAL *v, const REAL *a, VF hr, VF hi, S(narrow_kept) *kept, const int careful,
+INLINE void S(narrow_again)(const NUM *k, const NUM *v, const NUM *a, VF hr, VF hi, S(narrow_kept) *kept, const int careful,
                             VI *odd, int64_t count) {
     S(gate) gate = S(make_gate)(S(load_gates)(a, count), careful, odd);
     VF re = gate.size * gate.ux, im = gate.size * gate.uy;
-    *kept = (S(narrow_kept)){re * hr - im * hi + S(load)(k, count) * S(load)(v, count), re * hi + im * hr, gate.ux, gate.uy,
+    *kept = (S(narrow_kept)){re * hr - im * hi + S(read)(k, count) * S(read)(v, count), re * hi + im * hr, gate.ux, gate.uy,
                              gate.size, gate.inverse};
 }
 
 typedef struct {
-    const REAL *q, *k, *v, *g;
-    REAL *dq, *dk, *dv, *da;
+    const NUM *q, *k, *v, *g;
+    NUM *dq, *dk, *dv, *da;
 } S(narrow_rows);
 
 /* carry: gradient of the state that leaves the step. wr, wi: gradient of log(product), the same at every step. */
 INLINE void S(narrow_back)(const S(narrow_rows) *r, int64_t j, const S(narrow_kept) *kept, VF before_re, VF before_im, VF *carry_re,
                            VF *carry_im, VF wr, VF wi, int64_t count) {
-    VF g = r->g ? S(load)(r->g + j, count) : S(all)(0);
-    VF dr = S(load)(r->q + j, count) * g + *carry_re, di = *carry_im;
+    VF g = r->g ? S(read)(r->g + j, count) : S(all)(0);
+    VF dr = S(read)(r->q + j, count) * g + *carry_re, di = *carry_im;
     VF ux = kept->ux, uy = kept->uy, size = kept->size, inverse = kept->inverse;
-    S(store)(r->dq + j, g * kept->hr, count);
-    S(store)(r->dk + j, S(load)(r->v + j, count) * dr, count);
-    S(store)(r->dv + j, S(load)(r->k + j, count) * dr, count);
+    S(write)(r->dq + j, g * kept->hr, count);
+    S(write)(r->dk + j, S(read)(r->v + j, count) * dr, count);
+    S(write)(r->dv + j, S(read)(r->k + j, count) * dr, count);
     VF gre = dr * before_re + di * before_im, gim = di * before_re - dr * before_im;
     VF along = ((REAL)1 - size) * (size * (ux * gre + uy * gim) + wr);
     VF across = inverse * (size * (ux * gim - uy * gre) + wi);
     along = S(select)(inverse == (REAL)0, S(all)(0), along);
-    S(store_pairs)(r->da + 2 * j, ux * along - uy * across, uy * along + ux * across, count);
+    S(write_pairs)(r->da + 2 * j, ux * along - uy * across, uy * along + ux * across, count);
     *carry_re = size * (ux * dr + uy * di);
     *carry_im = size * (ux * di - uy * dr);
 }
 
 /* g [b, n, c], g_last, g_product [b, c, 2] may be NULL: zeros. product is what the forward pass returned. */
-void S(gate_loop_narrow_backward)(const REAL *q, const REAL *k, const REAL *v, const REAL *a, const REAL *marks,
-                                  const REAL *product, const REAL *g, const REAL *g_last, const REAL *g_product, REAL *dq, REAL *dk,
-                                  REAL *dv, REAL *da, REAL *dh0, int64_t b, int64_t n, int64_t c, int64_t q_batch, int64_t q_row,
+void S(gate_loop_narrow_backward)(const NUM *q, const NUM *k, const NUM *v, const NUM *a, const REAL *marks,
+                                  const REAL *product, const NUM *g, const REAL *g_last, const REAL *g_product, NUM *dq, NUM *dk,
+                                  NUM *dv, NUM *da, REAL *dh0, int64_t b, int64_t n, int64_t c, int64_t q_batch, int64_t q_row,
                                   int64_t k_batch, int64_t k_row, int64_t v_batch, int64_t v_row, int64_t a_batch, int64_t a_row,
                                   int64_t g_batch, int64_t g_row, int64_t threads) {
     int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
@@ -160,7 +160,7 @@ void S(gate_loop_narrow_backward)(const REAL *q, const REAL *k, const REAL *v, c
                 memcpy(mark_im, mark + c, (size_t)width * sizeof(REAL));
                 for (int64_t s = 0; s < steps; s++) {
                     int64_t t = start + s;
-                    const REAL *k_t = ROW(k, i, t) + from, *v_t = ROW(v, i, t) + from, *a_t = ROW(a, i, t) + 2 * from;
+                    const NUM *k_t = ROW(k, i, t) + from, *v_t = ROW(v, i, t) + from, *a_t = ROW(a, i, t) + 2 * from;
                     S(narrow_kept) *kept_t = kept + s * VECTORS, *kept_b = s ? kept_t - VECTORS : NULL;
 #define BEFORE(part, mark) (kept_b ? kept_b[j / LANES].part : mark[j / LANES])
 #define FAST(count)                                                                                                    \

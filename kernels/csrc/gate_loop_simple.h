@@ -3,12 +3,12 @@
  * Rows of c channels with any batch and row stride; results contiguous. `reverse` visits the rows from the last to the
  * first. marks [b, MARKS(n), c]: the state before every EVERY-th step, counted in the direction of travel. */
 
-INLINE void S(simple_step)(const REAL *q, const REAL *x, const REAL *a, REAL *out, VF *h, int64_t count) {
-    *h = S(sigmoid)(S(load)(a, count)) * *h + S(load)(x, count);
-    S(store)(out, S(load)(q, count) * *h, count);
+INLINE void S(simple_step)(const NUM *q, const NUM *x, const NUM *a, NUM *out, VF *h, int64_t count) {
+    *h = S(sigmoid)(S(read)(a, count)) * *h + S(read)(x, count);
+    S(write)(out, S(read)(q, count) * *h, count);
 }
 
-void S(simple_gate_loop)(const REAL *q, const REAL *x, const REAL *a, const REAL *h0, REAL *out, REAL *last, REAL *marks,
+void S(simple_gate_loop)(const NUM *q, const NUM *x, const NUM *a, const REAL *h0, NUM *out, REAL *last, REAL *marks,
                          int64_t b, int64_t n, int64_t c, int64_t q_batch, int64_t q_row, int64_t x_batch, int64_t x_row,
                          int64_t a_batch, int64_t a_row, int64_t reverse, int64_t threads) {
     int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
@@ -21,8 +21,8 @@ void S(simple_gate_loop)(const REAL *q, const REAL *x, const REAL *a, const REAL
         for (int64_t s = 0; s < n; s++) {
             int64_t t = first + one * s;
             if (s % EVERY == 0) memcpy(marks + (i * MARKS(n) + s / EVERY) * c + from, h, (size_t)width * sizeof(REAL));
-            const REAL *q_t = ROW(q, i, t) + from, *x_t = ROW(x, i, t) + from, *a_t = ROW(a, i, t) + from;
-            REAL *out_t = out + (i * n + t) * c + from;
+            const NUM *q_t = ROW(q, i, t) + from, *x_t = ROW(x, i, t) + from, *a_t = ROW(a, i, t) + from;
+            NUM *out_t = out + (i * n + t) * c + from;
 #define CALL(count)                                                                                                   \
     (__builtin_prefetch(q_t + one * AHEAD * q_row + j), __builtin_prefetch(x_t + one * AHEAD * x_row + j),            \
      __builtin_prefetch(a_t + one * AHEAD * a_row + j), S(simple_step)(q_t + j, x_t + j, a_t + j, out_t + j, h + j / LANES, count))
@@ -33,25 +33,25 @@ void S(simple_gate_loop)(const REAL *q, const REAL *x, const REAL *a, const REAL
     }
 }
 
-INLINE void S(simple_again)(const REAL *x, const REAL *a, VF *h, VF *gates, VF *states, int64_t count) {
-    *gates = S(sigmoid)(S(load)(a, count));
-    *states = *h = *gates * *h + S(load)(x, count);
+INLINE void S(simple_again)(const NUM *x, const NUM *a, VF *h, VF *gates, VF *states, int64_t count) {
+    *gates = S(sigmoid)(S(read)(a, count));
+    *states = *h = *gates * *h + S(read)(x, count);
 }
 
 /* `carry` is the gradient of the state that leaves a step: what later steps add to it. */
-INLINE void S(simple_back)(const REAL *q, const REAL *g, const VF *gates, const VF *states, const VF *before, VF *carry, REAL *dq,
-                           REAL *dx, REAL *da, int64_t count) {
-    VF g_t = g ? S(load)(g, count) : S(all)(0), gate = *gates;
-    VF dh = S(load)(q, count) * g_t + *carry;
-    S(store)(dq, g_t * *states, count);
-    S(store)(dx, dh, count);
-    S(store)(da, dh * *before * gate * ((REAL)1 - gate), count);
+INLINE void S(simple_back)(const NUM *q, const NUM *g, const VF *gates, const VF *states, const VF *before, VF *carry, NUM *dq,
+                           NUM *dx, NUM *da, int64_t count) {
+    VF g_t = g ? S(read)(g, count) : S(all)(0), gate = *gates;
+    VF dh = S(read)(q, count) * g_t + *carry;
+    S(write)(dq, g_t * *states, count);
+    S(write)(dx, dh, count);
+    S(write)(da, dh * *before * gate * ((REAL)1 - gate), count);
     *carry = gate * dh;
 }
 
 /* g [b, n, c] and g_last [b, c] may be NULL: zeros. */
-void S(simple_gate_loop_backward)(const REAL *q, const REAL *x, const REAL *a, const REAL *marks, const REAL *g,
-                                  const REAL *g_last, REAL *dq, REAL *dx, REAL *da, REAL *dh0, int64_t b, int64_t n, int64_t c,
+void S(simple_gate_loop_backward)(const NUM *q, const NUM *x, const NUM *a, const REAL *marks, const NUM *g,
+                                  const REAL *g_last, NUM *dq, NUM *dx, NUM *da, REAL *dh0, int64_t b, int64_t n, int64_t c,
                                   int64_t q_batch, int64_t q_row, int64_t x_batch, int64_t x_row, int64_t a_batch,
                                   int64_t a_row, int64_t g_batch, int64_t g_row, int64_t reverse, int64_t threads) {
     int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
@@ -73,7 +73,7 @@ void S(simple_gate_loop_backward)(const REAL *q, const REAL *x, const REAL *a, c
                 memcpy(states, h, sizeof h);
                 for (int64_t s = 0; s < steps; s++) {
                     int64_t t = first + one * (start + s);
-                    const REAL *x_t = ROW(x, i, t) + from, *a_t = ROW(a, i, t) + from;
+                    const NUM *x_t = ROW(x, i, t) + from, *a_t = ROW(a, i, t) + from;
                     VF *gates_t = gates + s * VECTORS, *states_t = states + (s + 1) * VECTORS;
 #define CALL(count)                                                                                             \
     (__builtin_prefetch(x_t + one * AHEAD * x_row + j), __builtin_prefetch(a_t + one * AHEAD * a_row + j),      \
@@ -83,7 +83,7 @@ void S(simple_gate_loop_backward)(const REAL *q, const REAL *x, const REAL *a, c
                 }
                 for (int64_t s = steps - 1; s >= 0; s--) {
                     int64_t t = first + one * (start + s), at = (i * n + t) * c + from;
-                    const REAL *q_t = ROW(q, i, t) + from, *g_t = g ? ROW(g, i, t) + from : NULL;
+                    const NUM *q_t = ROW(q, i, t) + from, *g_t = g ? ROW(g, i, t) + from : NULL;
                     const VF *gates_t = gates + s * VECTORS, *before = states + s * VECTORS, *states_t = before + VECTORS;
 #define CALL(count)                                                                                                      \
     (__builtin_prefetch(q_t - one * AHEAD * q_row + j), __builtin_prefetch(g_t ? g_t - one * AHEAD * g_row + j : q_t),   \

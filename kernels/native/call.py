@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .build import load
 
-SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 # Multiply-adds below which waking a second thread costs more than it saves.
 PARALLEL_FROM = 1 << 17
@@ -19,11 +19,16 @@ PARALLEL_FROM = 1 << 17
 
 @functools.cache
 def function(source: str, name: str, dtype: torch.dtype, arguments: str):
-    """The C function fnattn_<name>_<f32|f64> of csrc/<source>.c; `arguments` spells its types (p pointer, i int64, d double)."""
+    """The C function fnattn_<name>_<f32|f64|bf16> of csrc/<source>.c; `arguments` spells its types (p pointer, i int64, d double)."""
     fn = getattr(load(source), f"fnattn_{name}_{SUFFIX[dtype]}")
     fn.argtypes = [TYPES[letter] for letter in arguments]
     fn.restype = ctypes.c_int if name.startswith("try_") else None
     return fn
+
+
+def sums_dtype(rows: Tensor) -> torch.dtype:
+    """What a kernel sums such rows in, and keeps states in: float32 for bfloat16."""
+    return torch.float32 if rows.dtype == torch.bfloat16 else rows.dtype
 
 
 def address(t: Tensor | None) -> int | None:

@@ -2,6 +2,9 @@
 
 simple: real gates per channel, sigmoid(a).  narrow: complex gates per channel.  wide: a complex gate per head.
 Results have the memory layout [b, n, heads, width], so that merging heads afterwards is a view.
+
+simple and narrow, forward and backward, also take rows of bfloat16 (q, x, k, v, a, g) and give such (out, gradients of rows);
+states, products and marks are float32 then.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Operator
-from .call import address, function, threads
+from .call import address, function, sums_dtype, threads
 from .scan import rows
 
 # As in the C source: steps between saved states. Their number, n // EVERY + 2, is never 1, so that a tracer need not treat
@@ -34,7 +37,7 @@ def _packed(t: Tensor | None) -> Tensor | None:
 def _simple(q: Tensor, x: Tensor, a: Tensor, h0: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     q, x, a, h0 = rows(q, 1), rows(x, 1), rows(a, 1), _packed(h0)
     b, n, c = q.shape
-    out, last, marks = (torch.empty(s, dtype=q.dtype) for s in ((b, n, c), (b, c), (b, n // EVERY + 2, c)))
+    out, last, marks = _simple_fake(q, x, a, h0, reverse)
     function("gate_loop", "simple_gate_loop", q.dtype, "ppppppp" + "i" * 11)(
         *map(address, (q, x, a, h0, out, last, marks)), b, n, c, *_strides(q, x, a), int(reverse), threads(GATE * out.numel()))
     return out, last, marks
@@ -42,7 +45,8 @@ def _simple(q: Tensor, x: Tensor, a: Tensor, h0: Tensor | None, reverse: bool) -
 
 def _simple_fake(q: Tensor, x: Tensor, a: Tensor, h0: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     b, n, c = q.shape
-    return q.new_empty(b, n, c), q.new_empty(b, c), q.new_empty(b, n // EVERY + 2, c)
+    sums = sums_dtype(q)
+    return q.new_empty(b, n, c), q.new_empty(b, c, dtype=sums), q.new_empty(b, n // EVERY + 2, c, dtype=sums)
 
 
 def _simple_backward(q: Tensor, x: Tensor, a: Tensor, h0: Tensor | None, marks: Tensor, g: Tensor | None,
@@ -50,7 +54,7 @@ def _simple_backward(q: Tensor, x: Tensor, a: Tensor, h0: Tensor | None, marks: 
     q, x, a, g = rows(q, 1), rows(x, 1), rows(a, 1), None if g is None else rows(g, 1)
     marks, g_last = marks.contiguous(), _packed(g_last)
     b, n, c = q.shape
-    dq, dx, da, dh0 = (torch.empty(s, dtype=q.dtype) for s in (*((b, n, c),) * 3, (b, c)))
+    dq, dx, da, dh0 = _simple_backward_fake(q, x, a)
     function("gate_loop", "simple_gate_loop_backward", q.dtype, "p" * 10 + "i" * 13)(
         *map(address, (q, x, a, marks, g, g_last, dq, dx, da, dh0)), b, n, c, *_strides(q, x, a, g), int(reverse),
         threads(GATE * dq.numel()))
@@ -58,14 +62,14 @@ def _simple_backward(q: Tensor, x: Tensor, a: Tensor, h0: Tensor | None, marks: 
 
 
 def _simple_backward_fake(q: Tensor, x: Tensor, a: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2])
+    return *(q.new_empty(q.shape) for _ in range(3)), q.new_empty(q.shape[0], q.shape[2], dtype=sums_dtype(q))
 
 
 # q, x, a [b, n, c], h0 [b, c] or None -> out [b, n, c], last state [b, c], and marks: the states that backward starts from.
-simple = Operator("simple_gate_loop_native", 1, "(Tensor q, Tensor x, Tensor a, Tensor? h0, bool reverse)"
+simple = Operator("simple_gate_loop_native", 2, "(Tensor q, Tensor x, Tensor a, Tensor? h0, bool reverse)"
                   " -> (Tensor, Tensor, Tensor)", fake=_simple_fake, cpu=_simple)
 simple_backward = Operator(
-    "simple_gate_loop_backward_native", 1,
+    "simple_gate_loop_backward_native", 2,
     "(Tensor q, Tensor x, Tensor a, Tensor? h0, Tensor marks, Tensor? g, Tensor? g_last, bool reverse)"
     " -> (Tensor, Tensor, Tensor, Tensor)", fake=_simple_backward_fake, cpu=_simple_backward)
 
@@ -76,8 +80,7 @@ simple_backward = Operator(
 def _narrow(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, a, h0 = rows(q, 1), rows(k, 1), rows(v, 1), rows(a, 2), _packed(h0)
     b, n, c = q.shape
-    shapes = (b, n, c), (b, c, 2), (b, c, 2), (b, n // EVERY + 2, 2, c)
-    out, last, product, marks = (torch.empty(s, dtype=q.dtype) for s in shapes)
+    out, last, product, marks = _narrow_fake(q, k, v, a, h0)
     function("gate_loop", "gate_loop_narrow", q.dtype, "p" * 9 + "i" * 12)(
         *map(address, (q, k, v, a, h0, out, last, product, marks)), b, n, c, *_strides(q, k, v, a),
         threads(2 * GATE * out.numel()))
@@ -86,8 +89,7 @@ def _narrow(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tu
 
 def _narrow_fake(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, n, c = q.shape
-    return (q.new_empty(b, n, c), q.new_empty(b, c, 2), q.new_empty(b, c, 2),
-            q.new_empty(b, n // EVERY + 2, 2, c))
+    return q.new_empty(b, n, c), *(q.new_empty(s, dtype=sums_dtype(q)) for s in ((b, c, 2), (b, c, 2), (b, n // EVERY + 2, 2, c)))
 
 
 def _narrow_backward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None, marks: Tensor, product: Tensor,
@@ -95,7 +97,7 @@ def _narrow_backward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | No
     q, k, v, a, g = rows(q, 1), rows(k, 1), rows(v, 1), rows(a, 2), None if g is None else rows(g, 1)
     marks, product, g_last, g_product = marks.contiguous(), product.contiguous(), _packed(g_last), _packed(g_product)
     b, n, c = q.shape
-    grads = tuple(torch.empty(s, dtype=q.dtype) for s in (*((b, n, c),) * 3, (b, n, c, 2), (b, c, 2)))
+    grads = _narrow_backward_fake(q)
     function("gate_loop", "gate_loop_narrow_backward", q.dtype, "p" * 14 + "i" * 14)(
         *map(address, (q, k, v, a, marks, product, g, g_last, g_product, *grads)), b, n, c, *_strides(q, k, v, a, g),
         threads(2 * GATE * q.numel()))
@@ -104,14 +106,14 @@ def _narrow_backward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | No
 
 def _narrow_backward_fake(q: Tensor, *rest) -> tuple[Tensor, ...]:
     b, n, c = q.shape
-    return (*(q.new_empty(b, n, c) for _ in range(3)), q.new_empty(b, n, c, 2), q.new_empty(b, c, 2))
+    return (*(q.new_empty(b, n, c) for _ in range(3)), q.new_empty(b, n, c, 2), q.new_empty(b, c, 2, dtype=sums_dtype(q)))
 
 
 # q, k, v [b, n, c], a [b, n, c, 2], h0 [b, c, 2] or None -> out, last state, product of the gates, marks.
-narrow = Operator("gate_loop_narrow_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0)"
+narrow = Operator("gate_loop_narrow_native", 2, "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0)"
                   " -> (Tensor, Tensor, Tensor, Tensor)", fake=_narrow_fake, cpu=_narrow)
 narrow_backward = Operator(
-    "gate_loop_narrow_backward_native", 1,
+    "gate_loop_narrow_backward_native", 2,
     "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0, Tensor marks, Tensor product, Tensor? g, Tensor? g_last,"
     " Tensor? g_product) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", fake=_narrow_backward_fake, cpu=_narrow_backward)
 

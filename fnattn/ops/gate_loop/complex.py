@@ -13,7 +13,7 @@ from fnattn_kernels.native import gate_loop as native
 from fnattn_kernels.native import gate_loop_tangent as native_tangent
 from torch import Tensor
 
-from .._door import Kernel, check_heads, choose, compute_dtype, native_reason, no_autocast
+from .._door import Kernel, check_heads, choose, compute_dtype, native_reason, no_autocast, rows_as_they_are, widen
 from ..scan import complex_times
 from . import backward, reference, tangent, triton
 
@@ -70,9 +70,12 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, a: Tensor, *, state: tuple[Tensor
         repeat = q.shape[1] // max(k.shape[1], 1)
         if repeat != 1:
             k, v = (t.unsqueeze(2).expand(-1, -1, repeat, -1, -1).flatten(1, 2) for t in (k, v))
-        args = [t.to(dtype) for t in (q, k, v, a)]
         run = plain if kernel is None else kernel.run
-        out, last, product = run(*args, None if h0 is None else h0.to(dtype))
+        if run is run_native and _is_narrow(q, v):
+            args = rows_as_they_are((q, k, v, a), h0, a0)[:5]
+        else:
+            args = [None if t is None else t.to(dtype) for t in (q, k, v, a, h0)]
+        out, last, product = run(*args)
         if a0 is not None:
             product = complex_times(product, a0.to(dtype))
     return out.to(v.dtype), GateLoopState(last, product)
@@ -125,15 +128,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state) -> None:
 
 
 def run_native(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The C kernels, differentiable in every way; arguments as in `plain`."""
+    """The C kernels, differentiable in every way; arguments as in `plain`, or, for width 1, rows of bfloat16."""
     if q.shape[2] == 0 or q.shape[0] * q.shape[1] == 0:
-        return plain(q, k, v, a, h0)
+        return plain(*widen(q, k, v, a, h0))
     return _narrowly(native.narrow, q, k, v, a, h0) if _is_narrow(q, v) else native.wide(q, k, v, a, h0)
 
 
 def _narrow_jvp(args, outs, tangents):
-    out, last, logs, marks = native_tangent.narrow(*args, *tangents)
-    return out, last, complex_times(outs[2], logs), marks
+    out, last, logs, marks = native_tangent.narrow(*widen(*args, *tangents))
+    return out.to(outs[0].dtype), last, complex_times(outs[2], logs), marks
 
 
 def _narrow_tangent_reference(q, *rest):
@@ -143,7 +146,8 @@ def _narrow_tangent_reference(q, *rest):
 
 
 def _narrow_backward_jvp(args, outs, tangents):
-    return native_tangent.narrow_hessian(*args, *tangents)
+    *moved, moved_state = native_tangent.narrow_hessian(*widen(*args, *tangents))
+    return *(t.to(args[0].dtype) for t in moved), moved_state
 
 
 def _narrow_hessian_reference(*args):
@@ -181,8 +185,11 @@ def _narrow_vjp(needs, args, outs, cotangents):
 
 def _narrow_backward_reference(q, k, v, a, h0, marks, product, g, g_last, g_product):
     # marks and product are functions of the other arguments and are computed anew: their own gradient is 0 here.
+    kind = q.dtype
+    q, k, v, a, h0, g, g_last, g_product = widen(q, k, v, a, h0, g, g_last, g_product)
     state = a[:, 0]
-    return backward.narrow(q, k, v, a, _zeros(h0, state), _zeros(g, q), _zeros(g_last, state), _zeros(g_product, state))
+    *grads, dh0 = backward.narrow(q, k, v, a, _zeros(h0, state), _zeros(g, q), _zeros(g_last, state), _zeros(g_product, state))
+    return *(t.to(kind) for t in grads), dh0
 
 
 def _wide_vjp(needs, args, outs, cotangents):

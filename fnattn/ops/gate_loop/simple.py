@@ -13,7 +13,7 @@ from fnattn_kernels.native import scan as native_scan
 from fnattn_kernels.triton import why_not as triton_why_not
 from torch import Tensor
 
-from .._door import Kernel, choose, native_reason, no_autocast, widen
+from .._door import Kernel, choose, native_reason, no_autocast, rows_as_they_are, widen
 from ..scan import before
 from ..scan import reference as scan_reference
 from . import triton
@@ -48,7 +48,8 @@ def simple_gate_loop(q: Tensor, kv: Tensor, a: Tensor, h0: Tensor | None = None,
     kernel = choose("simple_gate_loop", impl, KERNELS, q, kv, a, h0)
     run = reference if kernel is None else kernel.run
     with no_autocast(kv):
-        out, last = run(*widen(q, kv, a, h0), reverse)
+        args = rows_as_they_are((q, kv, a), h0) if run is run_native else widen(q, kv, a, h0)
+        out, last = run(*args, reverse)
     return out.to(kv.dtype), last
 
 
@@ -78,9 +79,9 @@ def _check(q: Tensor, kv: Tensor, a: Tensor, h0: Tensor | None) -> None:
 
 
 def run_native(q: Tensor, kv: Tensor, a: Tensor, h0: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
-    """The C kernel, differentiable in every way; arguments as in `reference`."""
+    """The C kernel, differentiable in every way; arguments as in `reference`, or rows of bfloat16."""
     if kv.numel() == 0:
-        return reference(q, kv, a, h0, reverse)
+        return reference(*widen(q, kv, a, h0), reverse)
     return native.simple(q, kv, a, h0, reverse)[:2]
 
 
@@ -95,9 +96,9 @@ def _states(gate, x, h0, reverse):
 
 
 def _jvp(args, outs, tangents):
-    out, last = native_tangent.simple(*args[:4], *tangents[:4], args[4])
+    out, last = native_tangent.simple(*widen(*args[:4], *tangents[:4]), args[4])
     # The marks only ever reach the backward kernel, whose derivative does not read them.
-    return out, last, torch.zeros_like(outs[2])
+    return out.to(outs[0].dtype), last, torch.zeros_like(outs[2])
 
 
 def _tangent_reference(q, kv, a, h0, tq, tkv, ta, th0, reverse):
@@ -113,6 +114,8 @@ def _tangent_reference(q, kv, a, h0, tq, tkv, ta, th0, reverse):
 
 def _backward_reference(q, kv, a, h0, marks, g, g_last, reverse):
     # marks are a function of the other arguments and are computed anew: their own gradient is 0 here.
+    kind = q.dtype
+    q, kv, a, h0, g, g_last = widen(q, kv, a, h0, g, g_last)
     gate = torch.sigmoid(a)
     h = _states(gate, kv, h0, reverse)
     g = torch.zeros_like(q) if g is None else g
@@ -124,7 +127,8 @@ def _backward_reference(q, kv, a, h0, marks, g, g_last, reverse):
     total = native_scan.scan(gate, read, None, not reverse, False, True, False)  # gradient of h_t from here and from later
     start = -1 if reverse else 0
     dh0 = gate[:, start] * total[:, start]
-    return g * h, total, total * before(h, 1, h0, reverse) * gate * (1 - gate), dh0
+    grads = g * h, total, total * before(h, 1, h0, reverse) * gate * (1 - gate)
+    return *(t.to(kind) for t in grads), dh0
 
 
 native.simple.derive(vjp=_vjp, jvp=_jvp)
