@@ -26,7 +26,6 @@ QUADRATIC = {"softmax_attention", "masked_softmax", "coor_descent_attention", "b
 # lowered, never raised. Plain torch sums in chunks, these one position or one tile after the other.
 WORSE = {
     ("causal_dot", "native"): (16, 1),
-    ("taylor", "native"): (16, 4),
     ("softmax_attention", "native"): (8, 1),
     ("cached_attention", "native"): (32, 2),
     ("block_sparse_attention", "native"): (8, 1),

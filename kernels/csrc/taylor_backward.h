@@ -15,18 +15,18 @@ static void S(load_gradient)(S(work) *w, const REAL *grad, const REAL *out, cons
             memset(row, 0, (size_t)w->ldv * sizeof(REAL));
             continue;
         }
-        REAL inverse = 1 / (den[t] > eps ? den[t] : eps), dot = 0;
+        REAL least = den[t] > eps ? den[t] : eps, dot = 0; /* divides: times the inverse would be rounded twice */
         VF dots = {0};
         __builtin_prefetch(grad + (t + ahead) * e);
         __builtin_prefetch(out + (t + ahead) * e);
         int64_t c = 0;
         for (; c + LANES <= e; c += LANES) {
-            VF x = *(const VF *)(grad + t * e + c) * inverse;
+            VF x = *(const VF *)(grad + t * e + c) / least;
             *(VF *)(row + c) = x;
             dots += x * *(const VF *)(out + t * e + c);
         }
         for (; c < e; c++) {
-            row[c] = grad[t * e + c] * inverse;
+            row[c] = grad[t * e + c] / least;
             dot += row[c] * out[t * e + c];
         }
         for (int l = 0; l < LANES; l++) dot += dots[l];
@@ -126,21 +126,21 @@ static void S(query_gradient)(S(work) *w, const S(backward) *a, int64_t r, int64
 static void S(group_backward)(S(work) *w, const S(backward) *a) {
     int64_t d = w->d, n = a->n, m = a->m, e = a->e, near = a->causal ? a->near : 0;
     int keep_S = !a->causal || a->sums0 || m > near, keep_R = !a->causal || a->dsums0 || a->grad_sums || m > near;
-    S(to_state)(w->S, w->stride, a->sums0, d, w->e1, 1);
-    S(to_state)(w->R, w->stride, a->grad_sums, d, w->e1, (REAL)0.5);
+    S(to_state)(w->S, w->stride, w->lost, a->sums0, d, w->e1, 1);
+    S(to_state)(w->R, w->stride, w->lost, a->grad_sums, d, w->e1, (REAL)0.5);
     for (int64_t j = 0; j < m; j += CHUNK) {
         int64_t size = min64(CHUNK, m - j);
         S(load_keys)(w, a, j, size, CHUNK);
         int pairs = j < near && !a->sums0;
         for (int64_t r = 0; r < a->queries && a->causal; r++)
             S(query_gradient)(w, a, r, j, size, !pairs && (j || a->sums0), pairs ? 0 : j, j + size);
-        if (keep_S && (!a->causal || j + CHUNK < m)) S(add_state)(w->S, w->stride, w->kk, NULL, w->v1, w->ldv, size, d, w->e1, w->phi);
+        if (keep_S && (!a->causal || j + CHUNK < m)) S(add_state)(w->S, w->stride, w->lost, w->kk, NULL, w->v1, w->ldv, size, d, w->e1, w->phi);
     }
     for (int64_t r = 0; r < a->queries && !a->causal; r++)
         for (int64_t i = 0; i < n; i += CHUNK) {
             int64_t size = min64(CHUNK, n - i);
             S(query_gradient)(w, a, r, i, size, 1, 0, 0);
-            S(add_state)(w->R, w->stride, w->qq, NULL, w->g1, w->ldv, size, d, w->e1, w->phi);
+            S(add_state)(w->R, w->stride, w->lost, w->qq, NULL, w->g1, w->ldv, size, d, w->e1, w->phi);
         }
     for (int64_t j = (m - 1) / CHUNK * CHUNK; j >= 0 && m; j -= CHUNK) {
         int64_t size = min64(CHUNK, m - j), L = S(lanes)(size);
@@ -160,7 +160,7 @@ static void S(group_backward)(S(work) *w, const S(backward) *a) {
                 S(load_queries)(w, a, r, i, n_i, -CHUNK);
                 S(key_gradient_inside)(w, n_i, size, i == j ? -1 : 0);
             }
-            if (keep_R && (j || a->dsums0)) S(add_state)(w->R, w->stride, w->qq, NULL, w->g1, w->ldv, size, d, w->e1, w->phi);
+            if (keep_R && (j || a->dsums0)) S(add_state)(w->R, w->stride, w->lost, w->qq, NULL, w->g1, w->ldv, size, d, w->e1, w->phi);
         }
         S(write_key_gradient)(w, a->v + j * e, a->keep ? a->keep + j : NULL, a->dk + j * d, a->dv + j * e,
                               a->dkeep ? a->dkeep + j : NULL, size, e);
@@ -170,12 +170,12 @@ static void S(group_backward)(S(work) *w, const S(backward) *a) {
 
 /* sums = sum phi(q) g'^T over a part's queries, in the public order. */
 static void S(query_sums)(S(work) *w, const S(backward) *a, REAL *sums) {
-    S(to_state)(w->R, w->stride, NULL, w->d, w->e1, 1);
+    S(to_state)(w->R, w->stride, w->lost, NULL, w->d, w->e1, 1);
     for (int64_t i = 0; i < a->m; i += CHUNK)
         for (int64_t r = 0; r < a->queries; r++) {
             int64_t size = min64(CHUNK, a->m - i);
             S(load_queries)(w, a, r, i, size, CHUNK);
-            S(add_state)(w->R, w->stride, w->qq, NULL, w->g1, w->ldv, size, w->d, w->e1, w->phi);
+            S(add_state)(w->R, w->stride, w->lost, w->qq, NULL, w->g1, w->ldv, size, w->d, w->e1, w->phi);
         }
     S(from_state)(sums, w->R, w->stride, w->d, w->e1, 2);
 }
@@ -189,7 +189,7 @@ static int S(split_backward)(const S(inputs) *x, REAL *dq, REAL *dk, REAL *dv, R
 #pragma omp parallel num_threads((int)x->threads)
     {
         S(work) w;
-        int bad = S(work_new)(&w, d, e, BACKWARD);
+        int bad = S(work_new)(&w, d, e, BACKWARD, n);
         if (bad) {
 #pragma omp atomic write
             failed = 1;
@@ -239,7 +239,7 @@ int S(try_taylor_backward)(const REAL *q, const REAL *k, const REAL *v, const RE
 #pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
     {
         S(work) w;
-        int bad = S(work_new)(&w, d, e, BACKWARD);
+        int bad = S(work_new)(&w, d, e, BACKWARD, max64(n, m));
         if (bad) {
 #pragma omp atomic write
             failed = 1;

@@ -8,15 +8,20 @@
 
 /* ------------------------------------------------------------------------------------------- the one matrix product */
 
-/* out[c][lane] += sum_f X[f][lane] * B[c, f] for mc rows and nv vectors, with the sums in registers; = if `fresh`. */
+/* out[c][lane] += sum_f X[f][lane] * B[c, f] for mc rows and nv vectors, with the sums in registers; = if `fresh`. With `apart`
+ * the products are summed by themselves and then added, so that a state is rounded once per chunk; if it is 2 (Kahan), what that
+ * rounding loses stays `fresh` numbers behind out. No product meets these additions that the compiler could merge with them. */
 static inline __attribute__((always_inline)) void S(tile)(REAL *out, int64_t ldo, const REAL *X, int64_t ldx, const REAL *B,
-                                                          int64_t sc, int64_t sf, int64_t K, int fresh,
-                                                          const int nv, const int mc) {
+                                                          int64_t sc, int64_t sf, int64_t K, int64_t fresh,
+                                                          const int nv, const int mc, const int apart) {
     VF a[TILE][2];
 #pragma GCC unroll 12
     for (int c = 0; c < mc; c++)
 #pragma GCC unroll 2
-        for (int v = 0; v < nv; v++) a[c][v] = fresh ? (VF){0} : *(const VF *)(out + c * ldo + v * LANES);
+        for (int v = 0; v < nv; v++)
+            a[c][v] = apart == 2  ? -*(const VF *)(out + c * ldo + v * LANES + fresh)
+                      : apart || fresh ? (VF){0}
+                                       : *(const VF *)(out + c * ldo + v * LANES);
     /* One pointer per three rows: offsets 0, 1 and 2 strides are addressing modes, so few registers hold addresses. */
     const REAL *p[4] = {B, B + 3 * sc, B + 6 * sc, B + 9 * sc};
     for (int64_t f = 0; f < K; f++) {
@@ -36,25 +41,32 @@ static inline __attribute__((always_inline)) void S(tile)(REAL *out, int64_t ldo
 #pragma GCC unroll 12
     for (int c = 0; c < mc; c++)
 #pragma GCC unroll 2
-        for (int v = 0; v < nv; v++) *(VF *)(out + c * ldo + v * LANES) = a[c][v];
+        for (int v = 0; v < nv; v++) {
+            VF *o = (VF *)(out + c * ldo + v * LANES), own = a[c][v], before = apart ? *o : (VF){0}, sum = apart ? before + own : own;
+            if (apart == 2) *(VF *)(out + c * ldo + v * LANES + fresh) = (sum - before) - own;
+            *o = sum;
+        }
 }
 
-#define TILE_CASE(MC)                                                                       \
-    case MC:                                                                                \
-        for (l = 0; l + 2 * LANES <= L; l += 2 * LANES) {                                   \
-            if (sc == 1) S(tile)(o + l, ldo, X + l, ldx, b, 1, sf, K, fresh, 2, MC);               \
-            else S(tile)(o + l, ldo, X + l, ldx, b, sc, 1, K, fresh, 2, MC);                       \
-        }                                                                                   \
-        if (l < L) {                                                                        \
-            if (sc == 1) S(tile)(o + l, ldo, X + l, ldx, b, 1, sf, K, fresh, 1, MC);               \
-            else S(tile)(o + l, ldo, X + l, ldx, b, sc, 1, K, fresh, 1, MC);                       \
-        }                                                                                   \
+#define TILES(SC, SF, APART, MC)                                                                                          \
+    for (l = 0; l + 2 * LANES <= L; l += 2 * LANES) S(tile)(o + l, ldo, X + l, ldx, b, SC, SF, K, fresh, 2, MC, APART);   \
+    if (l < L) S(tile)(o + l, ldo, X + l, ldx, b, SC, SF, K, fresh, 1, MC, APART);
+#define TILE_CASE(MC)                                        \
+    case MC:                                                 \
+        if (apart == 1) {                                    \
+            TILES(1, sf, 1, MC)                              \
+        } else if (apart) {                                  \
+            TILES(1, sf, 2, MC)                              \
+        } else if (sc == 1) {                                \
+            TILES(1, sf, 0, MC)                              \
+        } else {                                             \
+            TILES(sc, 1, 0, MC)                              \
+        }                                                    \
         break;
 
-/* out[c][l] += sum_f X[f][l] B[c * sc + f * sf], c < M, f < K, l < L; = if `fresh`. L is a multiple of LANES, and sc or sf
- * is 1. */
-static __attribute__((noinline)) void S(mac)(REAL *out, int64_t ldo, const REAL *X, int64_t ldx, const REAL *B, int64_t sc,
-                                             int64_t sf, int64_t M, int64_t K, int64_t L, int fresh) {
+static inline __attribute__((always_inline)) void S(tiles)(REAL *out, int64_t ldo, const REAL *X, int64_t ldx, const REAL *B,
+                                                           int64_t sc, int64_t sf, int64_t M, int64_t K, int64_t L, int64_t fresh,
+                                                           const int apart) {
     int64_t tiles = (M + TILE - 1) / TILE, l;
     for (int64_t i = 0, c = 0; i < tiles; i++) {
         int64_t size = (M - c + tiles - i - 1) / (tiles - i); /* even sizes: a last tile of one row would be slow */
@@ -68,6 +80,27 @@ static __attribute__((noinline)) void S(mac)(REAL *out, int64_t ldo, const REAL 
         }
         c += size;
     }
+}
+
+#undef TILES
+#undef TILE_CASE
+
+/* out[c][l] += sum_f X[f][l] B[c * sc + f * sf], c < M, f < K, l < L; = if `fresh`. L is a multiple of LANES, and sc or sf
+ * is 1. */
+static __attribute__((noinline)) void S(mac)(REAL *out, int64_t ldo, const REAL *X, int64_t ldx, const REAL *B, int64_t sc,
+                                             int64_t sf, int64_t M, int64_t K, int64_t L, int fresh) {
+    S(tiles)(out, ldo, X, ldx, B, sc, sf, M, K, L, fresh, 0);
+}
+
+/* out[c][l] += sum_f X[f][l] B[c + f * sf], each entry rounded once; the second keeps what that loses `lost` numbers behind. */
+static __attribute__((noinline)) void S(add)(REAL *out, int64_t ldo, const REAL *X, int64_t ldx, const REAL *B, int64_t sf,
+                                             int64_t M, int64_t K, int64_t L) {
+    S(tiles)(out, ldo, X, ldx, B, 1, sf, M, K, L, 0, 1);
+}
+
+static __attribute__((noinline)) void S(add_kept)(REAL *out, int64_t ldo, const REAL *X, int64_t ldx, const REAL *B, int64_t sf,
+                                                  int64_t M, int64_t K, int64_t L, int64_t lost) {
+    S(tiles)(out, ldo, X, ldx, B, 1, sf, M, K, L, lost, 2);
 }
 
 /* --------------------------------------------------------------------------------------------------- moving chunks */
@@ -209,8 +242,9 @@ static inline int64_t S(public_place)(int64_t i, int64_t j, int64_t d) {
 }
 
 /* Public sums [F][e+1] <-> state [e+1][stride]; `squares` multiplies the entries of x_i^2. A NULL `from` means zero. */
-static void S(to_state)(REAL *state, int64_t stride, const REAL *from, int64_t d, int64_t e1, REAL squares) {
+static void S(to_state)(REAL *state, int64_t stride, int64_t lost, const REAL *from, int64_t d, int64_t e1, REAL squares) {
     memset(state, 0, (size_t)(e1 * stride) * sizeof(REAL));
+    if (lost) memset(state + lost, 0, (size_t)(e1 * stride) * sizeof(REAL));
     if (!from) return;
     int64_t f = 0;
     for (int64_t r = 0; r <= d / 2; r++)
@@ -252,15 +286,15 @@ static void S(read_state)(REAL *out, const REAL *xT, const REAL *dxT, const REAL
 }
 
 /* state[c][f] += sum_t weighted phi_f(x_t) values[t][c]: n positions enter a state; with dxx the change of their features. */
-static void S(add_state)(REAL *state, int64_t stride, const REAL *xx, const REAL *dxx, const REAL *values, int64_t ldv,
-                         int64_t n,
-                         int64_t d, int64_t e1, REAL *phi) {
+static void S(add_state)(REAL *state, int64_t stride, int64_t lost, const REAL *xx, const REAL *dxx, const REAL *values,
+                         int64_t ldv, int64_t n, int64_t d, int64_t e1, REAL *phi) {
     int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
     for (int64_t r = 0; r < total; r += step) {
         int64_t r1 = min64(total, r + step), last = r1 == total, size = (last ? quadratic + d + 1 : r1 * d) - r * d;
         int64_t ld = (size + LANES - 1) / LANES * LANES;
         S(features_rows)(phi, ld, xx, dxx, n, d, r, r1, (int)last);
-        S(mac)(state + r * d, stride, phi, ld, values, 1, ldv, e1, n, ld, 0);
+        if (lost) S(add_kept)(state + r * d, stride, phi, ld, values, ldv, e1, n, ld, lost);
+        else S(add)(state + r * d, stride, phi, ld, values, ldv, e1, n, ld);
     }
 }
 

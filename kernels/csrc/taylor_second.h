@@ -100,25 +100,25 @@ static void S(second_query_gradient)(S(work) *w, const S(second) *a, int64_t r, 
 
 /* The queries of a chunk, loaded, enter R and dR. */
 static void S(second_add_queries)(S(work) *w, int64_t n) {
-    S(add_state)(w->R, w->stride, w->qq, NULL, w->g1, w->ldv, n, w->d, 2 * w->e1, w->phi);
-    S(add_state)(w->dR, w->stride, w->qq, w->dqq, w->g1, w->ldv, n, w->d, w->e1, w->phi);
+    S(add_state)(w->R, w->stride, w->lost, w->qq, NULL, w->g1, w->ldv, n, w->d, 2 * w->e1, w->phi);
+    S(add_state)(w->dR, w->stride, w->lost, w->qq, w->dqq, w->g1, w->ldv, n, w->d, w->e1, w->phi);
 }
 
 static void S(group_second)(S(work) *w, const S(second) *a) {
     const S(backward) *at = &a->at;
     int64_t d = w->d, n = at->n, m = at->m, e = at->e;
-    S(to_state)(w->S, w->stride, at->sums0, d, w->e1, 1);
-    S(to_state)(w->dS, w->stride, a->tsums0, d, w->e1, 1);
-    S(to_state)(w->R, w->stride, at->grad_sums, d, w->e1, (REAL)0.5);
-    S(to_state)(w->dR, w->stride, a->tgrad_sums, d, w->e1, (REAL)0.5);
+    S(to_state)(w->S, w->stride, w->lost, at->sums0, d, w->e1, 1);
+    S(to_state)(w->dS, w->stride, w->lost, a->tsums0, d, w->e1, 1);
+    S(to_state)(w->R, w->stride, w->lost, at->grad_sums, d, w->e1, (REAL)0.5);
+    S(to_state)(w->dR, w->stride, w->lost, a->tgrad_sums, d, w->e1, (REAL)0.5);
     for (int64_t j = 0; j < m; j += CHUNK) {
         int64_t size = min64(CHUNK, m - j);
         S(second_keys)(w, a, j, size);
         for (int64_t r = 0; r < at->queries && at->causal; r++)
             S(second_query_gradient)(w, a, r, j, size, size, j || at->sums0 || a->tsums0);
         if (at->causal && j + CHUNK >= m) continue;
-        S(add_state)(w->S, w->stride, w->kk, NULL, w->v1, w->ldv, size, d, 2 * w->e1, w->phi);
-        S(add_state)(w->dS, w->stride, w->kk, w->dkk, w->v1, w->ldv, size, d, w->e1, w->phi);
+        S(add_state)(w->S, w->stride, w->lost, w->kk, NULL, w->v1, w->ldv, size, d, 2 * w->e1, w->phi);
+        S(add_state)(w->dS, w->stride, w->lost, w->kk, w->dkk, w->v1, w->ldv, size, d, w->e1, w->phi);
     }
     for (int64_t r = 0; r < at->queries && !at->causal; r++)
         for (int64_t i = 0; i < n; i += CHUNK) {
@@ -166,7 +166,7 @@ int S(try_taylor_second)(const REAL *q, const REAL *k, const REAL *v, const REAL
 #pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
     {
         S(work) w;
-        int bad = S(work_new)(&w, d, e, SECOND);
+        int bad = S(work_new)(&w, d, e, SECOND, max64(n, m));
         if (bad) {
 #pragma omp atomic write
             failed = 1;

@@ -41,7 +41,7 @@ static int S(split_forward)(const S(inputs) *a, REAL *out, REAL *den, REAL *sums
 #pragma omp parallel num_threads((int)a->threads)
     {
         S(work) w;
-        int bad = S(work_new)(&w, d, e, FORWARD);
+        int bad = S(work_new)(&w, d, e, FORWARD, n);
         if (bad) {
 #pragma omp atomic write
             failed = 1;

@@ -40,6 +40,20 @@ static void S(step)(REAL *sums, const REAL *from, const REAL *k, const REAL *qs,
         }
 }
 
+/* acc[c] = sum_j p(q.k_j) v1[j][c] over n keys. */
+static void S(step_pairs)(REAL *acc, const REAL *q, const REAL *k, const REAL *keep, const REAL *v1, int64_t n, int64_t d, int64_t e1,
+                          int64_t ldv, int hard) {
+    memset(acc, 0, (size_t)e1 * sizeof(REAL));
+    for (int64_t j = 0; j < n; j++) {
+        if (hard && keep[j] == 0) continue;
+        REAL s = 0; /* in the order in which the gradient does */
+        for (int64_t i = 0; i < d; i++) s += q[i] * k[j * d + i];
+        s += 1;
+        REAL p = (s * s + 1) * (REAL)0.5;
+        for (int64_t c = 0; c < e1; c++) acc[c] += p * v1[j * ldv + c];
+    }
+}
+
 /* n positions one after the other. `space` holds what step_space says. */
 static inline int64_t S(step_space)(int64_t queries, int64_t d,
                                     int64_t ldv) { return queries * (ldv + d + 1) + 2 * d + ldv * CHUNK; }
@@ -56,11 +70,14 @@ static void S(group_steps)(REAL *space, const REAL *q, const REAL *k, const REAL
         for (int64_t i = 0; i < d; i++) kk[i] = gone ? 0 : k[t * d + i];
         for (int64_t r = 0; r < queries; r++)
             for (int64_t i = 0; i < d; i++) qs[r * d + i] = scale * q[(r * n + t) * d + i];
-        S(step)(sums, t ? sums : sums0, kk, qs, v1 + t * ldv, acc, phi, queries, d, e + 1, ldv);
+        /* Nothing before: few pairs, which are fewer roundings than so many features. */
+        S(step)(sums, t ? sums : sums0, kk, qs, v1 + t * ldv, acc, phi, sums0 ? queries : 0, d, e + 1, ldv);
         for (int64_t r = 0; r < queries; r++) {
-            REAL sum = acc[r * ldv + e], inverse = 1 / (sum > eps ? sum : eps);
+            REAL *row = acc + r * ldv;
+            if (!sums0) S(step_pairs)(row, qs + r * d, k, keep, v1, t + 1, d, e + 1, ldv, hard);
+            REAL sum = row[e], least = sum > eps ? sum : eps;
             den[r * n + t] = sum;
-            for (int64_t c = 0; c < e; c++) out[(r * n + t) * e + c] = acc[r * ldv + c] * inverse;
+            for (int64_t c = 0; c < e; c++) out[(r * n + t) * e + c] = row[c] / least;
         }
     }
 }

@@ -60,8 +60,8 @@ static void S(tangent_chunk)(S(work) *w, const S(tangent) *a, int64_t r, int64_t
 static void S(group_tangent)(S(work) *w, const S(tangent) *a) {
     int64_t d = w->d;
     int values = a->tv || a->tkeep;
-    S(to_state)(w->S, w->stride, a->sums0, d, w->e1, 1);
-    S(to_state)(w->dS, w->stride, a->tsums0, d, w->e1, 1);
+    S(to_state)(w->S, w->stride, w->lost, a->sums0, d, w->e1, 1);
+    S(to_state)(w->dS, w->stride, w->lost, a->tsums0, d, w->e1, 1);
     for (int64_t j = 0; j < a->m; j += CHUNK) {
         int64_t size = min64(CHUNK, a->m - j);
         const REAL *hard = a->hard ? a->keep + j : NULL;
@@ -71,8 +71,8 @@ static void S(group_tangent)(S(work) *w, const S(tangent) *a) {
         if (values) S(load_value_tangents)(w, a, j, size);
         for (int64_t r = 0; r < a->queries && a->causal; r++)
             S(tangent_chunk)(w, a, r, j, size, size, j || a->sums0 || a->tsums0);
-        S(add_state)(w->S, w->stride, w->kk, NULL, w->v1, w->ldv, size, d, values ? 2 * w->e1 : w->e1, w->phi);
-        if (a->tk) S(add_state)(w->dS, w->stride, w->kk, w->dkk, w->v1, w->ldv, size, d, w->e1, w->phi);
+        S(add_state)(w->S, w->stride, w->lost, w->kk, NULL, w->v1, w->ldv, size, d, values ? 2 * w->e1 : w->e1, w->phi);
+        if (a->tk) S(add_state)(w->dS, w->stride, w->lost, w->kk, w->dkk, w->v1, w->ldv, size, d, w->e1, w->phi);
     }
     for (int64_t r = 0; r < a->queries && !a->causal; r++)
         for (int64_t i = 0; i < a->n; i += CHUNK) S(tangent_chunk)(w, a, r, i, min64(CHUNK, a->n - i), 0, 1);
@@ -89,7 +89,7 @@ int S(try_taylor_tangent)(const REAL *q, const REAL *k, const REAL *v, const REA
 #pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
     {
         S(work) w;
-        int bad = S(work_new)(&w, d, e, TANGENT);
+        int bad = S(work_new)(&w, d, e, TANGENT, max64(n, m));
         if (bad) {
 #pragma omp atomic write
             failed = 1;
