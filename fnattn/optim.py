@@ -111,14 +111,14 @@ def adamw(learning_rate: Schedule | Number = 1e-3, *, betas: tuple[Number, Numbe
         lists, shape = _same("adamw", grads, params, state.mu, state.nu)
         rate = _rate(learning_rate, state.step)
         t = state.step.to(_wide(state.step)) + 1
-        size, root = rate / (1 - b1 ** t), torch.sqrt(1 - b2 ** t)
         at = [i for i, g in enumerate(lists[0]) if g is not None]
         some = tuple([x[i] for i in at] for x in lists)
         if _together.plain(some, rate, b1, b2, eps, weight_decay):
-            new = _together.adamw(*some, *map(float, (b1, b2, eps, weight_decay, rate, size, root)))
+            new = _together.adamw(*some, t, *map(float, (b1, b2, eps, weight_decay, rate)))
             # None stays where nothing is differentiated, and so does what the state has there.
-            change, mu, nu = (tree.unflatten(_put(x, old, at), shape) for x, old in zip(new, (lists[0], *lists[2:])))
+            change, mu, nu = (tree.put_together(_put(x, old, at), shape) for x, old in zip(new, (lists[0], *lists[2:])))
             return change, AdamState(state.step + 1, mu, nu)
+        size, root = rate / (1 - b1 ** t), torch.sqrt(1 - b2 ** t)
         mu = tree.map(lambda g, m: m if g is None else m * b1 + g.to(m.dtype) * (1 - b1), grads, state.mu)
         nu = tree.map(lambda g, n: n if g is None else n * b2 + g.to(n.dtype).square() * (1 - b2), grads, state.nu)
 
@@ -190,13 +190,15 @@ def clip_by_global_norm(max_norm: Number) -> Optimizer:
     """
 
     def update(grads: Any, state: Empty, params: Any = None) -> tuple[Any, Empty]:
-        leaves, shape = tree.flatten(grads)
+        (leaves,), (shape,) = tree.take_apart(grads)
         given = [g for g in leaves if g is not None]
         if _together.plain((given,), max_norm):
             norm = float(_together.norm(given))
             factor = min(1.0, float(max_norm) / (norm + 1e-6))
+            if factor == 1.0:
+                return grads, state
             scaled = iter(_together.scale(given, factor))
-            return tree.unflatten([None if g is None else next(scaled) for g in leaves], shape), state
+            return tree.put_together([None if g is None else next(scaled) for g in leaves], shape), state
         factor = (max_norm / (global_norm(grads) + 1e-6)).clamp(max=1.0)
         return tree.map(lambda g: None if g is None else g * factor.to(g.dtype), grads), state
 
@@ -218,12 +220,12 @@ def chain(*links: Optimizer) -> Optimizer:
 
 def apply_updates(params: Any, updates: Any) -> Any:
     """params + updates, leaf by leaf, each in its own dtype; where the update is None the leaf stays."""
-    (old, shape), changes = tree.flatten(params), tree.leaves(updates)
-    if len(old) == len(changes):
+    (old, changes), (shape, found) = tree.take_apart(params, updates)
+    if shape == found:
         at = [i for i, u in enumerate(changes) if u is not None]
         some = [old[i] for i in at], [changes[i] for i in at]
         if _together.plain(some):
-            return tree.unflatten(_put(_together.add(*some), old, at), shape)
+            return tree.put_together(_put(_together.add(*some), old, at), shape)
     return tree.map(lambda p, u: p if u is None else (p.to(u.dtype) + u).to(p.dtype), params, updates)
 
 
@@ -248,10 +250,10 @@ def _count(params: Any) -> Tensor:
 
 def _same(who: str, grads: Any, params: Any, *others: Any) -> tuple[list[list], Any]:
     """The leaves of each tree, and the structure that grads and params must share."""
-    (given, found), (old, expected) = tree.flatten(grads), tree.flatten(params)
+    lists, (found, expected, *_) = tree.take_apart(grads, params, *others)
     check(found == expected, "optim.{}.update: grads must have the structure of params; got {} and {}.", who, found, expected,
           remedy="Differentiate with tree.value_and_grad with respect to these params.")
-    return [given, old, *map(tree.leaves, others)], expected
+    return lists, expected
 
 
 # ------------------------------------------------------------------------------------------------ bridges

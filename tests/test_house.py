@@ -18,7 +18,7 @@ CODE = (".py", ".c", ".h")
 # From the cellar to the roof. A module imports from its own floor and from those below it.
 FLOORS = (
     ("fnattn_kernels",),
-    ("fnattn._kernels_path", "fnattn.tree", "fnattn.random", "fnattn.core", "fnattn.taps"),
+    ("fnattn._kernels_path", "fnattn._autograd", "fnattn.tree", "fnattn.random", "fnattn.core", "fnattn.taps"),
     ("fnattn.ops",),
     ("fnattn.attentions",),
     ("fnattn.models",),
@@ -30,6 +30,7 @@ PRIVATE = {
     "kernels/sharding.py": "what DTensor remembers a decision by",
     "fnattn/tree.py": "torch's pytree module; remat's forward mode",
     "kernels/native/softmax_aten.py": "torch's fused attention for the CPU has no public name",
+    "fnattn/_autograd.py": "which transforms and modes are under way",
     "fnattn/_together.py": "many tensors in one call have no public name; forward mode under way",
     "fnattn/core.py": "whether Python may look at a value",
     "fnattn/taps.py": "how many transforms are under way",

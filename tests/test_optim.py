@@ -222,6 +222,36 @@ def test_all_leaves_in_one_call_give_what_each_leaf_gives(monkeypatch):
         assert_close(a.double(), b.double())
 
 
+@pytest.mark.parametrize("who", ["params", "grads", "both"])
+def test_leaves_that_lie_across_memory_take_the_same_step(who):
+    made = [random.normal(random.key(i), (5, 3), torch.float64) for i in range(2)]
+    across = [p.mT.contiguous().mT for p in made]
+    grads = [p.sin() + 0.1 for p in made]
+    turned = [g.mT.contiguous().mT for g in grads]
+    results = []
+    for params, given in ((made, grads), (across if who != "grads" else made, turned if who != "params" else grads)):
+        optimizer = optim.chain(optim.clip_by_global_norm(9.0), optim.adamw(0.1, weight_decay=0.2))
+        state = optimizer.init(params)
+        for _ in range(3):
+            updates, state = optimizer.update(given, state, params)
+            params = optim.apply_updates(params, updates)
+        results.append((params, state[1].mu, state[1].nu))
+    assert not across[0].is_contiguous() and not turned[0].is_contiguous()
+    tree.map(assert_close, *results)
+    tree.map(lambda a, b: assert_close(a, b), results[0][0], train_by_torch(made, grads))
+
+
+def train_by_torch(params, grads):
+    leaves = [p.clone() for p in params]
+    made = torch.optim.AdamW([p.requires_grad_() for p in leaves], 0.1, weight_decay=0.2)
+    for _ in range(3):
+        for p, g in zip(leaves, grads):
+            p.grad = g.clone()
+        torch.nn.utils.clip_grad_norm_(leaves, 9.0)
+        made.step()
+    return [p.detach() for p in leaves]
+
+
 def test_a_gradient_through_an_update_is_not_lost():
     params = [torch.ones(3, dtype=torch.float64)]
     grads = [torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)]

@@ -1,0 +1,91 @@
+"""Gradients by plain autograd where no transform is under way: what torch.func.vjp gives, without its cost per operation.
+
+The function runs on fresh leaves that share memory with the tensors to differentiate. Whatever it closes over stays
+differentiable: results that depend on such a tensor keep their graph, all others come back without one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.autograd.forward_ad as fwad
+from torch import Tensor
+
+_CALLS = itertools.count()
+
+
+def usable(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing is under way that plain autograd would not notice or would do otherwise, and all of these are constants."""
+    if torch.compiler.is_compiling() or torch._C._functorch.get_dynamic_layer_stack_depth() or fwad._current_level >= 0:
+        return False
+    if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    # Autocast remembers what it cast, leaves too: fresh ones in each step would pile up there.
+    if not tensors or any(torch.is_autocast_enabled(device) for device in {"cpu", *(t.device.type for t in tensors)}):
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) and not t.requires_grad and not t.is_inference() for t in tensors)
+
+
+def value_and_grad(part: Callable, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]] | None:
+    """part(*tensors) -> (value, aux tensors) and the gradient of the value; None if torch refuses something on the way.
+
+    torch.func.vjp may take what this refuses, such as saving a tensor from inference mode, or says why not.
+    """
+    keep = torch.is_grad_enabled()
+    call = next(_CALLS)
+    try:
+        with torch.enable_grad():
+            new = [_leaf(t, call) for t in tensors]
+            value, aux = part(*new)
+            # Asked for once for all: there is nothing outside in all but a few calls.
+            outside = keep and _reaches_outside([value, *aux], call)
+            grads = _grad(value, new, outside)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # one of this library, or no memory
+            raise
+        return None
+    old = {id(leaf): t for leaf, t in zip(new, tensors)}
+
+    def out(t: Tensor) -> Tensor:
+        if id(t) in old:
+            return old[id(t)]
+        return t if not t.requires_grad or outside and _reaches_outside([t], call) else t.detach()
+
+    return out(value), [out(t) for t in aux], [out(g) for g in grads]
+
+
+def _leaf(t: Tensor, call: int) -> Tensor:
+    leaf = t.detach().requires_grad_()
+    leaf._fnattn_call = call
+    return leaf
+
+
+def _grad(value: Tensor, leaves: list[Tensor], create_graph: bool) -> list[Tensor]:
+    if not value.requires_grad:
+        return [torch.zeros_like(t, requires_grad=False) for t in leaves]
+    grads = torch.autograd.grad(value, leaves, torch.ones_like(value), create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(t, requires_grad=False) if g is None else g for g, t in zip(grads, leaves)]
+
+
+def _reaches_outside(tensors: Sequence[Tensor], call: int) -> bool:
+    """Whether a leaf takes part that was there before this call. Leaves of calls within it do not count."""
+    if any(t.requires_grad and t.grad_fn is None and _older(t, call) for t in tensors):
+        return True
+    seen = {t.grad_fn for t in tensors if t.grad_fn is not None}
+    todo = list(seen)
+    while todo:
+        node = todo.pop()
+        edges = node.next_functions
+        if not edges and _older(getattr(node, "variable", None), call):
+            return True
+        for following, _ in edges:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+    return False
+
+
+def _older(leaf: Tensor | None, call: int) -> bool:
+    return getattr(leaf, "_fnattn_call", -1) < call
