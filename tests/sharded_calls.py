@@ -48,6 +48,7 @@ CALLS = {
     "causal_dot": Call(lambda q, k, v: ops.causal_dot(q, k, v, impl="native"), _qkv()),
     "scan": Call(lambda a, x, h0: ops.scan(a.sigmoid(), x, h0, impl="native"), ((2, 6, 4), (2, 6, 4), (2, 4))),
     "scan, pairs": Call(lambda a, x: ops.scan(a.sigmoid(), x, pairs=True, impl="native"), ((2, 6, 4, 2),) * 2),
+    "scan, bfloat16": Call(lambda a, x: ops.scan(a.sigmoid().bfloat16(), x.bfloat16(), impl="native").double(), ((2, 6, 4),) * 2),
     "taylor": Call(lambda q, k, v, s: _first(ops.taylor(q, k, v, sums=s * s, impl="native")), (*_qkv(d=2), (2, 2, 6, 3))),
     "taylor, keep": Call(lambda q, k, v, keep: _first(ops.taylor(q, k, v, keep=keep, causal=False, impl="native")), _qkv(d=2),
                          lambda: (_keep(),)),

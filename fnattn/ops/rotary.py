@@ -20,7 +20,7 @@ import torch
 from fnattn_kernels.native import rotary as native
 from torch import Tensor
 
-from ._door import Kernel, choose, compute_dtype, native_reason, no_autocast
+from ._door import Kernel, choose, compute_dtype, native_reason, no_autocast, rows_as_they_are, widen
 
 # n positions, d channels, f frequencies, 2 f <= d
 
@@ -116,8 +116,7 @@ def reference(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def _native(x: Tensor, angles: Tensor) -> Tensor:
-    dtype = compute_dtype(x, angles)
-    wide, angles = x.to(dtype), angles.to(dtype)
+    wide, angles = rows_as_they_are((x,), angles)
     # Four axes: heads and further ones in the second, so that a view of split heads is read in place.
     wide = wide[(None,) * max(0, 4 - x.ndim)] if x.ndim <= 4 else wide.flatten(1, -3)
     out = native.rotate(wide, angles.cos()[None], angles.sin()[None], True)
@@ -130,6 +129,7 @@ def _vjp(needs, args, outs, cotangents):
     g_x = native.rotate(g, cos, -sin, rest) if needs[0] else None
     g_cos = g_sin = None
     if needs[1] or needs[2]:
+        x, g = widen(x, g)
         f = cos.shape[2]
         (x_even, x_odd), (g_even, g_odd) = ((t[..., 0:2 * f:2], t[..., 1:2 * f:2]) for t in (x, g))
         g_cos = (g_even * x_even + g_odd * x_odd).sum(1).sum_to_size(cos.shape)
@@ -140,12 +140,13 @@ def _vjp(needs, args, outs, cotangents):
 def _jvp(args, outs, tangents):
     x, cos, sin, rest = args
     t_x, t_cos, t_sin, _ = tangents
-    moved = None if t_x is None else native.rotate(t_x, cos, sin, rest)
     if t_cos is None and t_sin is None:
-        return moved
+        return native.rotate(t_x, cos, sin, rest)
+    kind = x.dtype
+    x, t_x = widen(x, t_x)  # a sum is rounded once
     t_cos, t_sin = (torch.zeros_like(cos) if t is None else t for t in (t_cos, t_sin))
     turned = native.rotate(x, t_cos, t_sin, False)
-    return turned if moved is None else moved + turned
+    return (turned if t_x is None else native.rotate(t_x, cos, sin, rest) + turned).to(kind)
 
 
 def _batch(info, in_dims, x, cos, sin, rest):

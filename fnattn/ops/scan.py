@@ -22,7 +22,7 @@ from fnattn_kernels.triton import why_not as triton_reason
 from torch import Tensor
 
 from .. import tree
-from ._door import Kernel, choose, native_reason, no_autocast, widen
+from ._door import Kernel, choose, native_reason, no_autocast, rows_as_they_are, widen
 
 # b batch, n positions, c channels, m positions of one block
 BLOCK = 32
@@ -55,7 +55,8 @@ def scan(a: Tensor, x: Tensor, h0: Tensor | None = None, *, reverse: bool = Fals
     kernel = choose("scan", impl, KERNELS, a, x, h0)
     run = reference if kernel is None else kernel.run
     with no_autocast(x):
-        return run(*widen(a, x, h0), reverse, pairs).to(x.dtype)
+        args = rows_as_they_are((a, x), h0) if run is run_native else widen(a, x, h0)
+        return run(*args, reverse, pairs).to(x.dtype)
 
 
 def reference(a: Tensor, x: Tensor, h0: Tensor | None = None, reverse: bool = False, pairs: bool = False) -> Tensor:
@@ -206,7 +207,9 @@ def _interleave(even: Tensor, odd: Tensor, axis: int) -> Tensor:
 
 
 def run_native(a: Tensor, x: Tensor, h0: Tensor | None, reverse: bool, pairs: bool) -> Tensor:
-    """The C kernel, differentiable in every way; arguments as in `reference`."""
+    """The C kernel, differentiable in every way; arguments as in `reference`, or a and x in bfloat16."""
+    if x.dtype == torch.bfloat16:
+        return native.rounded(a, x, h0, reverse, pairs, False, False)[0]
     return native.scan(a, x, h0, reverse, pairs, False, False)
 
 
@@ -219,30 +222,39 @@ def _times(pairs: bool) -> Callable:
     return complex_times if pairs else torch.mul
 
 
+def _back(reverse: bool, pairs: bool, lag: bool, conj: bool) -> tuple[bool, bool, bool, bool]:
+    """The recurrence of the gradient: a position's successor comes first, so what was its gate is now that of the row before."""
+    return not reverse, pairs, not lag, conj != pairs
+
+
+def _gradients(needs, args, h: Tensor, total: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Those of a and h0, from the states h and their gradient `total`."""
+    a, x, h0, reverse, pairs, lag, conj = args
+    times, da, dh0 = _times(pairs), None, None
+    if needs[0]:
+        if lag:
+            sent, held = before(total, 1, None, not reverse), h
+        else:
+            sent, held = total, before(h, 1, h0, reverse)
+        da = times(sent, conjugate(held)) if pairs else sent * held
+        if pairs and conj:
+            da = conjugate(da)
+    if needs[2]:
+        start = -1 if reverse else 0
+        if lag or x.shape[1] == 0:
+            dh0 = total[:, start] if x.shape[1] else torch.zeros_like(h0)
+        else:
+            gate = a[:, start] if conj or not pairs else conjugate(a[:, start])
+            dh0 = times(gate, total[:, start])
+    return da, dh0
+
+
 def _rules(scan: Callable) -> dict[str, Callable]:
     """The derivatives of a kernel `scan(a, x, h0, reverse, pairs, lag, conjugate)`, in terms of itself."""
 
     def vjp(needs, args, outs, cotangents):
-        a, x, h0, reverse, pairs, lag, conj = args
-        (g,), h, times = cotangents, outs[0], _times(pairs)
-        # Going back, a position's successor comes first: what was its gate is now the gate of the row before, and vice versa.
-        total = scan(a, g, None, not reverse, pairs, not lag, conj != pairs)
-        da = dh0 = None
-        if needs[0]:
-            if lag:
-                sent, held = before(total, 1, None, not reverse), h
-            else:
-                sent, held = total, before(h, 1, h0, reverse)
-            da = times(sent, conjugate(held)) if pairs else sent * held
-            if pairs and conj:
-                da = conjugate(da)
-        if needs[2]:
-            start = -1 if reverse else 0
-            if lag or x.shape[1] == 0:
-                dh0 = total[:, start] if x.shape[1] else torch.zeros_like(h0)
-            else:
-                gate = a[:, start] if conj or not pairs else conjugate(a[:, start])
-                dh0 = times(gate, total[:, start])
+        total = scan(args[0], cotangents[0], None, *_back(*args[3:]))
+        da, dh0 = _gradients(needs, args, outs[0], total)
         return da, total if needs[1] else None, dh0, None, None, None, None
 
     def jvp(args, outs, tangents):
@@ -261,6 +273,24 @@ def _rules(scan: Callable) -> dict[str, Callable]:
     return {"vjp": vjp, "jvp": jvp}
 
 
+def _rounded_vjp(needs, args, outs, cotangents):
+    (a, x), (g, g_sums) = args[:2], cotangents
+    if g_sums is None:
+        rounded, total = native.rounded(a, g, None, *_back(*args[3:]))
+    else:
+        g = g_sums if g is None else g + g_sums
+        total = native.scan(*widen(a, g), None, *_back(*args[3:]))
+        rounded = total.to(x.dtype)
+    da, dh0 = _gradients(needs, args, outs[1], total)
+    return None if da is None else da.to(a.dtype), rounded if needs[1] else None, dh0, None, None, None, None
+
+
+def _rounded_jvp(args, outs, tangents):
+    moved = _rules(native.scan)["jvp"]((*widen(*args[:3]), *args[3:]), outs[1:], widen(*tangents[:3]))
+    return moved.to(outs[0].dtype), moved
+
+
+native.rounded.derive(vjp=_rounded_vjp, jvp=_rounded_jvp)
 for _scan in (native.scan, triton.scan):
     _scan.derive(**_rules(_scan))
 

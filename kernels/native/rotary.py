@@ -24,8 +24,8 @@ def _fake(x: Tensor, cos: Tensor, sin: Tensor, rest: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-# x [b, h, n, d]; cos, sin [b or 1, n, f], 2 f <= d. rest: keep the other channels; else they are 0, as in a derivative
-# with respect to the angles.
-rotate = Operator("rotary_native", 1, "(Tensor x, Tensor cos, Tensor sin, bool rest) -> Tensor", fake=_fake, cpu=_rotate)
+# x [b, h, n, d], of the dtype of cos and sin or, beside float32, bfloat16; cos, sin [b or 1, n, f], 2 f <= d. rest: keep the
+# other channels; else they are 0, as in a derivative with respect to the angles.
+rotate = Operator("rotary_native", 2, "(Tensor x, Tensor cos, Tensor sin, bool rest) -> Tensor", fake=_fake, cpu=_rotate)
 rotate.flops(lambda x, cos, sin, *args, **kwargs: 6 * x[0] * x[1] * x[2] * cos[2])
 rotate.split((1, None, None), (1,))

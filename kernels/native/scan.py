@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Operator
-from .call import address, function, threads
+from .call import address, function, sums_dtype, threads
 
 
 def rows(t: Tensor, tail: int) -> Tensor:
@@ -19,25 +19,42 @@ def rows(t: Tensor, tail: int) -> Tensor:
     return t
 
 
-def _scan(a: Tensor, x: Tensor, h0: Tensor | None, reverse: bool, pairs: bool, lag: bool, conjugate: bool) -> Tensor:
+def _sums(a: Tensor, x: Tensor, h0: Tensor | None, flags: tuple[bool, ...]) -> tuple[Tensor, Tensor | None]:
+    reverse, pairs, lag, conjugate = flags
     tail = 2 if pairs else 1
     a, x, h0 = rows(a, tail), rows(x, tail), None if h0 is None else h0.contiguous()
     b, n, c = x.shape[:3]
-    h = torch.empty(x.shape, dtype=x.dtype)
-    function("scan", "scan", x.dtype, "pppp" + "i" * 12)(
-        address(a), address(x), address(h0), address(h), b, n, c, a.stride(0), a.stride(1), x.stride(0), x.stride(1),
+    h = torch.empty(x.shape, dtype=sums_dtype(x))
+    rounded = None if h.dtype == x.dtype else torch.empty(x.shape, dtype=x.dtype)
+    function("scan", "scan", x.dtype, "ppppp" + "i" * 12)(
+        address(a), address(x), address(h0), address(h), address(rounded), b, n, c, a.stride(0), a.stride(1), x.stride(0), x.stride(1),
         int(reverse), int(pairs), int(lag), int(conjugate), threads(h.numel()))
-    return h
+    return h, rounded
+
+
+def _scan(a: Tensor, x: Tensor, h0: Tensor | None, *flags: bool) -> Tensor:
+    return _sums(a, x, h0, flags)[0]
+
+
+def _rounded(a: Tensor, x: Tensor, h0: Tensor | None, *flags: bool) -> tuple[Tensor, Tensor]:
+    h, rounded = _sums(a, x, h0, flags)
+    return rounded, h
 
 
 def _fake(a: Tensor, x: Tensor, *rest) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _rounded_fake(a: Tensor, x: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=sums_dtype(x))
+
+
 # a, x [b, n, c] (pairs: [b, n, c, 2]), h0 [b, c] (or [b, c, 2]). h_t = m_t h_before(t) + x_t with m_t = a_t, or, if lag,
 # m_t = a_before(t) and 1 at the first row visited; conjugated if conjugate. The flags close it under differentiation.
-scan = Operator("scan_native", 1, "(Tensor a, Tensor x, Tensor? h0, bool reverse, bool pairs, bool lag, bool conjugate)"
-                " -> Tensor", fake=_fake, cpu=_scan)
+_ARGUMENTS = "(Tensor a, Tensor x, Tensor? h0, bool reverse, bool pairs, bool lag, bool conjugate)"
+scan = Operator("scan_native", 1, _ARGUMENTS + " -> Tensor", fake=_fake, cpu=_scan)
+# The same for a and x in bfloat16: h in bfloat16, and h before it was rounded.
+rounded = Operator("scan_rounded_native", 1, _ARGUMENTS + " -> (Tensor, Tensor)", fake=_rounded_fake, cpu=_rounded, autocast=None)
 
 
 def flops(a, x, h0=None, reverse=False, pairs=False, *args, **kwargs) -> int:
@@ -47,3 +64,5 @@ def flops(a, x, h0=None, reverse=False, pairs=False, *args, **kwargs) -> int:
 
 scan.flops(flops)
 scan.split((2, 2, 1), (2,))
+rounded.flops(flops)
+rounded.split((2, 2, 1), (2, 2))
