@@ -9,7 +9,6 @@ states, products and marks are float32 then.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..contracts import Operator
