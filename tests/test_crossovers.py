@@ -65,7 +65,7 @@ def test_rows_name_what_auto_takes_and_what_is_fastest(monkeypatch):
     monkeypatch.setattr(measured, "FEW", (1, 40))
     before = dict(crossovers.limits("softmax_attention", "native, torch's"))
     softmax, one, forty = measured.rows(["softmax_attention"], (16,), "cpu", 1)
-    assert softmax["auto"] == "native" and set(softmax["ms"]) == {"native", "reference"} == set(softmax["value_ms"])
+    assert softmax["auto"] == "native" and set(softmax["ms"]) == {"native", "sdpa", "reference"} == set(softmax["value_ms"])
     assert (one["auto"], forty["auto"]) == ("torch's", "ours")
     assert crossovers.limits("softmax_attention", "native, torch's") == before
     (taylor,) = measured.rows(["taylor"], (16,), "cpu", 1)

@@ -16,6 +16,7 @@ Source: Vaswani et al. 2017, arXiv 1706.03762; fused forms after Dao et al. 2022
 from __future__ import annotations
 
 import torch
+from fnattn_kernels.native import sdpa
 from fnattn_kernels.native import softmax as native
 from fnattn_kernels.triton import softmax as triton
 from torch import Tensor
@@ -51,8 +52,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = 
         scale: what the products are multiplied by; default d^-1/2.
         offset: position of the first query among the keys, an int or a 0-d int64 tensor; default m - n, which aligns the
             queries to the end of the keys.
-        impl: "reference" is plain torch; "native" insists on the fused kernels (CPU), "triton" on Triton's (CUDA, d and e up to
-            128); "auto" chooses. See `ops.report()`.
+        impl: "reference" is plain torch; "native" insists on the fused kernels (CPU), "sdpa" on torch's own (CPU), "triton"
+            on Triton's (CUDA, d and e up to 128); "auto" chooses. See `ops.report()`.
     Returns:
         [b, h, n, e] in v's dtype, computed in float32, or in float64 if any input is. Rows that see no key are 0.
     Raises:
@@ -140,16 +141,16 @@ def _attend(q, k, v, mask, start, scale):
 
 # ------------------------------------------------------------------------------------------------ the kernels
 
-for _kernel in (native, triton):
+for _kernel in (native, sdpa, triton):
     derive(_kernel)
-
-
-def _native_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    return None if q.device.type in ("cpu", "meta") else f"needs CPU tensors, got {q.device.type}"
 
 
 def _native(q, k, v, mask, start, scale):
     return native.attend(q, k, v, mask, start, scale)[0]
+
+
+def _sdpa(q, k, v, mask, start, scale):
+    return sdpa.attend(q, k, v, mask, start, scale)[0]
 
 
 def _triton(q, k, v, mask, start, scale):
@@ -157,6 +158,7 @@ def _triton(q, k, v, mask, start, scale):
 
 
 KERNELS = (
-    Kernel("native", _native, _native_reason),
+    Kernel("native", _native, sdpa.why_not),
+    Kernel("sdpa", _sdpa, sdpa.why_not),
     Kernel("triton", _triton, triton.why_not),
 )

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from fnattn.ops import softmax
 from fnattn.ops.softmax import softmax_attention
 
-IMPLS = ["reference", "native"]
+IMPLS = ["reference", "native", "sdpa"]
 
 
 def all_of(fn, tensors):
@@ -262,7 +262,7 @@ ERRORS = [
      dict(offset=3, causal=True)),
     (dict(offset=torch.tensor([3]), causal=True), TypeError, r"got torch.int64 of shape \[1\]",
      dict(offset=torch.tensor(3), causal=True)),
-    (dict(impl="fused"), ValueError, "impl must be one of 'auto', 'reference', 'native', 'triton'; got 'fused'", dict(impl="auto")),
+    (dict(impl="fused"), ValueError, "impl must be one of 'auto', 'reference', 'native', 'sdpa', 'triton'; got 'fused'", dict(impl="auto")),
 ]
 
 
