@@ -25,7 +25,6 @@ QUADRATIC = {"softmax_attention", "masked_softmax", "coor_descent_attention", "b
 # In float32, (how many times plain torch's error, how many roundings on top) where that is more than (2, 1). Measured; to be
 # lowered, never raised. Plain torch sums in chunks, these one position or one tile after the other.
 WORSE = {
-    ("causal_dot", "native"): (16, 1),
     ("softmax_attention", "native"): (8, 1),
     ("cached_attention", "native"): (32, 2),
     ("block_sparse_attention", "native"): (8, 1),

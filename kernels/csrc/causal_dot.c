@@ -1,4 +1,5 @@
-/* out_i = sum_{j <= i} (q_i . k_j) v_j (j >= i if reverse), as a running sum S += k_j v_j^T.
+/* out_i = sum_{j <= i} (q_i . k_j) v_j (j >= i if reverse), as a running sum S += k_j v_j^T,
+ * ROWS positions at a time: a vector of S is loaded once for all of them, takes in their keys and is read by their queries.
  *
  * q [b, h, n, d], k [b, g, n, d], v [b, g, n, e], out [b, h, n, e], all contiguous. If g < h, each key head serves h / g
  * query heads; if h < g, S sums over the g / h key heads of a query head. Where threads outnumber groups of heads they share the
@@ -6,6 +7,12 @@
 #include "common.h"
 
 #ifndef REAL
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define ROWS 8 /* positions at a time: one register each for values and sums */
+#else
+#define ROWS 4
+#endif
+#define RECENT 64 /* a multiple of ROWS */
 #define REAL float
 #define S(x) PASTE(fnattn_, x, _, f32)
 #define VF vf32
@@ -22,42 +29,79 @@
 #include "causal_dot.c"
 #else
 
-/* One (batch, group), `part` columns of v and out from the first of them on, whose rows are e apart: `state` is [d][width] with
- * width = part rounded up to whole vectors, zeroed by the caller. */
-static void S(dot_group)(const REAL *q, const REAL *k, const REAL *v, REAL *out, int64_t queries, int64_t keys, int64_t n,
-                         int64_t d, int64_t e, int64_t part, int reverse, REAL *state, REAL *row, int64_t width) {
-    int64_t vectors = width / LANES;
-    for (int64_t step = 0; step < n; step++) {
-        int64_t t = reverse ? n - 1 - step : step;
-        for (int64_t r = 0; r < keys; r++) {
-            const REAL *k_t = k + (r * n + t) * d;
-            memcpy(row, v + (r * n + t) * e, (size_t)part * sizeof(REAL));
-            for (int64_t i = 0; i < d; i++) {
-                VF *s = (VF *)(state + i * width);
-                const VF *x = (const VF *)row;
-                REAL w = k_t[i];
-                for (int64_t c = 0; c < vectors; c++) s[c] += w * x[c];
-            }
+/* One vector of columns of `rows` positions; step: d, or -d if reversed. v: [keys][rows][width]. The first query head takes the
+ * keys in; the sums that it reads on the way go to seen [d][rows] for the others. `one`: keys is 1, `alone`: queries is 1. */
+static inline __attribute__((always_inline)) void S(dot_rows)(const REAL *q, const REAL *k, const REAL *v, REAL *out, int64_t queries,
+                                                              int64_t keys, int64_t n, int64_t d, int64_t e, int64_t size,
+                                                              int64_t step, const REAL *base, REAL *recent, int64_t width, VF *seen,
+                                                              const int rows, const int one, const int alone) {
+    for (int64_t r = 0; r < (alone ? 1 : queries); r++) {
+        VF a[ROWS], x[ROWS];
+#pragma GCC unroll 8
+        for (int t = 0; t < rows; t++) {
+            a[t] = (VF){0};
+            if (one) x[t] = *(const VF *)(v + t * width);
         }
-        for (int64_t r = 0; r < queries; r++) {
-            const REAL *q_t = q + (r * n + t) * d;
-            REAL *o = out + (r * n + t) * e;
-            int64_t c = 0;
-            for (; c + 4 <= vectors; c += 4) {
-                VF a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0};
-                for (int64_t i = 0; i < d; i++) {
-                    const VF *s = (const VF *)(state + i * width) + c;
-                    REAL w = q_t[i];
-                    a0 += w * s[0], a1 += w * s[1], a2 += w * s[2], a3 += w * s[3];
+        /* One pointer per three rows: offsets 0, 1 and 2 strides are addressing modes, so few registers hold addresses. */
+        const REAL *p = q + r * n * d, *q0[3] = {p, p + 3 * step, p + 6 * step}, *k0[3] = {k, k + 3 * step, k + 6 * step};
+        if (r)
+            for (int64_t i = 0; i < d; i++)
+#pragma GCC unroll 8
+                for (int t = 0; t < rows; t++) a[t] += q0[t / 3][t % 3 * step + i] * seen[i * rows + t];
+        else
+            for (int64_t i = 0; i < d; i++) {
+                VF *own = (VF *)(recent + i * width), sum = *own, before = *(const VF *)(base + i * width), more[ROWS];
+                for (int64_t s = 0; s < keys && !one; s++)
+#pragma GCC unroll 8
+                    for (int t = 0; t < rows; t++) {
+                        VF product = k0[t / 3][s * n * d + t % 3 * step + i] * *(const VF *)(v + (s * rows + t) * width);
+                        more[t] = s ? more[t] + product : product;
+                    }
+#pragma GCC unroll 8
+                for (int t = 0; t < rows; t++) {
+                    sum += one ? k0[t / 3][t % 3 * step + i] * x[t] : more[t];
+                    VF all = before + sum;
+                    if (!alone) seen[i * rows + t] = all;
+                    a[t] += q0[t / 3][t % 3 * step + i] * all;
                 }
-                VF a[4] = {a0, a1, a2, a3};
-                memcpy(o + c * LANES, a, (size_t)min64(4 * LANES, part - c * LANES) * sizeof(REAL));
+                *own = sum;
             }
-            for (; c < vectors; c++) {
-                VF a = {0};
-                for (int64_t i = 0; i < d; i++) a += q_t[i] * ((const VF *)(state + i * width))[c];
-                memcpy(o + c * LANES, &a, (size_t)min64(LANES, part - c * LANES) * sizeof(REAL));
-            }
+#pragma GCC unroll 8
+        for (int t = 0; t < rows; t++) memcpy(out + r * n * e + t * (step < 0 ? -e : e), &a[t], (size_t)size * sizeof(REAL));
+    }
+}
+
+/* One (batch, group), `part` columns of v and out from the first of them on, whose rows are e apart. The sum is in two halves, so
+ * that a long one is as precise as a short one: that of the last RECENT positions, and that of all before, to which it is added
+ * then. base and recent are [d][width] with width = part rounded up to whole vectors, zeroed by the caller, like `values`. */
+static void S(dot_group)(const REAL *q, const REAL *k, const REAL *v, REAL *out, int64_t queries, int64_t keys, int64_t n,
+                         int64_t d, int64_t e, int64_t part, int reverse, REAL *base, REAL *values, int64_t width) {
+    REAL *recent = base + d * width;
+    VF *seen = (VF *)(values + keys * ROWS * width);
+    for (int64_t at = 0, rows; at < n; at += rows) {
+        rows = n - at < ROWS ? 1 : ROWS;
+        int64_t t = reverse ? n - 1 - at : at, step = reverse ? -d : d;
+        for (int64_t s = 0; s < keys; s++)
+            for (int64_t i = 0; i < rows; i++)
+                memcpy(values + (s * rows + i) * width, v + (s * n + t + (reverse ? -i : i)) * e, (size_t)part * sizeof(REAL));
+        for (int64_t c = 0; c < width; c += LANES) {
+            int64_t size = min64(LANES, part - c);
+#define DOT(COUNT, ONE, ALONE)                                                                                                     \
+    S(dot_rows)(q + t * d, k + t * d, values + c, out + t * e + c, queries, keys, n, d, e, size, step, base + c, recent + c, width, \
+                seen, COUNT, ONE, ALONE)
+            if (rows > 1) {
+                if (keys > 1) DOT(ROWS, 0, 1);
+                else if (queries > 1) DOT(ROWS, 1, 0);
+                else DOT(ROWS, 1, 1);
+            } else if (keys > 1) DOT(1, 0, 1);
+            else if (queries > 1) DOT(1, 1, 0);
+            else DOT(1, 1, 1);
+#undef DOT
+        }
+        if ((at + rows) % RECENT) continue;
+        for (int64_t i = 0; i < d * width; i += LANES) {
+            *(VF *)(base + i) += *(VF *)(recent + i);
+            *(VF *)(recent + i) = (VF){0};
         }
     }
 }
@@ -68,17 +112,18 @@ void S(causal_dot)(const REAL *q, const REAL *k, const REAL *v, REAL *out, int64
     int64_t groups = min64(h, g), queries = h / groups, keys = g / groups, vectors = (e + LANES - 1) / LANES;
     /* Parts of whole vectors; the last may end in a piece of one. */
     int64_t parts = threads > b * groups ? min64(vectors, (threads + b * groups - 1) / (b * groups)) : 1, tasks = b * groups * parts;
-    size_t numbers = (size_t)(d + 1) * (size_t)((vectors + parts - 1) / parts * LANES);
+    size_t numbers = (size_t)(2 * d + keys * ROWS) * (size_t)((vectors + parts - 1) / parts * LANES);
+    size_t seen = queries > 1 ? (size_t)(d * ROWS * LANES) : 0;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        REAL *state = scratch(numbers * sizeof(REAL));
+        REAL *state = scratch((numbers + seen) * sizeof(REAL));
         if (!state) abort();
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {
             int64_t i = task / parts, part = task % parts, from = part * vectors / parts * LANES, to = (part + 1) * vectors / parts * LANES;
             memset(state, 0, numbers * sizeof(REAL));
             S(dot_group)(q + i * queries * n * d, k + i * keys * n * d, v + i * keys * n * e + from, out + i * queries * n * e + from,
-                         queries, keys, n, d, e, min64(e, to) - from, (int)reverse, state, state + d * (to - from), to - from);
+                         queries, keys, n, d, e, min64(e, to) - from, (int)reverse, state, state + 2 * d * (to - from), to - from);
         }
         free(state);
     }
