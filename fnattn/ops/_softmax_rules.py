@@ -68,7 +68,7 @@ def _backward_formula(g, q, k, v, mask, out, lse, start, scale, g_lse=None):
     slope = torch.einsum("bgrie,bgje->bgrij", g, v)
     slope = slope - (p * slope).sum(-1, keepdim=True)
     if g_lse is not None:
-        slope = slope + g_lse.unflatten(1, q.shape[1:3])[..., None]
+        slope = slope + g_lse.to(slope.dtype).unflatten(1, q.shape[1:3])[..., None]
     slope = p * slope * scale
     return (torch.einsum("bgrij,bgjd->bgrid", slope, k).flatten(1, 2), torch.einsum("bgrij,bgrid->bgjd", slope, q),
             torch.einsum("bgrij,bgrie->bgje", p, g))
@@ -86,7 +86,7 @@ def _tangent_formula(q, k, v, mask, out, lse, tq, tk, tv, start, scale):
     t_out = torch.einsum("bgrij,bgje->bgrie", moved - t_lse[..., None] * p, v)
     if tv is not None:
         t_out = t_out + torch.einsum("bgrij,bgje->bgrie", p, tv)
-    return t_out.flatten(1, 2), t_lse.flatten(1, 2)
+    return t_out.flatten(1, 2), t_lse.flatten(1, 2).to(lse.dtype)
 
 
 def _second_formula(g, q, k, v, mask, out, lse, t_out, t_lse, tg, tq, tk, tv, start, scale):

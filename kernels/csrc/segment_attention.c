@@ -33,14 +33,14 @@ static void S(segment_weigh)(REAL *p, int64_t count, int64_t vectors, REAL *sum,
             VF score = ((VF *)(p + j * SPAN))[x];
             best = S(select)(score > best, score, best);
         }
-        VF base = S(select)(best == nothing, (VF){0}, best), less = S(exponential)(old - base), total = ((VF *)sum)[x] * less;
+        VF base = S(select)(best == nothing, (VF){0}, best), less = S(exponential)(old - base), total = {0};
         for (int64_t j = 0; j < count; j++) {
             VF *p_j = (VF *)(p + j * SPAN) + x;
             *p_j = S(exponential)(*p_j - base);
             total += *p_j;
         }
         ((VF *)shrink)[x] = less;
-        ((VF *)sum)[x] = total;
+        ((VF *)sum)[x] = ((VF *)sum)[x] * less + total;
         ((VF *)top)[x] = best;
     }
 }
@@ -65,7 +65,8 @@ void S(segment_attention)(const segment_call *call, double scale) {
             const int32_t *positions = lists.data + block->positions;
             const uint8_t *kept = segment_kept(call, block, batch);
             const REAL *k = S(head)(of + 1, batch, keys), *v = S(head)(of + 2, batch, keys);
-            REAL *out = S(head)(of + 3, batch, head), *lse = S(head)(of + 4, batch, head);
+            REAL *out = S(head)(of + 3, batch, head);
+            double *lse = double_row(of + 4, batch, head, 0);
             S(segment_queries)(q_t, NULL, 0, S(head)(of, batch, head), of->row, positions, block->rows, d, (REAL)scale);
             memset(acc, 0, (size_t)(SPAN * (e + 1)) * sizeof(REAL));
             for (int64_t i = 0; i < SPAN; i++) top[i] = -INFINITY;
@@ -81,7 +82,7 @@ void S(segment_attention)(const segment_call *call, double scale) {
             for (int64_t i = 0; i < block->rows; i++) {
                 const int empty = top[i] == -INFINITY;
                 const REAL share = empty ? 0 : 1 / sum[i];
-                lse[positions[i] * of[4].row] = empty ? 0 : top[i] + (REAL)log((double)sum[i]);
+                lse[positions[i] * of[4].row] = empty ? 0 : (double)top[i] + log((double)sum[i]);
                 for (int64_t c = 0; c < e; c++) out[positions[i] * of[3].row + c] = acc[c * SPAN + i] * share;
             }
         }
@@ -99,10 +100,11 @@ void S(segment_attention_backward)(const segment_call *call, double scale) {
     {
         /* Sums in place, unless a row is no whole number of vectors. */
         const int64_t own_d = wide_d == d ? 0 : n * wide_d, own_e = wide_e == e ? 0 : n * wide_e;
-        REAL *memory = scratch((size_t)(SPAN * (2 * d + e + wide_d + wide_e + 2 * KEYS + 2) + own_d + own_e) * sizeof(REAL));
+        REAL *memory = scratch((size_t)(SPAN * (2 * d + e + wide_d + wide_e + 2 * KEYS + 3) + own_d + own_e) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_r = memory, *g_r = q_r + wide_d * SPAN, *q_t = g_r + wide_e * SPAN, *g_t = q_t + d * SPAN, *dq_t = g_t + e * SPAN;
-        REAL *norm = dq_t + d * SPAN, *delta = norm + SPAN, *p = delta + SPAN, *ds = p + KEYS * SPAN, *own = ds + KEYS * SPAN;
+        REAL *norm = dq_t + d * SPAN, *rest = norm + SPAN, *delta = rest + SPAN, *p = delta + SPAN, *ds = p + KEYS * SPAN;
+        REAL *own = ds + KEYS * SPAN;
         int32_t at[KEYS];
         uint32_t words[KEYS];
 #pragma omp for schedule(static)
@@ -116,15 +118,15 @@ void S(segment_attention_backward)(const segment_call *call, double scale) {
                 const segment_block *block = segment_block_of(&lists, batch * h + head, turn % count);
                 const int32_t *positions = lists.data + block->positions;
                 const uint8_t *kept = segment_kept(call, block, batch);
-                const REAL *grad = S(head)(of, batch, head), *out = S(head)(of + 4, batch, head), *lse = S(head)(of + 5, batch, head);
+                const REAL *grad = S(head)(of, batch, head), *out = S(head)(of + 4, batch, head);
+                const double *lse = double_row(of + 5, batch, head, 0);
                 REAL *dq = S(head)(of + 6, batch, head);
                 S(segment_queries)(q_t, q_r, wide_d, S(head)(of + 1, batch, head), of[1].row, positions, block->rows, d, (REAL)scale);
                 S(segment_queries)(g_t, g_r, wide_e, grad, of->row, positions, block->rows, e, 1);
-                memset(dq_t, 0, (size_t)(SPAN * (d + 2)) * sizeof(REAL));
+                memset(dq_t, 0, (size_t)(SPAN * (d + 3)) * sizeof(REAL));
                 for (int64_t i = 0; i < block->rows; i++) {
-                    const REAL *grad_i = grad + positions[i] * of->row, *out_i = out + positions[i] * of[4].row;
-                    norm[i] = lse[positions[i] * of[5].row];
-                    for (int64_t c = 0; c < e; c++) delta[i] += grad_i[c] * out_i[c];
+                    S(split)(lse[positions[i] * of[5].row], norm + i, rest + i);
+                    delta[i] = (REAL)S(product)(grad + positions[i] * of->row, out + positions[i] * of[4].row, e);
                 }
                 for (const segment_tile *tile = lists.tiles + block->first; tile < lists.tiles + block->end; tile++) {
                     const int seen = segment_keys(&lists, tile, kept, at, words);
@@ -135,10 +137,10 @@ void S(segment_attention_backward)(const segment_call *call, double scale) {
                     S(segment_scores)(ds + x, v, of[3].row, at, g_t + x, tile->count, e, vectors, 0);
                     if (seen == SOME) S(segment_hide)(p + x, words, x, tile->count, vectors);
                     for (int64_t y = x; y < x + queries; y += LANES) {
-                        const VF norm_y = *(VF *)(norm + y), delta_y = *(VF *)(delta + y);
+                        const VF delta_y = *(VF *)(delta + y);
                         for (int64_t j = 0; j < tile->count; j++) {
                             VF *p_j = (VF *)(p + j * SPAN + y), *ds_j = (VF *)(ds + j * SPAN + y);
-                            *p_j = S(exponential)(*p_j - norm_y);
+                            *p_j = S(weight)(*p_j, norm + y, rest + y);
                             *ds_j = *p_j * (*ds_j - delta_y);
                         }
                     }

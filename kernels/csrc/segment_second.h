@@ -23,13 +23,13 @@ void S(segment_attention_second)(const segment_call *call, double scale) {
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
         const int64_t own_d = wide_d == d ? 0 : n * wide_d, own_e = wide_e == e ? 0 : n * wide_e;
-        const int64_t block_size = SPAN * (3 * d + 2 * e + 2 * wide_d + 2 * wide_e + 4 * KEYS + 4);
+        const int64_t block_size = SPAN * (3 * d + 2 * e + 2 * wide_d + 2 * wide_e + 4 * KEYS + 5);
         REAL *memory = scratch((size_t)(block_size + own_d + own_e) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_r = memory, *tq_r = q_r + wide_d * SPAN, *g_r = tq_r + wide_d * SPAN, *tg_r = g_r + wide_e * SPAN;
         REAL *p = tg_r + wide_e * SPAN, *ds = p + KEYS * SPAN, *tp = ds + KEYS * SPAN, *tds = tp + KEYS * SPAN;
         REAL *q_t = tds + KEYS * SPAN, *tq_t = q_t + d * SPAN, *g_t = tq_t + d * SPAN, *tg_t = g_t + e * SPAN;
-        REAL *dq_t = tg_t + e * SPAN, *norm = dq_t + d * SPAN, *t_norm = norm + SPAN, *delta = t_norm + SPAN;
+        REAL *dq_t = tg_t + e * SPAN, *norm = dq_t + d * SPAN, *rest = norm + SPAN, *t_norm = rest + SPAN, *delta = t_norm + SPAN;
         REAL *t_delta = delta + SPAN, *own = t_delta + SPAN;
         int32_t at[KEYS];
         uint32_t words[KEYS];
@@ -45,24 +45,23 @@ void S(segment_attention_second)(const segment_call *call, double scale) {
                 const segment_block *block = segment_block_of(&lists, batch * h + head, turn % count);
                 const int32_t *positions = lists.data + block->positions;
                 const uint8_t *kept = segment_kept(call, block, batch);
-                const REAL *grad = S(head)(of, batch, head), *out = S(head)(of + 4, batch, head), *lse = S(head)(of + 5, batch, head);
-                const REAL *t_out = S(head)(of + 6, batch, head), *t_lse = S(head)(of + 7, batch, head);
+                const REAL *grad = S(head)(of, batch, head), *out = S(head)(of + 4, batch, head);
+                const double *lse = double_row(of + 5, batch, head, 0), *t_lse = double_row(of + 7, batch, head, 0);
+                const REAL *t_out = S(head)(of + 6, batch, head);
                 const REAL *tg = S(head)(of + 8, batch, head), *tq = S(head)(of + 9, batch, head);
                 REAL *dq = S(head)(of + 12, batch, head);
                 S(segment_queries)(q_t, q_r, wide_d, S(head)(of + 1, batch, head), of[1].row, positions, block->rows, d, (REAL)scale);
                 S(segment_queries)(g_t, g_r, wide_e, grad, of->row, positions, block->rows, e, 1);
                 if (tq) S(segment_queries)(tq_t, tq_r, wide_d, tq, of[9].row, positions, block->rows, d, (REAL)scale);
                 if (tg) S(segment_queries)(tg_t, tg_r, wide_e, tg, of[8].row, positions, block->rows, e, 1);
-                memset(dq_t, 0, (size_t)(SPAN * (d + 4)) * sizeof(REAL));
+                memset(dq_t, 0, (size_t)(SPAN * (d + 5)) * sizeof(REAL));
                 for (int64_t i = 0; i < block->rows; i++) {
                     const REAL *grad_i = grad + positions[i] * of->row, *out_i = out + positions[i] * of[4].row;
                     const REAL *t_out_i = t_out + positions[i] * of[6].row, *tg_i = tg ? tg + positions[i] * of[8].row : NULL;
-                    norm[i] = lse[positions[i] * of[5].row];
-                    t_norm[i] = t_lse[positions[i] * of[7].row];
-                    for (int64_t c = 0; c < e; c++) {
-                        delta[i] += grad_i[c] * out_i[c];
-                        t_delta[i] += grad_i[c] * t_out_i[c] + (tg_i ? tg_i[c] * out_i[c] : 0);
-                    }
+                    S(split)(lse[positions[i] * of[5].row], norm + i, rest + i);
+                    t_norm[i] = (REAL)t_lse[positions[i] * of[7].row];
+                    delta[i] = (REAL)S(product)(grad_i, out_i, e);
+                    t_delta[i] = (REAL)(S(product)(grad_i, t_out_i, e) + (tg_i ? S(product)(tg_i, out_i, e) : 0));
                 }
                 for (const segment_tile *tile = lists.tiles + block->first; tile < lists.tiles + block->end; tile++) {
                     const int seen = segment_keys(&lists, tile, kept, at, words);
@@ -75,10 +74,10 @@ void S(segment_attention_second)(const segment_call *call, double scale) {
                     S(segment_pair)(tds + x, v, v_row, tg ? tg_t + x : NULL, tv, tv_row, g_t + x, at, size, e, vectors);
                     if (seen == SOME) S(segment_hide)(p + x, words, x, size, vectors);
                     for (int64_t y = x; y < x + queries; y += LANES) {
-                        const VF norm_y = *(VF *)(norm + y), t_norm_y = *(VF *)(t_norm + y);
+                        const VF t_norm_y = *(VF *)(t_norm + y);
                         const VF delta_y = *(VF *)(delta + y), t_delta_y = *(VF *)(t_delta + y);
                         for (int64_t j = y; j < y + size * SPAN; j += SPAN) {
-                            const VF p_j = S(exponential)(*(VF *)(p + j) - norm_y), tp_j = p_j * (*(VF *)(tp + j) - t_norm_y);
+                            const VF p_j = S(weight)(*(VF *)(p + j), norm + y, rest + y), tp_j = p_j * (*(VF *)(tp + j) - t_norm_y);
                             const VF slope = *(VF *)(ds + j) - delta_y;
                             *(VF *)(p + j) = p_j;
                             *(VF *)(tp + j) = tp_j;

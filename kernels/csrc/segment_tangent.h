@@ -11,10 +11,10 @@ void S(segment_attention_tangent)(const segment_call *call, double scale) {
     if (!tasks) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        REAL *memory = scratch((size_t)(SPAN * (2 * d + 2 * KEYS + e + 2)) * sizeof(REAL));
+        REAL *memory = scratch((size_t)(SPAN * (2 * d + 2 * KEYS + e + 3)) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_t = memory, *tq_t = q_t + d * SPAN, *p = tq_t + d * SPAN, *w = p + KEYS * SPAN, *acc = w + KEYS * SPAN;
-        REAL *norm = acc + e * SPAN, *sum = norm + SPAN;
+        REAL *norm = acc + e * SPAN, *rest = norm + SPAN, *sum = rest + SPAN;
         int32_t at[KEYS];
         uint32_t words[KEYS];
 #pragma omp for schedule(dynamic)
@@ -24,13 +24,15 @@ void S(segment_attention_tangent)(const segment_call *call, double scale) {
             const int32_t *positions = lists.data + block->positions;
             const uint8_t *kept = segment_kept(call, block, batch);
             const REAL *k = S(head)(of + 1, batch, keys), *v = S(head)(of + 2, batch, keys), *out = S(head)(of + 3, batch, head);
-            const REAL *lse = S(head)(of + 4, batch, head), *tq = S(head)(of + 5, batch, head), *tk = S(head)(of + 6, batch, keys);
+            const double *lse = double_row(of + 4, batch, head, 0);
+            const REAL *tq = S(head)(of + 5, batch, head), *tk = S(head)(of + 6, batch, keys);
             const REAL *tv = S(head)(of + 7, batch, keys);
-            REAL *t_out = S(head)(of + 8, batch, head), *t_lse = S(head)(of + 9, batch, head);
+            REAL *t_out = S(head)(of + 8, batch, head);
+            double *t_lse = double_row(of + 9, batch, head, 0);
             S(segment_queries)(q_t, NULL, 0, S(head)(of, batch, head), of->row, positions, block->rows, d, (REAL)scale);
             if (tq) S(segment_queries)(tq_t, NULL, 0, tq, of[5].row, positions, block->rows, d, (REAL)scale);
-            memset(acc, 0, (size_t)(SPAN * (e + 2)) * sizeof(REAL));
-            for (int64_t i = 0; i < block->rows; i++) norm[i] = lse[positions[i] * of[4].row];
+            memset(acc, 0, (size_t)(SPAN * (e + 3)) * sizeof(REAL));
+            for (int64_t i = 0; i < block->rows; i++) S(split)(lse[positions[i] * of[4].row], norm + i, rest + i);
             for (const segment_tile *tile = lists.tiles + block->first; tile < lists.tiles + block->end; tile++) {
                 const int seen = segment_keys(&lists, tile, kept, at, words);
                 if (seen == NOBODY) continue;
@@ -40,14 +42,14 @@ void S(segment_attention_tangent)(const segment_call *call, double scale) {
                 if (tk) S(segment_scores)(w + x, tk, of[6].row, at, q_t + x, tile->count, d, vectors, tq != NULL);
                 if (seen == SOME) S(segment_hide)(p + x, words, x, tile->count, vectors);
                 for (int64_t y = x; y < x + queries; y += LANES) {
-                    VF total = *(VF *)(sum + y);
+                    VF total = {0};
                     for (int64_t j = 0; j < tile->count; j++) {
                         VF *p_j = (VF *)(p + j * SPAN + y), *w_j = (VF *)(w + j * SPAN + y);
-                        *p_j = S(exponential)(*p_j - *(VF *)(norm + y));
+                        *p_j = S(weight)(*p_j, norm + y, rest + y);
                         *w_j = tq || tk ? *w_j * *p_j : (VF){0};
                         total += *w_j;
                     }
-                    *(VF *)(sum + y) = total;
+                    *(VF *)(sum + y) += total;
                 }
                 if (tq || tk) S(segment_values)(acc + x, v, of[2].row, at, w + x, NULL, tile->count, e, vectors);
                 if (tv) S(segment_values)(acc + x, tv, of[7].row, at, p + x, NULL, tile->count, e, vectors);

@@ -93,7 +93,7 @@ static int segment_keys(const segment_lists *lists, const segment_tile *tile, co
         VF sum[R][X];                                                                               \
         for (int r = 0; r < R; r++) row[r] = k + at[i + r] * k_row;                                 \
         for (int r = 0; r < R; r++)                                                                 \
-            for (int x = 0; x < X; x++) sum[r][x] = more ? ((VF *)(p + (i + r) * SPAN))[x] : (VF){0}; \
+            for (int x = 0; x < X; x++) sum[r][x] = (VF){0};                                        \
         for (int64_t c = 0; c < d; c++) {                                                           \
             VF q_c[X];                                                                              \
             for (int x = 0; x < X; x++) q_c[x] = ((const VF *)(q_t + c * SPAN))[x];                 \
@@ -101,7 +101,10 @@ static int segment_keys(const segment_lists *lists, const segment_tile *tile, co
                 for (int x = 0; x < X; x++) sum[r][x] += row[r][c] * q_c[x];                        \
         }                                                                                           \
         for (int r = 0; r < R; r++)                                                                 \
-            for (int x = 0; x < X; x++) ((VF *)(p + (i + r) * SPAN))[x] = sum[r][x];                \
+            for (int x = 0; x < X; x++) {                                                           \
+                VF *p_r = (VF *)(p + (i + r) * SPAN) + x;                                           \
+                *p_r = more ? *p_r + sum[r][x] : sum[r][x];                                         \
+            }                                                                                       \
     }
 
 /* p [count][queries] = (more: +=) k[at] q_t, the scores of keys, whose rows lie k_row apart, with queries q_t [d][queries]. */
@@ -117,10 +120,7 @@ static void S(segment_scores)(REAL *restrict p, const REAL *restrict k, int64_t 
     for (; i + R <= e; i += R) {                                                                    \
         VF sum[R][X];                                                                               \
         for (int r = 0; r < R; r++)                                                                 \
-            for (int x = 0; x < X; x++) {                                                           \
-                sum[r][x] = ((VF *)(acc + (i + r) * SPAN))[x];                                      \
-                if (shrink) sum[r][x] *= ((const VF *)shrink)[x];                                   \
-            }                                                                                       \
+            for (int x = 0; x < X; x++) sum[r][x] = (VF){0};                                        \
         for (int64_t j = 0; j < count; j++) {                                                       \
             const REAL *v_j = v + at[j] * v_row + i;                                                \
             VF p_j[X];                                                                              \
@@ -129,7 +129,10 @@ static void S(segment_scores)(REAL *restrict p, const REAL *restrict k, int64_t 
                 for (int x = 0; x < X; x++) sum[r][x] += v_j[r] * p_j[x];                           \
         }                                                                                           \
         for (int r = 0; r < R; r++)                                                                 \
-            for (int x = 0; x < X; x++) ((VF *)(acc + (i + r) * SPAN))[x] = sum[r][x];              \
+            for (int x = 0; x < X; x++) {                                                           \
+                VF *acc_r = (VF *)(acc + (i + r) * SPAN) + x;                                       \
+                *acc_r = (shrink ? *acc_r * ((const VF *)shrink)[x] : *acc_r) + sum[r][x];          \
+            }                                                                                       \
     }
 
 /* acc [e][queries] = acc shrink + v[at]^T p, a weighted sum of values, whose rows lie v_row apart; shrink [queries] or NULL. */
@@ -147,7 +150,7 @@ static void S(segment_values)(REAL *restrict acc, const REAL *restrict v, int64_
         VF sum[R][X];                                                                               \
         for (int r = 0; r < R; r++) row[r] = dk + at[i + r] * dk_row;                               \
         for (int r = 0; r < R; r++)                                                                 \
-            for (int x = 0; x < X; x++) sum[r][x] = ((VF *)row[r])[x];                              \
+            for (int x = 0; x < X; x++) sum[r][x] = (VF){0};                                        \
         for (int64_t y = 0; y < queries; y++) {                                                     \
             VF q_y[X];                                                                              \
             for (int x = 0; x < X; x++) q_y[x] = ((const VF *)(q + y * width))[x];                  \
@@ -155,7 +158,7 @@ static void S(segment_values)(REAL *restrict acc, const REAL *restrict v, int64_
                 for (int x = 0; x < X; x++) sum[r][x] += p[(i + r) * SPAN + y] * q_y[x];            \
         }                                                                                           \
         for (int r = 0; r < R; r++)                                                                 \
-            for (int x = 0; x < X; x++) ((VF *)row[r])[x] = sum[r][x];                              \
+            for (int x = 0; x < X; x++) ((VF *)row[r])[x] += sum[r][x];                             \
     }
 
 /* dk[at] += p q, a sum over queries: p [count][queries], q [queries][width], width a whole number of vectors. */

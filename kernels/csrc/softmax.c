@@ -27,14 +27,14 @@ static void S(weigh)(REAL *p, int64_t count, int64_t e, int64_t x, REAL *acc, RE
             VF score = *(VF *)(p + j * WIDTH + x);
             best = S(select)(score > best, score, best);
         }
-        VF base = S(select)(best == nothing, (VF){0}, best), shrink = S(exponential)(old - base), total = *(VF *)(sum + x) * shrink;
+        VF base = S(select)(best == nothing, (VF){0}, best), shrink = S(exponential)(old - base), total = {0};
         for (int64_t j = 0; j < count; j++) {
             VF *p_j = (VF *)(p + j * WIDTH + x);
             *p_j = S(exponential)(*p_j - base);
             total += *p_j;
         }
         for (int64_t c = 0; c < e; c++) *(VF *)(acc + c * WIDTH + x) *= shrink;
-        *(VF *)(sum + x) = total;
+        *(VF *)(sum + x) = *(VF *)(sum + x) * shrink + total;
         *(VF *)(top + x) = best;
     }
 }
@@ -68,10 +68,11 @@ void S(softmax)(const softmax_call *call, double scale) {
                 S(weigh)(p, count, e, x, acc, sum, top);
                 S(values)(acc, v + j0 * of[2].row, of[2].row, p, count, e, x);
             }
-            REAL *out = S(head)(of + 3, batch, head) + i0 * of[3].row, *lse = S(head)(of + 4, batch, head) + i0 * of[4].row;
+            REAL *out = S(head)(of + 3, batch, head) + i0 * of[3].row;
+            double *lse = double_row(of + 4, batch, head, i0);
             for (int64_t i = 0; i < rows; i++) {
                 const int empty = top[i] == -INFINITY;
-                lse[i * of[4].row] = empty ? 0 : top[i] + (REAL)log((double)sum[i]);
+                lse[i * of[4].row] = empty ? 0 : (double)top[i] + log((double)sum[i]);
                 sum[i] = empty ? 0 : 1 / sum[i];
             }
             for (int64_t c = 0; c < e; c++)
@@ -93,10 +94,11 @@ void S(softmax_backward)(const softmax_call *call, double scale) {
     if (!tasks) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        REAL *memory = scratch((size_t)(WIDTH * (2 * d + e + wide_d + wide_e + 2 + 2 * KEYS) + own_d + own_e) * sizeof(REAL));
+        REAL *memory = scratch((size_t)(WIDTH * (2 * d + e + wide_d + wide_e + 3 + 2 * KEYS) + own_d + own_e) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_r = memory, *g_r = q_r + wide_d * WIDTH, *q_t = g_r + wide_e * WIDTH, *g_t = q_t + d * WIDTH, *dq_t = g_t + e * WIDTH;
-        REAL *norm = dq_t + d * WIDTH, *delta = norm + WIDTH, *p = delta + WIDTH, *ds = p + KEYS * WIDTH, *own = ds + KEYS * WIDTH;
+        REAL *norm = dq_t + d * WIDTH, *rest = norm + WIDTH, *delta = rest + WIDTH, *p = delta + WIDTH, *ds = p + KEYS * WIDTH;
+        REAL *own = ds + KEYS * WIDTH;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t batch = task / g, keys = task % g, k_row = of[2].row, v_row = of[3].row;
@@ -107,14 +109,14 @@ void S(softmax_backward)(const softmax_call *call, double scale) {
                 const int64_t head = keys * shared + block / blocks, i0 = block % blocks * WIDTH, rows = min64(WIDTH, n - i0);
                 const int64_t end = causal ? min64(m, start + i0 + rows) : m, diagonal = causal ? start + i0 : m;
                 const REAL *grad = S(head)(of, batch, head) + i0 * of->row, *out = S(head)(of + 4, batch, head) + i0 * of[4].row;
-                const REAL *lse = S(head)(of + 5, batch, head) + i0 * of[5].row;
+                const double *lse = double_row(of + 5, batch, head, i0);
                 const uint8_t *seen = mask_row(call, batch, head, i0);
                 S(queries)(q_t, q_r, wide_d, S(head)(of + 1, batch, head) + i0 * of[1].row, of[1].row, rows, d, (REAL)scale);
                 S(queries)(g_t, g_r, wide_e, grad, of->row, rows, e, 1);
-                memset(dq_t, 0, (size_t)(WIDTH * (d + 2)) * sizeof(REAL));
+                memset(dq_t, 0, (size_t)(WIDTH * (d + 3)) * sizeof(REAL));
                 for (int64_t i = 0; i < rows; i++) {
-                    norm[i] = lse[i * of[5].row];
-                    for (int64_t c = 0; c < e; c++) delta[i] += grad[i * of->row + c] * out[i * of[4].row + c];
+                    S(split)(lse[i * of[5].row], norm + i, rest + i);
+                    delta[i] = (REAL)S(product)(grad + i * of->row, out + i * of[4].row, e);
                 }
                 for (int64_t j0 = 0, x, count; j0 < end; j0 += count) {
                     count = next_tile(j0, end, KEYS, diagonal, LANES, &x);
@@ -124,7 +126,7 @@ void S(softmax_backward)(const softmax_call *call, double scale) {
                     for (int64_t j = 0; j < count * WIDTH; j += WIDTH)
                         for (int64_t y = x; y < WIDTH; y += LANES) {
                             VF *p_j = (VF *)(p + j + y), *ds_j = (VF *)(ds + j + y);
-                            *p_j = S(exponential)(*p_j - *(VF *)(norm + y));
+                            *p_j = S(weight)(*p_j, norm + y, rest + y);
                             *ds_j = *p_j * (*ds_j - *(VF *)(delta + y));
                         }
                     S(values)(dq_t, k + j0 * k_row, k_row, ds, count, d, x);

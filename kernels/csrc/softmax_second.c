@@ -33,13 +33,13 @@ void S(softmax_second)(const softmax_call *call, double scale) {
     if (!tasks) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        const int64_t block_size = WIDTH * (3 * d + 2 * e + 2 * wide_d + 2 * wide_e + 4 * KEYS + 4);
+        const int64_t block_size = WIDTH * (3 * d + 2 * e + 2 * wide_d + 2 * wide_e + 4 * KEYS + 5);
         REAL *memory = scratch((size_t)(block_size + own_d + own_e) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_r = memory, *tq_r = q_r + wide_d * WIDTH, *g_r = tq_r + wide_d * WIDTH, *tg_r = g_r + wide_e * WIDTH;
         REAL *p = tg_r + wide_e * WIDTH, *ds = p + KEYS * WIDTH, *tp = ds + KEYS * WIDTH, *tds = tp + KEYS * WIDTH;
         REAL *q_t = tds + KEYS * WIDTH, *tq_t = q_t + d * WIDTH, *g_t = tq_t + d * WIDTH, *tg_t = g_t + e * WIDTH;
-        REAL *dq_t = tg_t + e * WIDTH, *norm = dq_t + d * WIDTH, *t_norm = norm + WIDTH, *delta = t_norm + WIDTH;
+        REAL *dq_t = tg_t + e * WIDTH, *norm = dq_t + d * WIDTH, *rest = norm + WIDTH, *t_norm = rest + WIDTH, *delta = t_norm + WIDTH;
         REAL *t_delta = delta + WIDTH, *own = t_delta + WIDTH;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {
@@ -52,7 +52,7 @@ void S(softmax_second)(const softmax_call *call, double scale) {
                 const int64_t head = keys * shared + block / blocks, i0 = block % blocks * WIDTH, rows = min64(WIDTH, n - i0);
                 const int64_t end = causal ? min64(m, start + i0 + rows) : m, diagonal = causal ? start + i0 : m;
                 const REAL *grad = S(head)(of, batch, head) + i0 * of->row, *out = S(head)(of + 4, batch, head) + i0 * of[4].row;
-                const REAL *lse = S(head)(of + 5, batch, head) + i0 * of[5].row, *t_lse = S(head)(of + 7, batch, head) + i0 * of[7].row;
+                const double *lse = double_row(of + 5, batch, head, i0), *t_lse = double_row(of + 7, batch, head, i0);
                 const REAL *t_out = S(head)(of + 6, batch, head) + i0 * of[6].row;
                 const REAL *tg = S(head)(of + 8, batch, head), *tq = S(head)(of + 9, batch, head);
                 const uint8_t *seen = mask_row(call, batch, head, i0);
@@ -60,15 +60,13 @@ void S(softmax_second)(const softmax_call *call, double scale) {
                 S(queries)(g_t, g_r, wide_e, grad, of->row, rows, e, 1);
                 if (tq) S(queries)(tq_t, tq_r, wide_d, tq + i0 * of[9].row, of[9].row, rows, d, (REAL)scale);
                 if (tg) S(queries)(tg_t, tg_r, wide_e, tg += i0 * of[8].row, of[8].row, rows, e, 1);
-                memset(dq_t, 0, (size_t)(WIDTH * (d + 4)) * sizeof(REAL));
+                memset(dq_t, 0, (size_t)(WIDTH * (d + 5)) * sizeof(REAL));
                 for (int64_t i = 0; i < rows; i++) {
-                    norm[i] = lse[i * of[5].row];
-                    t_norm[i] = t_lse[i * of[7].row];
-                    for (int64_t c = 0; c < e; c++) {
-                        delta[i] += grad[i * of->row + c] * out[i * of[4].row + c];
-                        t_delta[i] += grad[i * of->row + c] * t_out[i * of[6].row + c];
-                        if (tg) t_delta[i] += tg[i * of[8].row + c] * out[i * of[4].row + c];
-                    }
+                    S(split)(lse[i * of[5].row], norm + i, rest + i);
+                    t_norm[i] = (REAL)t_lse[i * of[7].row];
+                    delta[i] = (REAL)S(product)(grad + i * of->row, out + i * of[4].row, e);
+                    t_delta[i] = (REAL)(S(product)(grad + i * of->row, t_out + i * of[6].row, e) +
+                                        (tg ? S(product)(tg + i * of[8].row, out + i * of[4].row, e) : 0));
                 }
                 for (int64_t j0 = 0, x, count; j0 < end; j0 += count) {
                     count = next_tile(j0, end, KEYS, diagonal, LANES, &x);
@@ -78,10 +76,10 @@ void S(softmax_second)(const softmax_call *call, double scale) {
                     S(pair)(tds, v + j0 * v_row, v_row, tg ? tg_t : NULL, tv ? tv + j0 * tv_row : NULL, tv_row, g_t, count, e, x);
                     S(hide)(p, x, rows, count, j0 - diagonal, seen ? seen + j0 : NULL, call->mask.row);
                     for (int64_t y = x; y < WIDTH; y += LANES) {
-                        const VF norm_y = *(VF *)(norm + y), t_norm_y = *(VF *)(t_norm + y);
+                        const VF t_norm_y = *(VF *)(t_norm + y);
                         const VF delta_y = *(VF *)(delta + y), t_delta_y = *(VF *)(t_delta + y);
                         for (int64_t j = y; j < y + count * WIDTH; j += WIDTH) {
-                            const VF p_j = S(exponential)(*(VF *)(p + j) - norm_y), tp_j = p_j * (*(VF *)(tp + j) - t_norm_y);
+                            const VF p_j = S(weight)(*(VF *)(p + j), norm + y, rest + y), tp_j = p_j * (*(VF *)(tp + j) - t_norm_y);
                             const VF slope = *(VF *)(ds + j) - delta_y;
                             *(VF *)(p + j) = p_j;
                             *(VF *)(tp + j) = tp_j;

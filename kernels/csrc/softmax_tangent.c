@@ -22,10 +22,10 @@ void S(softmax_tangent)(const softmax_call *call, double scale) {
     if (!tasks || !g) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        REAL *memory = scratch((size_t)(WIDTH * (2 * d + 2 * KEYS + e + 2)) * sizeof(REAL));
+        REAL *memory = scratch((size_t)(WIDTH * (2 * d + 2 * KEYS + e + 3)) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_t = memory, *tq_t = q_t + d * WIDTH, *p = tq_t + d * WIDTH, *w = p + KEYS * WIDTH, *acc = w + KEYS * WIDTH;
-        REAL *norm = acc + e * WIDTH, *sum = norm + WIDTH;
+        REAL *norm = acc + e * WIDTH, *rest = norm + WIDTH, *sum = rest + WIDTH;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             /* The last queries of a causal head have the most keys: first, so that no thread is left with them alone. */
@@ -33,13 +33,14 @@ void S(softmax_tangent)(const softmax_call *call, double scale) {
             const int64_t batch = task / blocks / h, head = task / blocks % h, keys = head / (h / g);
             const REAL *k = S(head)(of + 1, batch, keys), *v = S(head)(of + 2, batch, keys), *tq = S(head)(of + 5, batch, head);
             const REAL *tk = S(head)(of + 6, batch, keys), *tv = S(head)(of + 7, batch, keys);
-            const REAL *out = S(head)(of + 3, batch, head) + i0 * of[3].row, *lse = S(head)(of + 4, batch, head) + i0 * of[4].row;
+            const REAL *out = S(head)(of + 3, batch, head) + i0 * of[3].row;
+            const double *lse = double_row(of + 4, batch, head, i0);
             const uint8_t *seen = mask_row(call, batch, head, i0);
             const int64_t end = causal ? min64(m, start + i0 + rows) : m, diagonal = causal ? start + i0 : m;
             S(queries)(q_t, NULL, 0, S(head)(of, batch, head) + i0 * of->row, of->row, rows, d, (REAL)scale);
             if (tq) S(queries)(tq_t, NULL, 0, tq + i0 * of[5].row, of[5].row, rows, d, (REAL)scale);
-            memset(acc, 0, (size_t)(WIDTH * (e + 2)) * sizeof(REAL));
-            for (int64_t i = 0; i < rows; i++) norm[i] = lse[i * of[4].row];
+            memset(acc, 0, (size_t)(WIDTH * (e + 3)) * sizeof(REAL));
+            for (int64_t i = 0; i < rows; i++) S(split)(lse[i * of[4].row], norm + i, rest + i);
             for (int64_t j0 = 0, x, count; j0 < end; j0 += count) {
                 count = next_tile(j0, end, KEYS, diagonal, LANES, &x);
                 S(scores)(p, k + j0 * of[1].row, of[1].row, q_t, count, d, x, 0);
@@ -47,18 +48,18 @@ void S(softmax_tangent)(const softmax_call *call, double scale) {
                 if (tq) S(scores)(w, k + j0 * of[1].row, of[1].row, tq_t, count, d, x, 0);
                 if (tk) S(scores)(w, tk + j0 * of[6].row, of[6].row, q_t, count, d, x, tq != NULL);
                 for (int64_t y = x; y < WIDTH; y += LANES) {
-                    const VF norm_y = *(VF *)(norm + y);
-                    VF total = *(VF *)(sum + y);
+                    VF total = {0};
                     for (int64_t j = y; j < y + count * WIDTH; j += WIDTH) {
-                        *(VF *)(p + j) = S(exponential)(*(VF *)(p + j) - norm_y);
+                        *(VF *)(p + j) = S(weight)(*(VF *)(p + j), norm + y, rest + y);
                         if (tq || tk) total += *(VF *)(w + j) *= *(VF *)(p + j);
                     }
-                    *(VF *)(sum + y) = total;
+                    *(VF *)(sum + y) += total;
                 }
                 if (tq || tk) S(values)(acc, v + j0 * of[2].row, of[2].row, w, count, e, x);
                 if (tv) S(values)(acc, tv + j0 * of[7].row, of[7].row, p, count, e, x);
             }
-            REAL *t_out = S(head)(of + 8, batch, head) + i0 * of[8].row, *t_lse = S(head)(of + 9, batch, head) + i0 * of[9].row;
+            REAL *t_out = S(head)(of + 8, batch, head) + i0 * of[8].row;
+            double *t_lse = double_row(of + 9, batch, head, i0);
             S(turn)(t_out, of[8].row, acc, WIDTH, e, rows);
             for (int64_t i = 0; i < rows; i++) {
                 t_lse[i * of[9].row] = sum[i];

@@ -77,12 +77,32 @@ static inline VF S(exponential)(VF x) {
     return (VF)(~vanishes & ((S(ints))sum + ((S(ints))shifted << FRACTION_BITS)));
 }
 
-/* c[r][0 .. X vectors) = (more: +=) sum_k a[r * row + k * column] b[k][..] for the R rows from i on, as many sums in registers. */
+/* exp(score - level), level a row's log-sum-exp. A level in the hundreds, rounded, would be an error in all weights of the row: so it
+ * is two numbers, the second what the first lacks. */
+static inline VF S(weight)(VF score, const REAL *level, const REAL *rest) {
+    return S(exponential)((score - *(const VF *)level) - *(const VF *)rest);
+}
+
+/* level and rest of row i. */
+static inline void S(split)(double lse, REAL *level, REAL *rest) {
+    *level = (REAL)lse;
+    *rest = (REAL)(lse - (double)*level);
+}
+
+/* x . y, added up in the order in which `multiply` does. */
+static inline REAL S(product)(const REAL *x, const REAL *y, int64_t count) {
+    REAL sum = 0;
+    for (int64_t c = 0; c < count; c++) sum += x[c] * y[c];
+    return sum;
+}
+
+/* c[r][0 .. X vectors) = (more: +=) sum_k a[r * row + k * column] b[k][..] for the R rows from i on, as many sums in registers. Each
+ * sum starts at zero and is added as a whole: of a long row of tiles, errors grow with a tile's keys and with the tiles, not both. */
 #define MULTIPLY(R, X)                                                                                                      \
     for (; i + R <= rows; i += R) {                                                                                         \
         VF sum[R][X];                                                                                                       \
         for (int r = 0; r < R; r++)                                                                                         \
-            for (int x = 0; x < X; x++) sum[r][x] = more ? ((VF *)(c + (i + r) * c_row))[x] : (VF){0};                      \
+            for (int x = 0; x < X; x++) sum[r][x] = (VF){0};                                                                \
         for (int64_t k = 0; k < inner; k++) {                                                                               \
             VF b_k[X];                                                                                                      \
             for (int x = 0; x < X; x++) b_k[x] = ((const VF *)(b + k * b_row))[x];                                          \
@@ -90,7 +110,10 @@ static inline VF S(exponential)(VF x) {
                 for (int x = 0; x < X; x++) sum[r][x] += a[(i + r) * row + k * column] * b_k[x];                            \
         }                                                                                                                   \
         for (int r = 0; r < R; r++)                                                                                         \
-            for (int x = 0; x < X; x++) ((VF *)(c + (i + r) * c_row))[x] = sum[r][x];                                       \
+            for (int x = 0; x < X; x++) {                                                                                   \
+                VF *c_r = (VF *)(c + (i + r) * c_row) + x;                                                                  \
+                *c_r = more ? *c_r + sum[r][x] : sum[r][x];                                                                 \
+            }                                                                                                               \
     }
 
 /* Sums that fit the registers: 32 vectors with AVX-512, 16 else. */

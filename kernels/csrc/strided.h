@@ -9,4 +9,9 @@
 typedef struct {
     int64_t address, batch, head, row;
 } strided;
+
+/* Row i of one head of a tensor of doubles. */
+static inline double *double_row(const strided *t, int64_t batch, int64_t head, int64_t i) {
+    return (double *)(intptr_t)t->address + batch * t->batch + head * t->head + i * t->row;
+}
 #endif

@@ -37,7 +37,7 @@ def _fake(q, k, v, k_late, v_late, mask, first, m, scale):
 
 
 # out [b, h, n, e]: the queries stand at the end of m keys, the first `first` of which are in k and v.
-attend = Operator("decode_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor k_late, Tensor v_late, Tensor? mask, SymInt first, "
+attend = Operator("decode_native", 2, "(Tensor q, Tensor k, Tensor v, Tensor k_late, Tensor v_late, Tensor? mask, SymInt first, "
                   "SymInt m, float scale) -> Tensor", fake=_fake, cpu=_attend)
 attend.flops(lambda q, k, v, k_late, v_late, mask, first, m, scale, **kwargs: 2 * q[0] * q[1] * q[2] * m * (q[3] + v[3]))
 attend.split((1, 1, 1, 1, 1, (1,)), (1,))

@@ -64,7 +64,7 @@ def operators(name: str, lists: Callable[..., Lists]) -> SegmentOperators:
 
     def attend(q, k, v, keep, layout, pattern, scale):
         q, k, v = rows(q, k, v)
-        out, lse = merged(q, v.shape[3]), torch.empty(q.shape[:3], dtype=q.dtype)
+        out, lse = merged(q, v.shape[3]), torch.empty(q.shape[:3], dtype=torch.float64)
         _call("segment_attention", made(q, layout, pattern), keep, (q, k, v, out, lse), q, v, 2, scale)
         return out, lse
 
@@ -87,7 +87,7 @@ def operators(name: str, lists: Callable[..., Lists]) -> SegmentOperators:
               (g, q, k, v, out, lse, t_out, t_lse, tg, tq, tk, tv, *grads), q, v, 12, scale)
         return grads
 
-    return declare(name, {"cpu": (attend, backward, tangent, second)}, merged)
+    return declare(name, {"cpu": (attend, backward, tangent, second)}, merged, wide=True)
 
 
 def _contiguous(like: Tensor, width: int) -> Tensor:
@@ -95,27 +95,31 @@ def _contiguous(like: Tensor, width: int) -> Tensor:
 
 
 def declare(name: str, functions: dict[str, tuple[Callable, ...]],
-            result: Callable[[Tensor, int], Tensor] = _contiguous) -> SegmentOperators:
+            result: Callable[[Tensor, int], Tensor] = _contiguous, wide: bool = False) -> SegmentOperators:
     """The operators `name`, of which functions["cpu"] and ["cuda"] compute value, gradient, tangent and the gradient's tangent.
 
-    result(like, width): an empty [b, heads, n, width] as the functions lay out theirs, for tracing.
+    result(like, width): an empty [b, heads, n, width] as the functions lay out theirs, for tracing. wide: lse and its tangent are
+    float64 whatever the arguments are, else as wide as they; see csrc/softmax_tile.h.
     """
     of = [{device: four[i] for device, four in functions.items()} for i in range(4)]
+    def fake_level(like):
+        return like.new_empty(like.shape[:3], dtype=torch.float64 if wide else like.dtype)
+
     rest = "Tensor? layout, SymInt[] pattern, float scale) -> "
     found = SegmentOperators(
         # out [b, h, n, e] and the scores' log-sum-exp [b, h, n] (0 for a row that sees nothing).
-        Operator(name, 2, f"(Tensor q, Tensor k, Tensor v, Tensor? keep, {rest}(Tensor, Tensor)", **of[0],
-                 fake=lambda q, k, v, *_: (result(q, v.shape[3]), q.new_empty(q.shape[:3]))),
+        Operator(name, 3, f"(Tensor q, Tensor k, Tensor v, Tensor? keep, {rest}(Tensor, Tensor)", **of[0],
+                 fake=lambda q, k, v, *_: (result(q, v.shape[3]), fake_level(q))),
         # Gradients of q, k, v given g, that of out.
-        Operator(f"{name}_backward", 2, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, "
+        Operator(f"{name}_backward", 3, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, "
                  f"{rest}(Tensor, Tensor, Tensor)", **of[1],
                  fake=lambda g, q, k, v, *_: tuple(result(t, t.shape[3]) for t in (q, k, v))),
         # Tangents of out and lse given those of q, k, v.
-        Operator(f"{name}_tangent", 2, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, Tensor? tq, "
+        Operator(f"{name}_tangent", 3, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, Tensor? tq, "
                  f"Tensor? tk, Tensor? tv, {rest}(Tensor, Tensor)", **of[2],
-                 fake=lambda q, k, v, keep, out, lse, *_: (result(out, out.shape[3]), q.new_empty(lse.shape))),
+                 fake=lambda q, k, v, keep, out, lse, *_: (result(out, out.shape[3]), fake_level(q))),
         # Tangents of backward's gradients, given those of out and lse, and of g, q, k, v.
-        Operator(f"{name}_second", 2, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, "
+        Operator(f"{name}_second", 3, "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor lse, "
                  f"Tensor t_out, Tensor t_lse, Tensor? tg, Tensor? tq, Tensor? tk, Tensor? tv, {rest}"
                  "(Tensor, Tensor, Tensor)", **of[3],
                  fake=lambda g, q, k, v, *_: tuple(result(t, t.shape[3]) for t in (q, k, v))))

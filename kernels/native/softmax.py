@@ -52,9 +52,10 @@ def _torch_is_better(q: Tensor, k: Tensor) -> bool:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
     if _torch_is_better(q, k):
-        return aten.attend(q, k, v, mask, start, scale)
+        out, lse = aten.attend(q, k, v, mask, start, scale)
+        return out, lse.double()
     q, k, v, mask = rows(q, k, v, mask)
-    out, lse = merged(q, v.shape[3]), torch.empty(q.shape[:3], dtype=q.dtype)
+    out, lse = merged(q, v.shape[3]), torch.empty(q.shape[:3], dtype=torch.float64)
     _call("softmax", "softmax", mask, (q, k, v, out, lse), _sizes(q, k, v), start, scale)
     return out, lse
 
@@ -63,7 +64,7 @@ def _attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | 
                      start: int | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     # One task is a key head; on one core ours is four times as fast.
     if _torch_is_better(q, k) or _HEADS["speed"] * k.shape[0] * k.shape[1] < torch.get_num_threads():
-        return aten.attend_backward(g, q, k, v, mask, out, lse, start, scale)
+        return aten.attend_backward(g, q, k, v, mask, out, lse.to(q.dtype), start, scale)
     g, q, k, v, mask, out = rows(g, q, k, v, mask, out)
     grads = tuple(merged(t, t.shape[3]) for t in (q, k, v))
     _call("softmax", "softmax_backward", mask, (g, q, k, v, out, lse, *grads), _sizes(q, k, v), start, scale)
@@ -73,7 +74,8 @@ def _attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | 
 def _tangent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, tq: Tensor | None,
              tk: Tensor | None, tv: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
     if why_not("softmax_tangent") is not None:
-        return aten.tangent(q, k, v, mask, out, lse, tq, tk, tv, start, scale)
+        t_out, t_lse = aten.tangent(q, k, v, mask, out, lse.to(q.dtype), tq, tk, tv, start, scale)
+        return t_out, t_lse.double()
     q, k, v, mask, out, tq, tk, tv = rows(q, k, v, mask, out, tq, tk, tv)
     moved = merged(out, out.shape[3]), torch.empty(lse.shape, dtype=lse.dtype)
     _call("softmax_tangent", "softmax_tangent", mask, (q, k, v, out, lse, tq, tk, tv, *moved), _sizes(q, k, v), start, scale)
@@ -84,6 +86,7 @@ def _second(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out
             t_lse: Tensor, tg: Tensor | None, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, start: int | None,
             scale: float) -> tuple[Tensor, Tensor, Tensor]:
     if why_not("softmax_second") is not None:
+        lse, t_lse = lse.to(q.dtype), t_lse.to(q.dtype)
         return aten.second(g, q, k, v, mask, out, lse, t_out, t_lse, tg, tq, tk, tv, start, scale)
     g, q, k, v, mask, out, t_out, tg, tq, tk, tv = rows(g, q, k, v, mask, out, t_out, tg, tq, tk, tv)
     grads = tuple(merged(t, t.shape[3]) for t in (q, k, v))
@@ -104,30 +107,35 @@ class SoftmaxOperators(NamedTuple):
     attend_second: Operator
 
 
-def operators(name: str, result: Callable[[Tensor, int], Tensor], **functions: tuple[Callable, ...]) -> SoftmaxOperators:
+def operators(name: str, result: Callable[[Tensor, int], Tensor], wide: bool = False,
+              **functions: tuple[Callable, ...]) -> SoftmaxOperators:
     """The operators `name`; functions["cpu"] and ["cuda"] compute value, gradient, tangent and the gradient's tangent.
 
-    result(like, width): an empty [b, heads, rows, width] as the functions lay out theirs, for tracing.
+    result(like, width): an empty [b, heads, rows, width] as the functions lay out theirs, for tracing. wide: lse and its tangent
+    are float64 whatever the arguments are, else as wide as they; see csrc/softmax_tile.h.
     """
     of = [{device: four[i] for device, four in functions.items()} for i in range(4)]
     given, rest = "Tensor q, Tensor k, Tensor v, Tensor? mask", "SymInt? start, float scale) -> "
+
+    def fake_level(like):
+        return like.new_empty(like.shape[:3], dtype=torch.float64 if wide else like.dtype)
 
     def fake_gradients(g, q, k, v, *rest):
         return tuple(result(t, t.shape[3]) for t in (q, k, v))
 
     found = SoftmaxOperators(
         # out [b, h, n, e] and the scores' log-sum-exp [b, h, n] (of a row that sees nothing, any number).
-        Operator(name, 2, f"({given}, {rest}(Tensor, Tensor)", **of[0],
-                 fake=lambda q, k, v, *rest: (result(q, v.shape[3]), q.new_empty(q.shape[:3]))),
+        Operator(name, 3, f"({given}, {rest}(Tensor, Tensor)", **of[0],
+                 fake=lambda q, k, v, *rest: (result(q, v.shape[3]), fake_level(q))),
         # Gradients of q, k, v given g, that of out.
-        Operator(f"{name}_backward", 2, f"(Tensor g, {given}, Tensor out, Tensor lse, {rest}(Tensor, Tensor, Tensor)", **of[1],
+        Operator(f"{name}_backward", 3, f"(Tensor g, {given}, Tensor out, Tensor lse, {rest}(Tensor, Tensor, Tensor)", **of[1],
                  fake=fake_gradients),
         # Tangents of out and lse given those of q, k, v.
-        Operator(f"{name}_tangent", 2, f"({given}, Tensor out, Tensor lse, Tensor? tq, Tensor? tk, Tensor? tv, {rest}"
+        Operator(f"{name}_tangent", 3, f"({given}, Tensor out, Tensor lse, Tensor? tq, Tensor? tk, Tensor? tv, {rest}"
                  "(Tensor, Tensor)", **of[2],
-                 fake=lambda q, k, v, mask, out, lse, *rest: (result(out, out.shape[3]), lse.new_empty(lse.shape))),
+                 fake=lambda q, k, v, mask, out, lse, *rest: (result(out, out.shape[3]), fake_level(q))),
         # Tangents of attend_backward's gradients, given those of out and lse, and of g, q, k, v.
-        Operator(f"{name}_second", 1, f"(Tensor g, {given}, Tensor out, Tensor lse, Tensor t_out, Tensor t_lse, Tensor? tg, "
+        Operator(f"{name}_second", 2, f"(Tensor g, {given}, Tensor out, Tensor lse, Tensor t_out, Tensor t_lse, Tensor? tg, "
                  f"Tensor? tq, Tensor? tk, Tensor? tv, {rest}(Tensor, Tensor, Tensor)", **of[3], fake=fake_gradients))
     found.attend.flops(lambda q, k, v, *args, **kwargs: _flops(2, q, k, v))
     found.attend_backward.flops(lambda g, q, k, v, *args, **kwargs: _flops(5, q, k, v))
@@ -147,4 +155,4 @@ def _flops(products: int, q, k, v) -> int:
 
 
 attend, attend_backward, attend_tangent, attend_second = operators(
-    "softmax_native", merged, cpu=(_attend, _attend_backward, _tangent, _second))
+    "softmax_native", merged, wide=True, cpu=(_attend, _attend_backward, _tangent, _second))

@@ -174,7 +174,7 @@ def test_heads_of_one_projection_are_neither_copied_before_nor_after():
         return softmax_attention(*split(qkv, 2), causal=True, impl="native").transpose(1, 2).flatten(2)
 
     out = attention(qkv)
-    assert peak_bytes(attention, qkv) == out.nbytes + out.nbytes // 5  # and the logarithms of the sums
+    assert peak_bytes(attention, qkv) == out.nbytes + 2 * out.nbytes // 5  # and the logarithms of the sums, in float64
     assert_close(out, softmax_attention(*split(qkv.double(), 2), causal=True).transpose(1, 2).flatten(2), F32)
 
 
