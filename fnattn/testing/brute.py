@@ -10,7 +10,7 @@ from torch import Tensor
 
 def _heads(q: Tensor, k: Tensor) -> Tensor:
     """k with each key head repeated for the query heads that it serves."""
-    return k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
 
 
 def causal_dot(q: Tensor, k: Tensor, v: Tensor, *, reverse: bool = False) -> Tensor:
@@ -45,12 +45,12 @@ def taylor(q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, sums:
     q_s = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     s = torch.einsum("bhid,bhjd->bhij", q_s, _heads(q, k))
     p = 1 + s + s * s / 2
-    weight = torch.ones_like(k[:, 0, :, 0]) if keep is None else keep.to(k.dtype)  # [b, m]
+    weight = k.new_ones(k.shape[0], k.shape[2]) if keep is None else keep.to(k.dtype)  # [b, m]
     p = p * weight[:, None, None, :]
     if causal:
         p = p.tril()
     above, below = torch.einsum("bhij,bhje->bhie", p, _heads(q, v)), p.sum(-1, keepdim=True)
-    ones = torch.ones_like(v[..., :1])
+    ones = torch.ones_like(k[..., :1])
     total = torch.einsum("bgjf,bgje->bgfe", features(k) * weight[:, None, :, None], torch.cat((v, ones), -1))
     if sums is not None:
         rows, columns = torch.triu_indices(q.shape[-1], q.shape[-1], device=q.device)

@@ -190,6 +190,8 @@ def _query_chunks(x: Tensor, groups: int, causal: bool, chunk: int) -> Tensor:
 
 def _join(x: Tensor, heads: int, length: int) -> Tensor:
     """[b, g, c, r * l, w] -> [b, h, length, w], the inverse of both splits."""
+    if heads == 0:
+        return x.reshape(x.shape[0], 0, length, x.shape[4])
     repeat = heads // x.shape[1] if x.shape[1] else 1
     x = x.unflatten(3, (repeat, x.shape[3] // repeat))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2).narrow(2, 0, length)
