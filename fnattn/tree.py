@@ -79,7 +79,7 @@ def take_apart(*trees: Any) -> tuple[list[list], list]:
     if not torch.compiler.is_compiling():
         apart = [optree.tree_flatten(t, none_is_leaf=True, namespace=NAMESPACE) for t in trees]
         # A class that only torch was told of is a leaf to optree.
-        if not any(type(x) in pytree.SUPPORTED_NODES for items, _ in apart for x in items):
+        if pytree.SUPPORTED_NODES.keys().isdisjoint({type(x) for items, _ in apart for x in items}):
             return [items for items, _ in apart], [form for _, form in apart]
     both = [flatten(t) for t in trees]
     return [items for items, _ in both], [form for _, form in both]
