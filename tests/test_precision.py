@@ -23,15 +23,14 @@ LENGTHS = (1, 63, 64, 65, 1000, 8192)
 # A table of all pairs of 8192 positions is not worth its time here.
 QUADRATIC = {"softmax_attention", "masked_softmax", "coor_descent_attention", "block_sparse_attention", "conv_attention", "axial_attention"}
 # In float32, (how many times plain torch's error, how many roundings on top) where that is more than (2, 1). Measured; to be
-# lowered, never raised. Plain torch sums in chunks, these one position or one tile after the other.
+# lowered, never raised. Here, of 63 to 65 badly scaled keys in gradients of keys, 2.0 and 2.5 times (2.3 with AVX2): roundings of the
+# scores, which plain torch shares, make up most of both. Beside it g . out stands for the mean of g . v_j, whose roundings then do
+# not cancel those of the terms, and which a fused gradient cannot know before its last tile; from 1000 keys on that averages out.
+# "sdpa" is torch's own kernel, which rounds the log-sum-exp to float32.
 WORSE = {
-    ("softmax_attention", "native"): (8, 1),
-    ("cached_attention", "native"): (32, 2),
-    ("block_sparse_attention", "native"): (8, 1),
-    ("conv_attention", "native"): (6, 1),
-    ("conv_attention", "bands"): (4, 1),
-    ("axial_attention", "native"): (6, 1),
-    ("axial_attention", "bands"): (6, 1),
+    ("softmax_attention", "native"): (2.6, 1),
+    ("softmax_attention", "sdpa"): (4, 1),
+    ("axial_attention", "bands"): (2.6, 1),
 }
 PAIRS = [(name, kernel) for name, case in CASES.items() for kernel in importlib.import_module(f"fnattn.ops.{case.module}").KERNELS]
 
