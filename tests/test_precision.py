@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import assert_close
 
+from fnattn import ops
 from fnattn.bench import implementations
 from fnattn.ops.report import CASES
 from fnattn.random import fold_in, key, normal
@@ -138,3 +139,19 @@ def test_nothing_gives_nothing(name, kernel):
     args = [a.float() if a.is_floating_point() else a for a in inputs(name, 0, False, torch.float32)]
     for given, found in zip([None, *[a for a in args if a.is_floating_point()]], value_and_gradients(name, kernel.name, 0, args)):
         assert found.isfinite().all() and (given is None or (found.shape == given.shape and not found.any()))
+
+
+@pytest.mark.parametrize("bad", (False, True), ids=("well scaled", "badly scaled"))
+@pytest.mark.parametrize("queries, keys", ((1, 1000), (7, 8192)))
+def test_few_queries_of_many_keys_err_at_most_twice_as_much_as_plain_torch(queries, keys, bad):
+    count = iter(range(9))
+    given = [draw(bad, count, 1, 2, n, 4).float() for n in (queries, keys, keys)]
+
+    def found(impl, dtype):
+        args = [x.to(dtype).requires_grad_() for x in given]
+        out = ops.softmax_attention(*args, impl=impl)
+        return [out.detach(), *torch.autograd.grad((out * torch.arange(out.numel()).cos().reshape(out.shape)).sum(), args)]
+
+    for ours, plain, truth in zip(found("native", torch.float32), found("reference", torch.float32), found("reference", torch.float64)):
+        far, theirs = ((x - truth).abs().max() / truth.abs().max() for x in (ours, plain))
+        assert far <= 2 * theirs + torch.finfo(torch.float32).eps

@@ -62,8 +62,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | N
 
 def _attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor,
                      start: int | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    if why_not("softmax") is None and _torch_is_better(q, k):
+        return aten.few_backward(g, q, k, v, mask, start, scale)
     # One task is a key head; on one core ours is four times as fast.
-    if _torch_is_better(q, k) or _HEADS["speed"] * k.shape[0] * k.shape[1] < torch.get_num_threads():
+    if why_not("softmax") is not None or _HEADS["speed"] * k.shape[0] * k.shape[1] < torch.get_num_threads():
         return aten.attend_backward(g, q, k, v, mask, out, lse.to(q.dtype), start, scale)
     g, q, k, v, mask, out = rows(g, q, k, v, mask, out)
     grads = tuple(merged(t, t.shape[3]) for t in (q, k, v))

@@ -148,6 +148,25 @@ def attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
     return grads
 
 
+def few_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | None,
+                 scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a few queries, whose table is small beside keys and values: in float64, where torch's kernel loses digits to a
+    log-sum-exp in float32."""
+    dq, dk, dv = _zeros(q, q.shape[3]), _zeros(k, k.shape[3]), _zeros(v, v.shape[3])
+    for here, hidden in _row_blocks(q, k, mask, start):
+        q_h, g_h = q[:, :, here], g[:, :, here]
+        scores = _by_keys(q_h * scale, k).double().masked_fill(hidden, -torch.inf)
+        top = scores.amax(-1, keepdim=True)
+        p = scores.sub_(top.masked_fill_(top == -torch.inf, 0.0)).exp_()
+        p /= p.sum(-1, keepdim=True).clamp_min_(0.5)  # 0 in a row that sees nothing, else at least 1
+        slope = _by_keys(g_h, v).double()
+        ds = ((slope - (p * slope).sum(-1, keepdim=True)) * p * scale).to(q.dtype)
+        dq[:, :, here] = _from_keys(ds, k)
+        dk += _from_queries(ds, q_h)
+        dv += _from_queries(p.to(q.dtype), g_h)
+    return dq, dk, dv
+
+
 def tangent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, tq: Tensor | None,
             tk: Tensor | None, tv: Tensor | None, start: int | None, scale: float) -> tuple[Tensor, Tensor]:
     """Tangents of out and of the logarithm of the row sums, a block of rows at a time."""
