@@ -93,7 +93,7 @@ def test_a_sweep_of_patches_is_a_loop_over_taps_and_positions(key, chunk_size):
 
             assert_close(found.metric[t, position], taps.plant(metric, {name: put})(corrupted))
     assert_close(found.restored, (found.metric - metric(corrupted)) / (metric(clean) - metric(corrupted)))
-    assert not found.restored[:, 0].any()  # before the change nothing differs
+    assert found.restored[:, 0].abs().max() < 1e-12  # before the change nothing differs, but for rounding under vmap
     assert found.restored.abs().max() > 0.01
 
 
