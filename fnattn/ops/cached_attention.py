@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import torch
 from fnattn_kernels import crossovers
-from fnattn_kernels.contracts import reference_jvp
+from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import decode as native
 from fnattn_kernels.native.build import why_not
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ._door import Kernel, check_heads, choose, no_autocast, widen
-from ._softmax_rules import _allowed, weights
 from .softmax import KERNELS as SOFTMAX
 from .softmax import _check_mask
 from .softmax import reference as dense
@@ -108,29 +106,10 @@ def _native(q, k, v, k_late, v_late, mask, first, length, scale):
 
 
 FEW = crossovers.limits("cached_attention", "native, in place")["queries"]
-
-def _gradients(needs, args, outs, cotangents):
-    """By the formulas of `softmax`. Of few queries the table is small beside keys and values: it can afford float64."""
-    q, k, v, k_late, v_late, mask, first, length, scale = args
-    k_all, v_all = join(k, k_late, first, length), join(v, v_late, first, length)
-    h, n, g = q.shape[1], q.shape[2], k.shape[1]
-    q, grad = (x.unflatten(1, (g, h // max(g, 1))) for x in (q, cotangents[0]))
-    scores, slope = torch.einsum("bgrid,bgjd->bgrij", q * scale, k_all), torch.einsum("bgrie,bgje->bgrij", grad, v_all).double()
-    p = weights(scores.double(), _allowed(mask, length - n, n, length, g, q.device))
-    moved = (p * (slope - (p * slope).sum(-1, keepdim=True)) * scale).to(q.dtype)
-    dq = torch.einsum("bgrij,bgjd->bgrid", moved, k_all).flatten(1, 2)
-    dk, dk_late = _parted(torch.einsum("bgrij,bgrid->bgjd", moved, q), k, k_late, first)
-    dv, dv_late = _parted(torch.einsum("bgrij,bgrie->bgje", p.to(q.dtype), grad), v, v_late, first)
-    return (*(x if need else None for x, need in zip((dq, dk, dv, dk_late, dv_late), needs)), None, None, None, None)
-
-
-def _parted(grad, early, late, first):
-    """The inverse of `join`: zeros for rows that it did not take."""
-    rows = grad.shape[2] - first
-    return (pad(grad[:, :, :first], (0, 0, 0, early.shape[2] - first)), pad(grad[:, :, first:], (0, 0, 0, late.shape[2] - rows)))
-
-
-native.attend.derive(vjp=_gradients, jvp=lambda args, outs, tangents: reference_jvp(reference, args, tangents), save_outputs=False)
+native.attend.derive(
+    vjp=lambda needs, args, outs, cotangents: reference_vjp(_joined_native, needs, args, cotangents),
+    jvp=lambda args, outs, tangents: reference_jvp(_joined_native, args, tangents),
+    save_outputs=False)
 
 
 KERNELS = (
