@@ -31,6 +31,7 @@ QUADRATIC = {"softmax_attention", "masked_softmax", "coor_descent_attention", "b
 WORSE = {
     ("softmax_attention", "native"): (2.6, 1),
     ("softmax_attention", "sdpa"): (4, 1),
+    ("cached_attention", "sdpa"): (32, 2),
     ("axial_attention", "bands"): (2.6, 1),
 }
 PAIRS = [(name, kernel) for name, case in CASES.items() for kernel in importlib.import_module(f"fnattn.ops.{case.module}").KERNELS]
