@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
-from torch._C._functorch import get_single_level_autograd_function_allowed, set_single_level_autograd_function_allowed
+from torch._C._functorch import get_single_level_autograd_function_allowed, is_batchedtensor, set_single_level_autograd_function_allowed
 
 from . import sharding
 
@@ -27,6 +27,7 @@ _LIB = torch.library.Library(NAMESPACE, "FRAGMENT")
 _C = torch._C
 _FLOPS: dict[Any, Callable] = {}
 _UNPACK = torch._VF._unpack_dual
+_OWN_VMAP = _C._dispatch_key_parse("VmapMode")  # of torch.autograd.functional and gradcheck; torch.func has another
 OPERATORS: list[Operator] = []  # all that were made
 _RECORDED: list[Operator] | None = None
 
@@ -141,8 +142,8 @@ class Operator:
                 raise DerivativeUnsupported(
                     f"{self.qualified} is a raw kernel without derivatives, and an input carries a gradient or tangent.\n"
                     f"  Call the public operator in fnattn.ops instead.")
-            if self._both is not None and not reverse:
-                return self._along(args)
+            if self._both is not None and not reverse and (split := _apart(args)) is not None:
+                return self._along(split)
             before = get_single_level_autograd_function_allowed()
             set_single_level_autograd_function_allowed(True)
             try:
@@ -152,11 +153,23 @@ class Operator:
         with _C._AutoDispatchBelowADInplaceOrView():
             return self.op.redispatch(keyset & _C._after_autograd_keyset, *args)
 
-    def _along(self, args):
+    def _along(self, split):
         """Value and tangent of a level that has forward mode only."""
-        split = [unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in args]
         outs, tangents = self._both([primal for primal, _ in split], [tangent for _, tangent in split])
         return tuple(make_dual(out, _laid_out(t, out.stride())) for out, t in zip(outs, tangents, strict=True))
+
+
+def _apart(args: Sequence[Any]) -> list[tuple[Any, Tensor | None]] | None:
+    """Primal and tangent of each argument; None where value and tangent are better computed one after the other.
+
+    That is where vmap maps the tangent alone, as jacfwd does: one value serves all tangents. And inside the vmap that
+    torch.autograd.functional and gradcheck have of their own, which cannot make a dual of a mapped value.
+    """
+    if _C._dispatch_tls_is_dispatch_key_included(_OWN_VMAP):
+        return None
+    split = [unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in args]
+    alone = any(t is not None and is_batchedtensor(t) and not is_batchedtensor(primal) for primal, t in split)
+    return None if alone else split
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ TABLE = (
     Crossover("cached_attention", "native", ALWAYS, EPYC),
     # Inside native: reading both parts of a cache where they are, in place of joining them for softmax_attention.
     Crossover("cached_attention", "native, in place", "at most {queries} queries for each key head", EPYC, {"queries": 8}),
+    Crossover("cached_attention", "sdpa", NEVER, f"{EPYC}: the native kernel need not join the parts"),
     Crossover("cached_attention", "triton", NEVER, UNMEASURED),
     Crossover("masked_softmax", "deepspeed", NEVER, UNMEASURED),
     # Under a compiler plain torch is fused with what surrounds it.

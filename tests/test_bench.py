@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fnattn_kernels.contracts import register_flops
 from fnattn_kernels.native import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -267,6 +268,7 @@ def test_a_decode_step_dispatches_few_operators_and_no_more_later(family, compil
 
 
 def test_linformer_mixes_before_it_projects_where_that_is_cheaper():
+    register_flops()
     n, dim, k = 256, 32, 16
     params = linformer.init(random.key(0), linformer.Config(dim=dim, seq_len=n, k=k, heads=2))
     with FlopCounterMode(display=False) as count, torch.no_grad():

@@ -39,7 +39,8 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, k_late: Tensor, v_late: Te
         first, length: ints, first <= c and first <= length <= first + w.
         mask: bool, broadcastable to [b, h, n, length], True where a key may be attended; None: everywhere.
         scale: what the products are multiplied by; default d^-1/2.
-        impl: "reference" is plain torch; "native" insists on the C kernels (CPU), "triton" on Triton's; "auto" chooses.
+        impl: "reference" is plain torch; "native" insists on the C kernels (CPU), "sdpa" on torch's, "triton" on Triton's; "auto"
+            chooses.
     Returns:
         [b, h, n, e] in v's dtype, computed in float32, or in float64 if any input is. Rows that see no key are 0.
     Raises:
@@ -88,7 +89,7 @@ def _joined(run):
 
 reference = _joined(dense)
 _BY_NAME = {kernel.name: kernel for kernel in SOFTMAX}
-_joined_native, _joined_triton = (_joined(_BY_NAME[name].run) for name in ("native", "triton"))
+_joined_native, _joined_sdpa, _joined_triton = (_joined(_BY_NAME[name].run) for name in ("native", "sdpa", "triton"))
 
 
 def _native(q, k, v, k_late, v_late, mask, first, length, scale):
@@ -106,6 +107,7 @@ def _native(q, k, v, k_late, v_late, mask, first, length, scale):
 
 
 FEW = crossovers.limits("cached_attention", "native, in place")["queries"]
+
 native.attend.derive(
     vjp=lambda needs, args, outs, cotangents: reference_vjp(_joined_native, needs, args, cotangents),
     jvp=lambda args, outs, tangents: reference_jvp(_joined_native, args, tangents),
@@ -114,5 +116,6 @@ native.attend.derive(
 
 KERNELS = (
     Kernel("native", _native, _BY_NAME["native"].why_not),
+    Kernel("sdpa", _joined_sdpa, _BY_NAME["sdpa"].why_not),
     Kernel("triton", _joined_triton, _BY_NAME["triton"].why_not),
 )

@@ -76,7 +76,7 @@ static int S(work_new)(S(work) *w, int64_t d, int64_t e, int count, int64_t leng
     int64_t block = max64(BLOCK_FEATURES, d) + 2 * d + 1 + LANES;
     REAL **parts[] = {&w->S, &w->kk, &w->qq, &w->v1, &w->qT, &w->s, &w->phi, &w->acc, &w->R, &w->g1, &w->kT, &w->v1T, &w->g1T,
                       &w->ds, &w->dx, &w->dkk, &w->dqq, &w->dqT, &w->dkT, &w->ts, &w->tu};
-    int64_t sizes[] = {two * w->e1 * w->stride + w->lost, 2 * d * c, 2 * d * c, w->ldv * c, d * c, c * c, block * c, w->e1 * c,
+    int64_t sizes[] = {two * w->e1 * w->stride + w->lost, 2 * d * c, 2 * d * c, w->ldv * c, d * c, c * c, block * c, two * w->e1 * c,
                        two * w->e1 * w->stride + w->lost, w->ldv * c, d * c, two * w->e1 * c, two * w->e1 * c, c * c, d * c,
                        2 * d * c, 2 * d * c, d * c, d * c, c * c, c * c};
     size_t total = 0;

@@ -134,7 +134,8 @@ static void S(group_backward)(S(work) *w, const S(backward) *a) {
         int pairs = j < near && !a->sums0;
         for (int64_t r = 0; r < a->queries && a->causal; r++)
             S(query_gradient)(w, a, r, j, size, !pairs && (j || a->sums0), pairs ? 0 : j, j + size);
-        if (keep_S && (!a->causal || j + CHUNK < m)) S(add_state)(w->S, w->stride, w->lost, w->kk, NULL, w->v1, w->ldv, size, d, w->e1, w->phi);
+        if (keep_S && (!a->causal || j + CHUNK < m))
+            S(add_state)(w->S, w->stride, w->lost, w->kk, NULL, w->v1, w->ldv, size, d, w->e1, w->phi);
     }
     for (int64_t r = 0; r < a->queries && !a->causal; r++)
         for (int64_t i = 0; i < n; i += CHUNK) {

@@ -77,8 +77,20 @@ def _tangent(q, k, v, keep, sums, out, den, tq, tk, tv, tkeep, tsums, hard: bool
     inputs = _plain(q, k, v, keep, sums, out, den, tq, tk, tv, tkeep, tsums)
     outs = [torch.empty(s, dtype=q.dtype) for s in _forward_shapes(q, k, v)]
     if q.shape[0] and k.shape[1]:
-        _run("tangent", [*inputs, *outs], hard, causal, scale, eps)
+        _run("tangent", [*inputs, *outs, None], hard, causal, scale, eps)
     return tuple(outs)
+
+
+def _both(q, k, v, keep, sums, tq, tk, tv, tkeep, tsums, hard: bool, causal: bool, scale: float, eps: float):
+    inputs, moves = _plain(q, k, v, keep, sums), _plain(tq, tk, tv, tkeep, tsums)
+    out, den, total, *along = [torch.empty(s, dtype=q.dtype) for s in 2 * _forward_shapes(q, k, v)]
+    if q.shape[0] and k.shape[1]:
+        _run("tangent", [*inputs, out, den, *moves, *along, total], hard, causal, scale, eps)
+    return out, den, total, *along
+
+
+def _both_fake(q, k, v, *rest):
+    return tuple(q.new_empty(s) for s in 2 * _forward_shapes(q, k, v))
 
 
 def _tangent_fake(q, k, v, keep, sums, out, den, tq, tk, tv, tkeep, tsums, hard, causal, scale, eps):
@@ -114,7 +126,7 @@ def _backward_fake(q, k, v, keep, sums, out, den, grad, grad_sums, hard, causal,
 _OPTIONS = "bool hard, bool causal, float scale, float eps"
 # out [b, h, n, e], den [b, h, n] (sum of p before the clamp), sums [b, g, F, e+1] with this call's keys in them
 forward = Operator(
-    "taylor_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, "
+    "taylor_native", 2, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=_forward_fake, cpu=_forward)
 # gradients of q, k, v, keep ([b, 0] if keep is None or hard) and sums ([b, 0, 0, 0] if None) for the cotangents of out
@@ -128,6 +140,10 @@ tangent = Operator(
     "taylor_tangent_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, Tensor out, Tensor den, "
     f"Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tkeep, Tensor? tsums, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=_tangent_fake, cpu=_tangent)
+# forward's three results and the tangent of each: what value and tangent share is made once
+both = Operator(
+    "taylor_both_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, Tensor? tq, Tensor? tk, Tensor? tv, "
+    f"Tensor? tkeep, Tensor? tsums, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", fake=_both_fake, cpu=_both)
 # tangents of backward's results dq, dk, dv, dsums when q, k, v, sums, grad and grad_sums move (None: do not move); tout and
 # tden are those of out and den. keep must be None or hard
 second = Operator(
@@ -147,8 +163,10 @@ def _flops(products_q: int, products_k: int):
 forward.flops(_flops(1, 1))
 backward.flops(_flops(2, 3))
 tangent.flops(_flops(2, 3))
+both.flops(_flops(3, 3))
 second.flops(_flops(6, 8))
 forward.split((1, 1, 1, None, 1), (1, 1, 1))
 backward.split((1, 1, 1, None, 1, 1, 1, 1, 1), (1, 1, 1, "sum", 1))  # the heads share keep
 tangent.split((1, 1, 1, None, 1, 1, 1, 1, 1, 1, None, 1), (1, 1, 1))
+both.split((1, 1, 1, None, 1, 1, 1, 1, None, 1), (1,) * 6)
 second.split((1, 1, 1, None, *(1,) * 13), (1, 1, 1, 1))

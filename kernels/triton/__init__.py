@@ -1,8 +1,8 @@
 """Operators that Triton compiles for a GPU, on plain contiguous tensors.
 
 Each operator has two kinds of files: `<op>.py` states it and launches it, and imports torch only; `<op>_device.py` and others
-that end so are what the GPU runs, and are imported at the first launch. With TRITON_INTERPRET=1 in the environment before that, Triton interprets the
-kernels in Python on CPU tensors: thousands of times slower, for tests.
+that end so are what the GPU runs, and are imported at the first launch. With TRITON_INTERPRET=1 in the environment before
+that, Triton interprets the kernels in Python on CPU tensors: thousands of times slower, for tests.
 
 Every kernel widens right after it loads and sums in float32 (float64 for float64), with TF32 off. Measured: not yet on a
 GPU; all of them compile for one, and are tested in the interpreter.

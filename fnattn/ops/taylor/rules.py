@@ -23,7 +23,7 @@ def _of_plain_torch(fn: Callable) -> dict[str, Callable]:
 
 
 def derive(kernel: ModuleType) -> None:
-    """Gives kernel.forward, .backward, .tangent and .second, with the arguments of native/taylor.py, their derivatives."""
+    """Gives kernel.forward, .backward, .tangent, .second and, if there is one, .both their derivatives; see native/taylor.py."""
 
     def vjp(needs, args, outs, cotangents):
         q, k, v, keep, sums, *options = args
@@ -62,9 +62,21 @@ def derive(kernel: ModuleType) -> None:
                                           *options)
         return dq, dk, dv, q.new_empty(q.shape[0], 0), dsums
 
-    kernel.forward.derive(vjp=vjp, jvp=jvp)
+    def both(args, moves):
+        outs = kernel.both(*args[:5], *moves[:5], *args[5:])
+        return outs[:3], outs[3:]
+
+    together = hasattr(kernel, "both")
+    kernel.forward.derive(vjp=vjp, jvp=jvp, both=both if together else None)
     kernel.backward.derive(vjp=backward_vjp, jvp=backward_jvp, save_outputs=False)
     # The plain-torch forms of the operators that are given out and den compute them from q, k, v again: what forward saved is a
     # function of those, and derivatives must not be lost there.
     kernel.tangent.derive(**_of_plain_torch(tangents))
     kernel.second.derive(**_of_plain_torch(gradient_tangents))
+    if together:
+        kernel.both.derive(**_of_plain_torch(_value_and_tangent))
+
+
+def _value_and_tangent(q, k, v, keep, sums, tq, tk, tv, tkeep, tsums, *options):
+    return (*reference(q, k, v, keep, sums, *options),
+            *tangents(q, k, v, keep, sums, None, None, tq, tk, tv, tkeep, tsums, *options))
