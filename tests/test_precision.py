@@ -24,9 +24,8 @@ LENGTHS = (1, 63, 64, 65, 1000, 8192)
 # A table of all pairs of 8192 positions is not worth its time here.
 QUADRATIC = {"softmax_attention", "masked_softmax", "coor_descent_attention", "block_sparse_attention", "conv_attention", "axial_attention"}
 # In float32, (how many times plain torch's error, how many roundings on top) where that is more than (2, 1). Measured; to be
-# lowered, never raised. Here, of 63 to 65 badly scaled keys in gradients of keys, 2.0 and 2.5 times (2.3 with AVX2): roundings of the
-# scores, which plain torch shares, make up most of both. Beside it g . out stands for the mean of g . v_j, whose roundings then do
-# not cancel those of the terms, and which a fused gradient cannot know before its last tile; from 1000 keys on that averages out.
+# lowered, never raised. With 63 to 65 badly scaled keys the gradients of keys err 2.0 and 2.5 times as much (2.3 with AVX2); with
+# 1000 and more at most twice.
 # "sdpa" is torch's own kernel, which rounds the log-sum-exp to float32.
 WORSE = {
     ("softmax_attention", "native"): (2.6, 1),
