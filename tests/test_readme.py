@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -99,3 +100,12 @@ def test_ratios_are_those_of_the_kept_run():
         for name, shown in (("forward", forward), ("forward+backward", both)):
             ratio = kept.get((case, shape, name))
             assert shown == ("–" if ratio is None else f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"), (case, name)
+
+
+def test_every_table_of_figures_is_made_from_the_kept_run():
+    spec = importlib.util.spec_from_file_location("figures", REPO / "docs" / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    tables = figures.tables(figures.run_of(README))
+    assert all(len(rows) >= 5 for rows in tables.values())
+    assert figures.fill_readme(README) == README
