@@ -28,7 +28,7 @@ from fnattn.testing.memory import peak_bytes
 REASON = build.why_not("taylor")
 needs_native = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 needs_valgrind = pytest.mark.skipif(not shutil.which("valgrind"), reason="valgrind is not installed")
-C_TYPES = {torch.float32: "float", torch.int32: "int32_t", torch.int64: "int64_t", torch.bool: "uint8_t"}
+C_TYPES = {torch.float32: "float", torch.float64: "double", torch.int32: "int32_t", torch.int64: "int64_t", torch.bool: "uint8_t"}
 
 
 def qkv(n, d, h=2):
