@@ -51,7 +51,7 @@ def adamw(g: list, p: list, mu: list, nu: list, t: Tensor, b1: float, b2: float,
           rate: float) -> tuple[list, list, list]:
     """Updates and new means of `optim.adamw` at the t-th update. Writes to what it makes only."""
     change = list(torch._foreach_mul(p, -rate * weight_decay))
-    mu, nu = list(torch._foreach_clone(mu)), list(torch._foreach_clone(nu))
+    mu, nu = list(torch._foreach_mul(mu, 1.0)), list(torch._foreach_mul(nu, 1.0))  # copies; _foreach_clone came after torch 2.11
     g = [x if x.is_contiguous() else x.contiguous() for x in g]
     if all(x.is_contiguous() for part in (change, mu, nu) for x in part):  # the fused one reads memory from end to end
         torch._fused_adamw_(change, g, mu, nu, [], [t] * len(g), lr=rate, beta1=b1, beta2=b2, weight_decay=0.0, eps=eps,
