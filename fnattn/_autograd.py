@@ -56,6 +56,15 @@ def value_and_grad(part: Callable, tensors: Sequence[Tensor]) -> tuple[Tensor, l
     return out(value), [out(t) for t in aux], [out(g) for g in grads]
 
 
+def by_transform(part: Callable, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Sequence[Tensor]]:
+    """The same by torch.func, which nests with every transform."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # in it torch.func of 2.11 gives zeros, without a word
+            return by_transform(part, tensors)
+    value, pull, aux = torch.func.vjp(part, *tensors, has_aux=True)
+    return value, aux, pull(torch.ones_like(value))
+
+
 def _leaf(t: Tensor, call: int) -> Tensor:
     leaf = t.detach().requires_grad_()
     leaf._fnattn_call = call

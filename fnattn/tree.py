@@ -221,10 +221,7 @@ def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bo
             return value, [x for x in items if isinstance(x, Tensor)]
 
         quick = _autograd.value_and_grad(part, tensors) if not _taps_in_use() and _autograd.usable(tensors) else None
-        if quick is None:
-            value, pull, aux = torch.func.vjp(part, *tensors, has_aux=True)
-            quick = value, aux, pull(torch.ones_like(value))
-        value, aux, found = quick
+        value, aux, found = _autograd.by_transform(part, tensors) if quick is None else quick
         grads = merge(found, others_kept=False)
         grads = grads[0] if isinstance(argnums, int) else grads
         if not has_aux:

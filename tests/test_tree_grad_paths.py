@@ -216,8 +216,6 @@ def test_without_grad_mode_the_function_is_differentiated_and_results_carry_no_g
     torch.testing.assert_close(found[1], 3 * x ** 2 * w.detach())
 
 
-@pytest.mark.skipif(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13),
-                    reason="torch 2.11's torch.func.grad gives zeros in inference mode")
 def test_inference_mode_and_tensors_from_it(roads, monkeypatch):
     x = numbers()
     with torch.inference_mode():
