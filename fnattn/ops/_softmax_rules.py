@@ -14,10 +14,11 @@ input, and is never differentiated.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from fnattn_kernels.contracts import reference_jvp, reference_vjp
+from fnattn_kernels.contracts import Operator, reference_jvp, reference_vjp
 from torch import Tensor
 
 # b batch, h query heads, g key heads, r = h / g, n queries, m keys, d width of q and k, e width of v
@@ -62,7 +63,8 @@ def _table(q: Tensor, k: Tensor, mask: Tensor | None, start: int | None, scale: 
 # In the operators' arguments. `out`, `lse`, `t_out` and `t_lse` are there unused: see the head of this file.
 
 
-def _backward_formula(g, q, k, v, mask, out, lse, start, scale, g_lse=None):
+def backward_formula(g, q, k, v, mask, out, lse, start, scale, g_lse=None):
+    """Gradients of q, k and v for the cotangent g of the value, and that of the log-sum-exp if there is one."""
     q, p = _table(q, k, mask, start, scale)
     g = g.unflatten(1, q.shape[1:3])
     slope = torch.einsum("bgrie,bgje->bgrij", g, v)
@@ -74,7 +76,8 @@ def _backward_formula(g, q, k, v, mask, out, lse, start, scale, g_lse=None):
             torch.einsum("bgrij,bgrie->bgje", p, g))
 
 
-def _tangent_formula(q, k, v, mask, out, lse, tq, tk, tv, start, scale):
+def tangent_formula(q, k, v, mask, out, lse, tq, tk, tv, start, scale):
+    """Tangents of the value and of the log-sum-exp along (tq, tk, tv), of which any may be None."""
     q, p = _table(q, k, mask, start, scale)
     moved = torch.zeros_like(p)
     if tq is not None:
@@ -89,7 +92,8 @@ def _tangent_formula(q, k, v, mask, out, lse, tq, tk, tv, start, scale):
     return t_out.flatten(1, 2), t_lse.flatten(1, 2).to(lse.dtype)
 
 
-def _second_formula(g, q, k, v, mask, out, lse, t_out, t_lse, tg, tq, tk, tv, start, scale):
+def second_formula(g, q, k, v, mask, out, lse, t_out, t_lse, tg, tq, tk, tv, start, scale):
+    """The tangents of `backward_formula`'s gradients along (tg, tq, tk, tv), of which any may be None."""
     tg, tq, tk, tv = (torch.zeros_like(x) if t is None else t for x, t in ((g, tg), (q, tq), (k, tk), (v, tv)))
     q, p = _table(q, k, mask, start, scale)
     g, tg, tq = (t.unflatten(1, q.shape[1:3]) for t in (g, tg, tq))
@@ -109,29 +113,34 @@ def _second_formula(g, q, k, v, mask, out, lse, t_out, t_lse, tg, tq, tk, tv, st
 # ------------------------------------------------------------------------------------------------ rules
 
 
-def derive(kernel: Any) -> None:
-    """Gives the operators attend, attend_backward, attend_tangent and attend_second of `kernel` their derivatives and vmap rules."""
-    attend, backward, tangent, second = kernel.attend, kernel.attend_backward, kernel.attend_tangent, kernel.attend_second
+class Kind(NamedTuple):
+    """What fused attention under some kind of mask has beside (q, k, v, mask): one rule set serves all kinds.
 
-    def attend_vjp(needs, args, outs, cotangents):
-        q, k, v, mask, *rest = args
-        g, g_lse = cotangents
-        if g_lse is None:
-            grads = backward(g, q, k, v, mask, *outs, *rest)
-        else:
-            g = torch.zeros_like(outs[0]) if g is None else g
-            grads = _backward_formula(g, q, k, v, mask, *outs, *rest, g_lse)
-        return (*_where(needs, grads), None, None, None)
+    backward, tangent, second: the formulas, in the arguments of the operators of those names.
+    shared: where attend, backward, tangent and second have an argument that all sequences may share.
+    """
 
-    def attend_jvp(args, outs, tangents):
-        q, k, v, mask, *rest = args
-        return tangent(q, k, v, mask, *outs, *tangents[:3], *rest)
+    backward: Callable
+    tangent: Callable
+    second: Callable
+    shared: tuple[int, int, int, int]
+
+
+DENSE = Kind(backward_formula, tangent_formula, second_formula, (3, 4, 3, 4))
+
+
+def derive(attend: Operator, backward: Operator, tangent: Operator, second: Operator, kind: Kind = DENSE) -> None:
+    """Gives the four operators of a kernel their derivatives and vmap rules.
+
+    Arguments are q, k, v, mask and what the kind has; before them g, after the mask out, lse and tangents, where there are any.
+    """
+    derive_value(attend, backward, tangent, kind)
 
     def backward_vjp(needs, args, outs, cotangents):
         g, q, k, v, mask, out, lse, *rest = args
         moved = tangent(q, k, v, mask, out, lse, *cotangents, *rest)
         grads = second(g, q, k, v, mask, out, lse, *moved, None, *cotangents, *rest) if any(needs[1:4]) else (None,) * 3
-        return (*_where(needs, (moved[0], *grads)), None, None, None, None, None)
+        return (*_where(needs, (moved[0], *grads)), *(None for _ in args[4:]))
 
     def backward_jvp(args, outs, tangents):
         g, q, k, v, mask, out, lse, *rest = args
@@ -145,34 +154,54 @@ def derive(kernel: Any) -> None:
     def tangent_vjp(needs, args, outs, cotangents):
         c, c_lse = cotangents
         if c_lse is not None:
-            return reference_vjp(_tangent_formula, needs, args, cotangents)
+            return reference_vjp(kind.tangent, needs, args, cotangents)
         q, k, v, mask, out, lse, tq, tk, tv, *rest = args
         first = second(c, q, k, v, mask, out, lse, *outs, None, tq, tk, tv, *rest) if any(needs[:3]) else (None,) * 3
         moves = backward(c, q, k, v, mask, out, lse, *rest) if any(needs[6:9]) else (None,) * 3
-        return (*_where(needs, first), None, None, None, *_where(needs[6:], moves), None, None)
+        return (*_where(needs, first), None, None, None, *_where(needs[6:], moves), *(None for _ in rest))
 
-    def tangent_jvp(args, outs, tangents):
-        return reference_jvp(_tangent_formula, args, tangents)
+    _, at_backward, at_tangent, at_second = kind.shared
+    backward.derive(vjp=backward_vjp, jvp=backward_jvp, batch=_fold(backward, at_backward), save_outputs=False)
+    tangent.derive(vjp=tangent_vjp, jvp=lambda args, outs, tangents: reference_jvp(kind.tangent, args, tangents),
+                   batch=_fold(tangent, at_tangent))
+    second.derive(vjp=lambda needs, args, outs, cotangents: reference_vjp(kind.second, needs, args, cotangents),
+                  jvp=lambda args, outs, tangents: reference_jvp(kind.second, args, tangents),
+                  batch=_fold(second, at_second), save_outputs=False)
 
-    attend.derive(vjp=attend_vjp, jvp=attend_jvp, batch=_fold(attend, mask_at=3))
-    backward.derive(vjp=backward_vjp, jvp=backward_jvp, batch=_fold(backward, mask_at=4), save_outputs=False)
-    tangent.derive(vjp=tangent_vjp, jvp=tangent_jvp, batch=_fold(tangent, mask_at=3))
-    _by_formula(second, _second_formula, mask_at=4)
+
+def derive_value(attend: Operator, backward: Operator, tangent: Operator, kind: Kind = DENSE) -> None:
+    """Gives an operator that computes value and log-sum-exp its derivatives, by those of a kernel that has all four."""
+
+    def vjp(needs, args, outs, cotangents):
+        q, k, v, mask, *rest = args
+        g, g_lse = cotangents
+        if g_lse is None:
+            grads = backward(g, q, k, v, mask, *outs, *rest)
+        else:
+            g = torch.zeros_like(outs[0]) if g is None else g
+            grads = kind.backward(g, q, k, v, mask, *outs, *rest, g_lse)
+        return (*_where(needs, grads), *(None for _ in args[3:]))
+
+    def jvp(args, outs, tangents):
+        q, k, v, mask, *rest = args
+        return tangent(q, k, v, mask, *outs, *tangents[:3], *rest)
+
+    attend.derive(vjp=vjp, jvp=jvp, batch=_fold(attend, kind.shared[0]))
 
 
 def _where(needs, grads) -> tuple:
     return tuple(x if need else None for x, need in zip(grads, needs))
 
 
-def _fold(operator, mask_at: int):
-    """The mapped axis becomes part of the batch axis; a mask that all members and sequences share is not repeated."""
+def _fold(operator: Operator, shared: int):
+    """The mapped axis becomes part of the batch axis; what all members and sequences share is not repeated."""
 
     def rule(info, in_dims, *args):
         size = info.batch_size
         b = (args[0] if in_dims[0] is None else args[0].movedim(in_dims[0], 0)[0]).shape[0]
 
         def merge(i, x, dim):
-            if not isinstance(x, Tensor) or i == mask_at and dim is None and x.shape[0] == 1:
+            if not isinstance(x, Tensor) or i == shared and dim is None and x.shape[0] == 1:
                 return x
             x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
             return x.expand(size, b, *x.shape[2:]).flatten(0, 1)
@@ -181,9 +210,3 @@ def _fold(operator, mask_at: int):
         return tuple(out.unflatten(0, (size, b)) for out in outs), (0,) * len(outs)
 
     return rule
-
-
-def _by_formula(operator, formula, mask_at):
-    operator.derive(vjp=lambda needs, args, outs, cotangents: reference_vjp(formula, needs, args, cotangents),
-                    jvp=lambda args, outs, tangents: reference_jvp(formula, args, tangents),
-                    batch=_fold(operator, mask_at), save_outputs=False)

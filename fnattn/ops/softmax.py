@@ -23,11 +23,7 @@ from torch import Tensor
 
 from ..core import peek_int
 from ._door import Kernel, check_heads, choose, no_autocast, widen
-from ._softmax_rules import _backward_formula as _backward_formula
-from ._softmax_rules import _by_formula as _by_formula
-from ._softmax_rules import _fold as _fold
 from ._softmax_rules import _table, derive
-from ._softmax_rules import _tangent_formula as _tangent_formula
 from ._softmax_rules import weights as weights
 
 # b batch, h query heads, g key heads, n queries, m keys, d width of q and k, e width of v
@@ -142,7 +138,7 @@ def _attend(q, k, v, mask, start, scale):
 # ------------------------------------------------------------------------------------------------ the kernels
 
 for _kernel in (native, sdpa, triton):
-    derive(_kernel)
+    derive(_kernel.attend, _kernel.attend_backward, _kernel.attend_tangent, _kernel.attend_second)
 
 
 def _native(q, k, v, mask, start, scale):
