@@ -29,7 +29,7 @@
 typedef int32_t vi32 __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
 typedef int64_t vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
 
-enum { FORWARD = 8, BACKWARD = 15, TANGENT = 18, SECOND = 21 }; /* how many parts of a workspace a pass uses */
+enum { FORWARD = 8, BACKWARD = 15, TANGENT = 18, SECOND = 22 }; /* how many parts of a workspace a pass uses */
 
 #define REAL float
 #define S(x) PASTE(fnattn_, x, _, f32)
@@ -61,7 +61,7 @@ typedef struct {
     REAL *kk, *qq, *v1, *g1;    /* rows of one chunk: keys and queries doubled, values, gradients */
     REAL *qT, *kT, *v1T, *g1T;  /* lanes */
     REAL *s, *ds, *phi, *acc, *dx;
-    REAL *dkk, *dqq, *dv1, *dqT, *dS, *dR, *dg1, *dkT, *dv1T, *dg1T, *ts, *tu; /* tangents */
+    REAL *dkk, *dqq, *dv1, *dqT, *dS, *dR, *dg1, *dkT, *dv1T, *dg1T, *ts, *tu, *tx; /* tangents */
     void *memory;
 } S(work);
 
@@ -75,10 +75,10 @@ static int S(work_new)(S(work) *w, int64_t d, int64_t e, int count, int64_t leng
     w->stride = (F + LANES - 1) / LANES * LANES + LANES, w->lost = length > LONG ? two * w->e1 * w->stride : 0;
     int64_t block = max64(BLOCK_FEATURES, d) + 2 * d + 1 + LANES;
     REAL **parts[] = {&w->S, &w->kk, &w->qq, &w->v1, &w->qT, &w->s, &w->phi, &w->acc, &w->R, &w->g1, &w->kT, &w->v1T, &w->g1T,
-                      &w->ds, &w->dx, &w->dkk, &w->dqq, &w->dqT, &w->dkT, &w->ts, &w->tu};
+                      &w->ds, &w->dx, &w->dkk, &w->dqq, &w->dqT, &w->dkT, &w->ts, &w->tu, &w->tx};
     int64_t sizes[] = {two * w->e1 * w->stride + w->lost, 2 * d * c, 2 * d * c, w->ldv * c, d * c, c * c, block * c, two * w->e1 * c,
                        two * w->e1 * w->stride + w->lost, w->ldv * c, d * c, two * w->e1 * c, two * w->e1 * c, c * c, d * c,
-                       2 * d * c, 2 * d * c, d * c, d * c, c * c, c * c};
+                       2 * d * c, 2 * d * c, d * c, d * c, c * c, c * c, d * c};
     size_t total = 0;
     for (int i = 0; i < count; i++) total += S(bytes)(sizes[i]);
     if (!(w->memory = scratch(total))) return 1;

@@ -57,9 +57,9 @@ static void S(query_gradient_inside)(S(work) *w, int64_t n, int64_t keys, int si
 }
 
 /* dq = scale dx for n queries. */
-static void S(write_query_gradient)(S(work) *w, REAL *dq, int64_t n, REAL scale) {
-    for (int64_t i = 0; i < w->d * CHUNK; i++) w->dx[i] *= scale;
-    S(transpose)(w->dx, CHUNK, dq, w->d, w->d, n);
+static void S(write_query_gradient)(REAL *dx, REAL *dq, int64_t n, int64_t d, REAL scale) {
+    for (int64_t i = 0; i < d * CHUNK; i++) dx[i] *= scale;
+    S(transpose)(dx, CHUNK, dq, d, d, n);
 }
 
 /* Adds to dk (in dx) and d[v, 1] (in acc) what the n queries qq, g1 give the `keys` keys in the lanes. */
@@ -73,19 +73,19 @@ static void S(key_gradient_inside)(S(work) *w, int64_t n, int64_t keys, int side
 }
 
 /* Writes dk, dv and dkeep of n keys from dx and acc = d(keep [v, 1]). */
-static void S(write_key_gradient)(S(work) *w, const REAL *v, const REAL *keep, REAL *dk, REAL *dv, REAL *dkeep, int64_t n,
-                                  int64_t e) {
-    S(transpose)(w->dx, CHUNK, dk, w->d, w->d, n);
+static void S(write_key_gradient)(const REAL *dx, REAL *acc, const REAL *v, const REAL *keep, REAL *dk, REAL *dv, REAL *dkeep,
+                                  int64_t n, int64_t d, int64_t e) {
+    S(transpose)(dx, CHUNK, dk, d, d, n);
     if (dkeep)
         for (int64_t t = 0; t < n; t++) {
-            REAL sum = w->acc[e * CHUNK + t];
-            for (int64_t c = 0; c < e; c++) sum += w->acc[c * CHUNK + t] * v[t * e + c];
+            REAL sum = acc[e * CHUNK + t];
+            for (int64_t c = 0; c < e; c++) sum += acc[c * CHUNK + t] * v[t * e + c];
             dkeep[t] = sum;
         }
     if (keep)
         for (int64_t c = 0; c < e; c++)
-            for (int64_t t = 0; t < n; t++) w->acc[c * CHUNK + t] = keep[t] == 0 ? 0 : keep[t] * w->acc[c * CHUNK + t];
-    S(transpose)(w->acc, CHUNK, dv, e, e, n);
+            for (int64_t t = 0; t < n; t++) acc[c * CHUNK + t] = keep[t] == 0 ? 0 : keep[t] * acc[c * CHUNK + t];
+    S(transpose)(acc, CHUNK, dv, e, e, n);
 }
 
 typedef struct {
@@ -120,7 +120,7 @@ static void S(query_gradient)(S(work) *w, const S(backward) *a, int64_t r, int64
         if (j1 - j0 > CHUNK) S(load_keys)(w, a, j, size, CHUNK);
         S(query_gradient_inside)(w, n, size, j == i);
     }
-    S(write_query_gradient)(w, a->dq + (r * a->n + i) * d, n, a->scale);
+    S(write_query_gradient)(w->dx, a->dq + (r * a->n + i) * d, n, d, a->scale);
 }
 
 static void S(group_backward)(S(work) *w, const S(backward) *a) {
@@ -163,8 +163,7 @@ static void S(group_backward)(S(work) *w, const S(backward) *a) {
             }
             if (keep_R && (j || a->dsums0)) S(add_state)(w->R, w->stride, w->lost, w->qq, NULL, w->g1, w->ldv, size, d, w->e1, w->phi);
         }
-        S(write_key_gradient)(w, a->v + j * e, a->keep ? a->keep + j : NULL, a->dk + j * d, a->dv + j * e,
-                              a->dkeep ? a->dkeep + j : NULL, size, e);
+        S(write_key_gradient)(w->dx, w->acc, a->v + j * e, AT(a->keep, j), a->dk + j * d, a->dv + j * e, AT(a->dkeep, j), size, d, e);
     }
     if (a->dsums0) S(from_state)(a->dsums0, w->R, w->stride, d, w->e1, 2);
 }

@@ -310,17 +310,20 @@ static void S(read_state_back)(REAL *out, const REAL *xT, const REAL *yT, const 
     }
 }
 
-/* The change of that when x, y and the state move along dx, dyT (before yT in memory) and the rows behind the state. */
-static void S(read_state_back_along)(REAL *out, const REAL *xT, const REAL *dxT, const REAL *dyT, const REAL *state,
+/* The change of that when x, y and the state move along dx, dyT (before yT in memory) and the rows behind the state; that itself
+ * is added to `own`, unless it is NULL. */
+static void S(read_state_back_along)(REAL *out, REAL *own, const REAL *xT, const REAL *dxT, const REAL *dyT, const REAL *state,
                                      int64_t stride, int64_t d, int64_t e1, int64_t L, REAL *W) {
     int64_t total = d / 2 + 1, step = S(block_rotations)(d), quadratic = d * (d + 1) / 2;
     const REAL *yT = dyT + e1 * CHUNK;
     S(mac)(out, CHUNK, dyT, CHUNK, state + quadratic, 1, stride, d, 2 * e1, L, 0);
+    if (own) S(mac)(own, CHUNK, yT, CHUNK, state + quadratic, 1, stride, d, e1, L, 0);
     for (int64_t r = 0; r < total; r += step) {
         int64_t r1 = min64(total, r + step), size = min64(r1 * d, quadratic) - r * d;
         S(mac)(W, CHUNK, dyT, CHUNK, state + r * d, 1, stride, size, 2 * e1, L, 1);
         S(features_back)(out, W, xT, d, r, r1, L);
         S(mac)(W, CHUNK, yT, CHUNK, state + r * d, 1, stride, size, e1, L, 1);
         S(features_back)(out, W, dxT, d, r, r1, L);
+        if (own) S(features_back)(own, W, xT, d, r, r1, L);
     }
 }

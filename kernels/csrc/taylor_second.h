@@ -1,11 +1,13 @@
 /* How the gradients of Taylor attention change when its inputs move; included once per precision by taylor.c.
  *
  * taylor_backward.h, differentiated product by product. A dot marks a change: S and R of the backward pass have companions
- * dS and dR, and inside a chunk ds = (1 + s) u becomes s. u + (1 + s) u. . keep is NULL or hard. */
+ * dS and dR, and inside a chunk ds = (1 + s) u becomes s. u + (1 + s) u. . keep is NULL or hard. Where the gradients themselves
+ * are wanted too, they are read along: nearly all that they are made of is there anyway. */
 
 typedef struct {
-    S(backward) at; /* where; dq, dk, dv and dsums0 receive the changes of the gradients */
+    S(backward) at; /* where; dq .. dsums0 receive the gradients themselves, or are NULL */
     const REAL *tout, *tden, *tq, *tk, *tv, *tsums0, *tgrad, *tgrad_sums;
+    REAL *tdq, *tdk, *tdv, *tdsums0; /* the changes of the gradients */
 } S(second);
 
 /* dg1 = change of g1 = [g / den, -(g.out) / den], which must be loaded. */
@@ -79,23 +81,26 @@ static void S(second_products)(S(work) *w, const REAL *xx, const REAL *dxx, cons
 }
 
 static void S(second_query_gradient)(S(work) *w, const S(second) *a, int64_t r, int64_t i, int64_t n, int64_t keys, int past) {
-    int64_t L = S(lanes)(n), d = w->d;
+    int64_t L = S(lanes)(n), d = w->d, at = (r * a->at.n + i) * d;
+    REAL *own = a->at.dq ? w->dx : NULL;
     S(second_queries)(w, a, r, i, n);
-    memset(w->dx, 0, (size_t)(d * CHUNK) * sizeof(REAL));
+    memset(w->tx, 0, (size_t)(d * CHUNK) * sizeof(REAL));
+    if (own) memset(own, 0, (size_t)(d * CHUNK) * sizeof(REAL));
     S(transpose)(w->qq, 2 * d, w->qT, CHUNK, CHUNK, d);
     S(transpose)(w->dqq, 2 * d, w->dqT, CHUNK, CHUNK, d);
     S(transpose)(w->g1, w->ldv, w->g1T, CHUNK, CHUNK, w->e1);
     S(transpose)(w->dg1, w->ldv, w->dg1T, CHUNK, CHUNK, w->e1);
     if (past)
-        S(read_state_back_along)(w->dx, w->qT, w->dqT, w->dg1T, w->S, w->stride, d, w->e1, L, w->phi);
+        S(read_state_back_along)(w->tx, own, w->qT, w->dqT, w->dg1T, w->S, w->stride, d, w->e1, L, w->phi);
     if (keys) {
         S(second_products)(w, w->kk, w->dkk, w->v1, w->dv1, w->qT, w->dqT, w->g1T, w->dg1T, keys, L);
         S(second_scores)(w, keys, L, 1);
-        S(mac)(w->dx, CHUNK, w->tu, CHUNK, w->kk, 1, 2 * d, d, keys, L, 0);
-        S(mac)(w->dx, CHUNK, w->ds, CHUNK, w->dkk, 1, 2 * d, d, keys, L, 0);
+        S(mac)(w->tx, CHUNK, w->tu, CHUNK, w->kk, 1, 2 * d, d, keys, L, 0);
+        S(mac)(w->tx, CHUNK, w->ds, CHUNK, w->dkk, 1, 2 * d, d, keys, L, 0);
+        if (own) S(mac)(own, CHUNK, w->ds, CHUNK, w->kk, 1, 2 * d, d, keys, L, 0);
     }
-    for (int64_t x = 0; x < d * CHUNK; x++) w->dx[x] *= a->at.scale;
-    S(transpose)(w->dx, CHUNK, a->at.dq + (r * a->at.n + i) * d, d, d, n);
+    S(write_query_gradient)(w->tx, a->tdq + at, n, d, a->at.scale);
+    if (own) S(write_query_gradient)(own, a->at.dq + at, n, d, a->at.scale);
 }
 
 /* The queries of a chunk, loaded, enter R and dR. */
@@ -133,34 +138,43 @@ static void S(group_second)(S(work) *w, const S(second) *a) {
         S(transpose)(w->dkk, 2 * d, w->dkT, CHUNK, CHUNK, d);
         S(transpose)(w->v1, w->ldv, w->v1T, CHUNK, CHUNK, w->e1);
         S(transpose)(w->dv1, w->ldv, w->dv1T, CHUNK, CHUNK, w->e1);
-        memset(w->dx, 0, (size_t)(d * CHUNK) * sizeof(REAL));
-        memset(w->acc, 0, (size_t)(w->e1 * CHUNK) * sizeof(REAL));
+        REAL *own = at->dk ? w->dx : NULL, *along = w->acc + (own ? w->e1 * CHUNK : 0); /* as in tangent_chunk */
+        memset(w->tx, 0, (size_t)(d * CHUNK) * sizeof(REAL));
+        if (own) memset(own, 0, (size_t)(d * CHUNK) * sizeof(REAL));
+        memset(w->acc, 0, (size_t)((own ? 2 : 1) * w->e1 * CHUNK) * sizeof(REAL));
         if (!at->causal || at->grad_sums || a->tgrad_sums || j + CHUNK < m) {
-            S(read_state)(w->acc, w->kT, NULL, w->dR, w->stride, d, w->e1, L, w->phi);
-            S(read_state)(w->acc, w->kT, w->dkT, w->R, w->stride, d, w->e1, L, w->phi);
-            S(read_state_back_along)(w->dx, w->kT, w->dkT, w->dv1T, w->R, w->stride, d, w->e1, L, w->phi);
+            if (own) S(read_state)(w->acc, w->kT, NULL, w->R, w->stride, d, 2 * w->e1, L, w->phi);
+            else S(read_state)(along, w->kT, NULL, w->dR, w->stride, d, w->e1, L, w->phi);
+            S(read_state)(along, w->kT, w->dkT, w->R, w->stride, d, w->e1, L, w->phi);
+            S(read_state_back_along)(w->tx, own, w->kT, w->dkT, w->dv1T, w->R, w->stride, d, w->e1, L, w->phi);
         }
         for (int64_t r = 0; r < at->queries && at->causal; r++) {
             S(second_queries)(w, a, r, j, size);
             S(second_products)(w, w->qq, w->dqq, w->g1, w->dg1, w->kT, w->dkT, w->v1T, w->dv1T, size, L);
             S(second_scores)(w, size, L, -1);
-            S(mac)(w->dx, CHUNK, w->tu, CHUNK, w->qq, 1, 2 * d, d, size, L, 0);
-            S(mac)(w->dx, CHUNK, w->ds, CHUNK, w->dqq, 1, 2 * d, d, size, L, 0);
-            S(mac)(w->acc, CHUNK, w->ts, CHUNK, w->g1, 1, w->ldv, w->e1, size, L, 0);
-            S(mac)(w->acc, CHUNK, w->s, CHUNK, w->dg1, 1, w->ldv, w->e1, size, L, 0);
-            if (j || at->dsums0) S(second_add_queries)(w, size);
+            S(mac)(w->tx, CHUNK, w->tu, CHUNK, w->qq, 1, 2 * d, d, size, L, 0);
+            S(mac)(w->tx, CHUNK, w->ds, CHUNK, w->dqq, 1, 2 * d, d, size, L, 0);
+            S(mac)(along, CHUNK, w->ts, CHUNK, w->g1, 1, w->ldv, w->e1, size, L, 0);
+            if (own) {
+                S(mac)(own, CHUNK, w->ds, CHUNK, w->qq, 1, 2 * d, d, size, L, 0);
+                S(mac)(w->acc, CHUNK, w->s, CHUNK, w->g1, 1, w->ldv, 2 * w->e1, size, L, 0);
+            } else
+                S(mac)(along, CHUNK, w->s, CHUNK, w->dg1, 1, w->ldv, w->e1, size, L, 0);
+            if (j || a->tdsums0) S(second_add_queries)(w, size);
         }
-        S(write_key_gradient)(w, at->v + j * e, at->keep ? at->keep + j : NULL, at->dk + j * d, at->dv + j * e, NULL, size, e);
+        S(write_key_gradient)(w->tx, along, NULL, AT(at->keep, j), a->tdk + j * d, a->tdv + j * e, NULL, size, d, e);
+        if (own) S(write_key_gradient)(own, w->acc, NULL, AT(at->keep, j), at->dk + j * d, at->dv + j * e, NULL, size, d, e);
     }
-    if (at->dsums0) S(from_state)(at->dsums0, w->dR, w->stride, d, w->e1, 2);
+    if (at->dsums0) S(from_state)(at->dsums0, w->R, w->stride, d, w->e1, 2);
+    if (a->tdsums0) S(from_state)(a->tdsums0, w->dR, w->stride, d, w->e1, 2);
 }
 
 int S(try_taylor_second)(const REAL *q, const REAL *k, const REAL *v, const REAL *keep, const REAL *sums0, const REAL *out,
                          const REAL *den, const REAL *grad, const REAL *grad_sums, const REAL *tout, const REAL *tden,
                          const REAL *tq, const REAL *tk, const REAL *tv, const REAL *tsums0, const REAL *tgrad,
-                         const REAL *tgrad_sums, REAL *dq, REAL *dk, REAL *dv, REAL *dsums0, int64_t b, int64_t h, int64_t g,
-                         int64_t n, int64_t m, int64_t d, int64_t e, int64_t hard, int64_t causal, double scale, double eps,
-                         int64_t threads) {
+                         const REAL *tgrad_sums, REAL *tdq, REAL *tdk, REAL *tdv, REAL *tdsums0, REAL *dq, REAL *dk, REAL *dv,
+                         REAL *dsums0, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, int64_t hard,
+                         int64_t causal, double scale, double eps, int64_t threads) {
     int64_t queries = g ? h / g : 0, entries = (1 + d + d * (d + 1) / 2) * (e + 1);
     int failed = 0;
 #pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
@@ -175,10 +189,10 @@ int S(try_taylor_second)(const REAL *q, const REAL *k, const REAL *v, const REAL
         for (int64_t i = 0; i < b * g; i++) {
             int64_t x = i * queries * n, y = i * m, z = i * entries;
             S(second) a = {{q + x * d, k + y * d, v + y * e, AT(keep, i / g * m), AT(sums0, z), out + x * e, den + x,
-                            grad + x * e, AT(grad_sums, z), dq + x * d, dk + y * d, dv + y * e, NULL, AT(dsums0, z), queries, n,
-                            m, e, 0, (int)hard, (int)causal, (REAL)scale, (REAL)eps},
+                            grad + x * e, AT(grad_sums, z), AT(dq, x * d), AT(dk, y * d), AT(dv, y * e), NULL, AT(dsums0, z), queries,
+                            n, m, e, 0, (int)hard, (int)causal, (REAL)scale, (REAL)eps},
                            tout + x * e, tden + x, AT(tq, x * d), AT(tk, y * d), AT(tv, y * e), AT(tsums0, z),
-                           AT(tgrad, x * e), AT(tgrad_sums, z)};
+                           AT(tgrad, x * e), AT(tgrad_sums, z), tdq + x * d, tdk + y * d, tdv + y * e, AT(tdsums0, z)};
             if (!bad) S(group_second)(&w, &a);
         }
         if (!bad) free(w.memory);

@@ -97,19 +97,33 @@ def _tangent_fake(q, k, v, keep, sums, out, den, tq, tk, tv, tkeep, tsums, hard,
     return tuple(q.new_empty(s) for s in _forward_shapes(q, k, v))
 
 
-def _second(q, k, v, keep, sums, out, den, grad, grad_sums, tout, tden, tq, tk, tv, tsums, tgrad, tgrad_sums, hard: bool,
-            causal: bool, scale: float, eps: float):
-    inputs = _plain(q, k, v, keep, sums, out, den, grad, grad_sums, tout, tden, tq, tk, tv, tsums, tgrad, tgrad_sums)
+def _second(*args):
+    return _second_call(args, own=False)
+
+
+def _backward_both(*args):
+    return _second_call(args, own=True)
+
+
+def _second_call(args: tuple, own: bool) -> tuple[Tensor, ...]:
+    """The tangents of dq, dk, dv, dsums; behind those four gradients themselves if `own`."""
+    inputs, options = _plain(*args[:17]), args[17:]
     q, k, v, _, sums = inputs[:5]
-    outs = [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None if sums is None else torch.empty_like(sums)]
+    along = _second_fake(q, k, v, None, sums)
+    grads = _second_fake(q, k, v, None, sums) if own else (None,) * 4
     if q.shape[0] and k.shape[1]:
-        _run("second", [*inputs, *outs], hard, causal, scale, eps)
-    return (*outs[:3], q.new_empty(q.shape[0], 0, 0, 0) if sums is None else outs[3])
+        outs = [*along, *grads]
+        _run("second", [*inputs, *(None if sums is None and i % 4 == 3 else t for i, t in enumerate(outs))], *options)
+    return (*grads, *along) if own else along
 
 
 def _second_fake(q, k, v, keep, sums, *rest):
     return (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape),
             q.new_empty(q.shape[0], 0, 0, 0) if sums is None else sums.new_empty(sums.shape))
+
+
+def _backward_both_fake(*args):
+    return *_second_fake(*args), *_second_fake(*args)
 
 
 def _forward_fake(q, k, v, keep, sums, hard, causal, scale, eps):
@@ -146,11 +160,13 @@ both = Operator(
     f"Tensor? tkeep, Tensor? tsums, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", fake=_both_fake, cpu=_both)
 # tangents of backward's results dq, dk, dv, dsums when q, k, v, sums, grad and grad_sums move (None: do not move); tout and
 # tden are those of out and den. keep must be None or hard
-second = Operator(
-    "taylor_second_native", 1, "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, Tensor out, Tensor den, "
-    "Tensor grad, Tensor? grad_sums, Tensor tout, Tensor tden, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tsums, "
-    f"Tensor? tgrad, Tensor? tgrad_sums, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_second_fake, cpu=_second)
+_SECOND = ("(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? sums, Tensor out, Tensor den, Tensor grad, Tensor? grad_sums, "
+           "Tensor tout, Tensor tden, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tsums, Tensor? tgrad, Tensor? tgrad_sums, "
+           f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor")
+second = Operator("taylor_second_native", 1, f"{_SECOND})", fake=_second_fake, cpu=_second)
+# dq, dk, dv and dsums themselves, then the tangent of each
+backward_both = Operator("taylor_backward_both_native", 1, f"{_SECOND}, Tensor, Tensor, Tensor, Tensor)", fake=_backward_both_fake,
+                         cpu=_backward_both)
 
 
 def _flops(products_q: int, products_k: int):
@@ -165,8 +181,10 @@ backward.flops(_flops(2, 3))
 tangent.flops(_flops(2, 3))
 both.flops(_flops(3, 3))
 second.flops(_flops(6, 8))
+backward_both.flops(_flops(6, 9))
 forward.split((1, 1, 1, None, 1), (1, 1, 1))
 backward.split((1, 1, 1, None, 1, 1, 1, 1, 1), (1, 1, 1, "sum", 1))  # the heads share keep
 tangent.split((1, 1, 1, None, 1, 1, 1, 1, 1, 1, None, 1), (1, 1, 1))
 both.split((1, 1, 1, None, 1, 1, 1, 1, None, 1), (1,) * 6)
-second.split((1, 1, 1, None, *(1,) * 13), (1, 1, 1, 1))
+second.split((1, 1, 1, None, *(1,) * 13), (1,) * 4)
+backward_both.split((1, 1, 1, None, *(1,) * 13), (1,) * 8)

@@ -23,7 +23,10 @@ def _of_plain_torch(fn: Callable) -> dict[str, Callable]:
 
 
 def derive(kernel: ModuleType) -> None:
-    """Gives kernel.forward, .backward, .tangent, .second and, if there is one, .both their derivatives; see native/taylor.py."""
+    """Gives kernel.forward, .backward, .tangent and .second their derivatives, and .both and .backward_both if there are such.
+
+    See native/taylor.py.
+    """
 
     def vjp(needs, args, outs, cotangents):
         q, k, v, keep, sums, *options = args
@@ -66,17 +69,33 @@ def derive(kernel: ModuleType) -> None:
         outs = kernel.both(*args[:5], *moves[:5], *args[5:])
         return outs[:3], outs[3:]
 
+    def backward_both(args, moves):
+        q, _, _, keep, *_, hard, _, _, _ = args
+        if (keep is not None and not hard) or moves[5] is None or moves[6] is None:
+            return kernel.backward(*args), backward_jvp(args, None, moves)
+        tq, tk, tv, _, tsums, tout, tden, tgrad, tgrad_sums = moves[:9]
+        *outs, dsums, tdq, tdk, tdv, tdsums = kernel.backward_both(*args[:9], tout, tden, tq, tk, tv, tsums, tgrad, tgrad_sums, *args[9:])
+        none = q.new_empty(q.shape[0], 0)
+        return (*outs, none, dsums), (tdq, tdk, tdv, none.clone(), tdsums)
+
     together = hasattr(kernel, "both")
     kernel.forward.derive(vjp=vjp, jvp=jvp, both=both if together else None)
-    kernel.backward.derive(vjp=backward_vjp, jvp=backward_jvp, save_outputs=False)
+    kernel.backward.derive(vjp=backward_vjp, jvp=backward_jvp, both=backward_both if together else None, save_outputs=False)
     # The plain-torch forms of the operators that are given out and den compute them from q, k, v again: what forward saved is a
     # function of those, and derivatives must not be lost there.
     kernel.tangent.derive(**_of_plain_torch(tangents))
     kernel.second.derive(**_of_plain_torch(gradient_tangents))
     if together:
         kernel.both.derive(**_of_plain_torch(_value_and_tangent))
+        kernel.backward_both.derive(**_of_plain_torch(_gradient_and_tangent))
 
 
 def _value_and_tangent(q, k, v, keep, sums, tq, tk, tv, tkeep, tsums, *options):
     return (*reference(q, k, v, keep, sums, *options),
             *tangents(q, k, v, keep, sums, None, None, tq, tk, tv, tkeep, tsums, *options))
+
+
+def _gradient_and_tangent(q, k, v, keep, sums, out, den, grad, grad_sums, *rest):
+    options = rest[-4:]
+    dq, dk, dv, _, dsums = gradients(q, k, v, keep, sums, out, den, grad, grad_sums, *options)
+    return dq, dk, dv, dsums, *gradient_tangents(q, k, v, keep, sums, out, den, grad, grad_sums, *rest)
