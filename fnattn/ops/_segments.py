@@ -101,7 +101,7 @@ def _lists(pattern: tuple[int, ...], values: bytes | None, nb: int, groups: int,
             made.add(positions, candidates, sees(pattern, layout, positions[:, None], candidates), free)
         made.largest = max(made.largest, made.pairs - pairs)
     blocks, tiles, data = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in (made.blocks, made.tiles, made.data))
-    return Lists(blocks.view(groups, -1, 5), tiles.view(-1, 6), data, None, made.largest)
+    return Lists(blocks.view(groups, -1, 5), tiles.view(-1, 6), data, None, made.largest, made.row)
 
 
 def _blocks(pattern: tuple[int, ...], layout: Tensor | None, n: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -184,7 +184,7 @@ class _Made:
         self.blocks: list[list[int]] = []
         self.tiles: list[list[int]] = []
         self.data: list[int] = []
-        self.pairs = self.largest = 0
+        self.pairs = self.largest = self.row = 0
 
     def add(self, positions: Tensor, keys: Tensor, seen: Tensor, free: bool) -> None:
         """A block of queries at `positions` against `keys`, of which seen [positions, keys] are visible."""
@@ -206,6 +206,7 @@ class _Made:
                 here = slice(start, start + KEYS)
                 self._tile(these[here], those[here] if any(partly[here]) else None, kind)
         self.blocks.append([count, at, first, len(self.tiles), int(free)])
+        self.row = max(self.row, sum(tile[2] for tile in self.tiles[first:]))
 
     def _tile(self, keys: list[int], words: list[int] | None, half: int) -> None:
         stride, index, mask = keys[1] - keys[0] if len(keys) > 1 else 1, -1, -1

@@ -100,11 +100,12 @@ void S(segment_attention_backward)(const segment_call *call, double scale) {
     {
         /* Sums in place, unless a row is no whole number of vectors. */
         const int64_t own_d = wide_d == d ? 0 : n * wide_d, own_e = wide_e == e ? 0 : n * wide_e;
-        REAL *memory = scratch((size_t)(SPAN * (2 * d + e + wide_d + wide_e + 2 * KEYS + 3) + own_d + own_e) * sizeof(REAL));
+        const int64_t row = call->row;
+        REAL *memory = scratch((size_t)(SPAN * (2 * d + e + wide_d + wide_e + 2 * row + 4) + own_d + own_e) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_r = memory, *g_r = q_r + wide_d * SPAN, *q_t = g_r + wide_e * SPAN, *g_t = q_t + d * SPAN, *dq_t = g_t + e * SPAN;
-        REAL *norm = dq_t + d * SPAN, *rest = norm + SPAN, *delta = rest + SPAN, *p = delta + SPAN, *ds = p + KEYS * SPAN;
-        REAL *own = ds + KEYS * SPAN;
+        REAL *norm = dq_t + d * SPAN, *rest = norm + SPAN, *delta = rest + SPAN, *lost = delta + SPAN, *p_all = lost + SPAN;
+        REAL *ds_all = p_all + row * SPAN, *own = ds_all + row * SPAN;
         int32_t at[KEYS];
         uint32_t words[KEYS];
 #pragma omp for schedule(static)
@@ -123,27 +124,30 @@ void S(segment_attention_backward)(const segment_call *call, double scale) {
                 REAL *dq = S(head)(of + 6, batch, head);
                 S(segment_queries)(q_t, q_r, wide_d, S(head)(of + 1, batch, head), of[1].row, positions, block->rows, d, (REAL)scale);
                 S(segment_queries)(g_t, g_r, wide_e, grad, of->row, positions, block->rows, e, 1);
-                memset(dq_t, 0, (size_t)(SPAN * (d + 3)) * sizeof(REAL));
+                memset(dq_t, 0, (size_t)(SPAN * (d + 4)) * sizeof(REAL));
                 for (int64_t i = 0; i < block->rows; i++) {
                     S(split)(lse[positions[i] * of[5].row], norm + i, rest + i);
                     delta[i] = (REAL)S(product)(grad + positions[i] * of->row, out + positions[i] * of[4].row, e);
                 }
-                for (const segment_tile *tile = lists.tiles + block->first; tile < lists.tiles + block->end; tile++) {
+                int64_t done = 0;
+                for (const segment_tile *tile = lists.tiles + block->first; tile < lists.tiles + block->end; done += tile++->count) {
                     const int seen = segment_keys(&lists, tile, kept, at, words);
                     if (seen == NOBODY) continue;
+                    REAL *p = p_all + done * SPAN, *ds = ds_all + done * SPAN;
                     const int64_t x = tile->half == 2 ? SPAN / 2 : 0;
                     const int64_t queries = tile->half ? SPAN / 2 : SPAN, vectors = queries / LANES;
                     S(segment_scores)(p + x, k, of[2].row, at, q_t + x, tile->count, d, vectors, 0);
                     S(segment_scores)(ds + x, v, of[3].row, at, g_t + x, tile->count, e, vectors, 0);
                     if (seen == SOME) S(segment_hide)(p + x, words, x, tile->count, vectors);
-                    for (int64_t y = x; y < x + queries; y += LANES) {
-                        const VF delta_y = *(VF *)(delta + y);
-                        for (int64_t j = 0; j < tile->count; j++) {
-                            VF *p_j = (VF *)(p + j * SPAN + y), *ds_j = (VF *)(ds + j * SPAN + y);
-                            *p_j = S(weight)(*p_j, norm + y, rest + y);
-                            *ds_j = *p_j * (*ds_j - delta_y);
-                        }
-                    }
+                    S(slopes)(p, ds, SPAN, tile->count, x, x + queries, norm, rest, delta, lost);
+                }
+                done = 0;
+                for (const segment_tile *tile = lists.tiles + block->first; tile < lists.tiles + block->end; done += tile++->count) {
+                    if (segment_keys(&lists, tile, kept, at, words) == NOBODY) continue;
+                    REAL *p = p_all + done * SPAN, *ds = ds_all + done * SPAN;
+                    const int64_t x = tile->half == 2 ? SPAN / 2 : 0;
+                    const int64_t queries = tile->half ? SPAN / 2 : SPAN, vectors = queries / LANES;
+                    S(refine)(ds, p, SPAN, tile->count, x, x + queries, lost);
                     S(segment_values)(dq_t + x, k, of[2].row, at, ds + x, NULL, tile->count, d, vectors);
                     S(segment_spread)(dk, at, ds + x, q_r + x * wide_d, tile->count, queries, wide_d);
                     S(segment_spread)(dv, at, p + x, g_r + x * wide_e, tile->count, queries, wide_e);

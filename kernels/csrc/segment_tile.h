@@ -28,10 +28,10 @@ typedef struct {
 } segment_lists;
 
 /* The kernels' arguments: an array of int64 numbers, laid out as this struct. b batch, h query heads, g key heads, n positions,
- * d width of q and k, e width of v, count blocks in a group. keep: bytes [b, n], 0 for keys that are not there, or NULL. The
- * tensors follow in the kernel's order. */
+ * d width of q and k, e width of v, count blocks in a group, row keys in the tiles of the longest block. keep: bytes [b, n], 0 for
+ * keys that are not there, or NULL. The tensors follow in the kernel's order. */
 typedef struct {
-    int64_t b, h, g, n, d, e, count, threads, keep, group, blocks, tiles, data;
+    int64_t b, h, g, n, d, e, count, row, threads, keep, group, blocks, tiles, data;
     strided of[];
 } segment_call;
 

@@ -7,7 +7,8 @@
  * where they lie; see softmax_call.h.
  *
  * Forward: one task is a block of queries, with a running maximum. Backward: one task is a key head with all its queries, so
- * that nobody else adds to dk and dv, and the result does not depend on the number of threads. */
+ * that nobody else adds to dk and dv, and the result does not depend on the number of threads; of one block of queries it keeps the
+ * weights for all keys. */
 #ifndef PRECISION
 #define PRECISION 32
 #include "softmax.c"
@@ -94,11 +95,11 @@ void S(softmax_backward)(const softmax_call *call, double scale) {
     if (!tasks) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        REAL *memory = scratch((size_t)(WIDTH * (2 * d + e + wide_d + wide_e + 3 + 2 * KEYS) + own_d + own_e) * sizeof(REAL));
+        REAL *memory = scratch((size_t)(WIDTH * (2 * d + e + wide_d + wide_e + 4 + 2 * m) + own_d + own_e) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_r = memory, *g_r = q_r + wide_d * WIDTH, *q_t = g_r + wide_e * WIDTH, *g_t = q_t + d * WIDTH, *dq_t = g_t + e * WIDTH;
-        REAL *norm = dq_t + d * WIDTH, *rest = norm + WIDTH, *delta = rest + WIDTH, *p = delta + WIDTH, *ds = p + KEYS * WIDTH;
-        REAL *own = ds + KEYS * WIDTH;
+        REAL *norm = dq_t + d * WIDTH, *rest = norm + WIDTH, *delta = rest + WIDTH, *lost = delta + WIDTH, *p_all = lost + WIDTH;
+        REAL *ds_all = p_all + m * WIDTH, *own = ds_all + m * WIDTH;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t batch = task / g, keys = task % g, k_row = of[2].row, v_row = of[3].row;
@@ -113,22 +114,23 @@ void S(softmax_backward)(const softmax_call *call, double scale) {
                 const uint8_t *seen = mask_row(call, batch, head, i0);
                 S(queries)(q_t, q_r, wide_d, S(head)(of + 1, batch, head) + i0 * of[1].row, of[1].row, rows, d, (REAL)scale);
                 S(queries)(g_t, g_r, wide_e, grad, of->row, rows, e, 1);
-                memset(dq_t, 0, (size_t)(WIDTH * (d + 3)) * sizeof(REAL));
+                memset(dq_t, 0, (size_t)(WIDTH * (d + 4)) * sizeof(REAL));
                 for (int64_t i = 0; i < rows; i++) {
                     S(split)(lse[i * of[5].row], norm + i, rest + i);
                     delta[i] = (REAL)S(product)(grad + i * of->row, out + i * of[4].row, e);
                 }
                 for (int64_t j0 = 0, x, count; j0 < end; j0 += count) {
+                    REAL *p = p_all + j0 * WIDTH, *ds = ds_all + j0 * WIDTH;
                     count = next_tile(j0, end, KEYS, diagonal, LANES, &x);
                     S(scores)(p, k + j0 * k_row, k_row, q_t, count, d, x, 0);
                     S(scores)(ds, v + j0 * v_row, v_row, g_t, count, e, x, 0);
                     S(hide)(p, x, rows, count, j0 - diagonal, seen ? seen + j0 : NULL, call->mask.row);
-                    for (int64_t j = 0; j < count * WIDTH; j += WIDTH)
-                        for (int64_t y = x; y < WIDTH; y += LANES) {
-                            VF *p_j = (VF *)(p + j + y), *ds_j = (VF *)(ds + j + y);
-                            *p_j = S(weight)(*p_j, norm + y, rest + y);
-                            *ds_j = *p_j * (*ds_j - *(VF *)(delta + y));
-                        }
+                    S(slopes)(p, ds, WIDTH, count, x, WIDTH, norm, rest, delta, lost);
+                }
+                for (int64_t j0 = 0, x, count; j0 < end; j0 += count) {
+                    REAL *p = p_all + j0 * WIDTH, *ds = ds_all + j0 * WIDTH;
+                    count = next_tile(j0, end, KEYS, diagonal, LANES, &x);
+                    S(refine)(ds, p, WIDTH, count, x, WIDTH, lost);
                     S(values)(dq_t, k + j0 * k_row, k_row, ds, count, d, x);
                     S(keys)(dk.at + j0 * dk.row, dk.row, ds, q_r, wide_d, count, rows, x);
                     S(keys)(dv.at + j0 * dv.row, dv.row, p, g_r, wide_e, count, rows, x);

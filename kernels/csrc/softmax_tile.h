@@ -89,6 +89,28 @@ static inline void S(split)(double lse, REAL *level, REAL *rest) {
     *rest = (REAL)(lse - (double)*level);
 }
 
+/* The gradient of a row's scores has the sum 0, which rounding takes from it: the more, the more of the weight one key has, for
+ * there g . v_j - delta cancels, and delta = g . out is as exact as `out` was stored. So a row is walked twice. First, for queries
+ * x .. end of a tile with rows of `row`: scores p become weights, slopes g . v_j in ds become p (g . v_j - delta), and `lost` is what
+ * these add up to. Then `refine` takes that back from all weights: as if delta had been the sum of p_j g . v_j, with twice the digits. */
+static inline void S(slopes)(REAL *p, REAL *ds, int64_t row, int64_t count, int64_t x, int64_t end, const REAL *level, const REAL *rest,
+                             const REAL *delta, REAL *lost) {
+    for (; x < end; x += LANES) {
+        const VF delta_x = *(const VF *)(delta + x);
+        VF total = {0};
+        for (int64_t j = x; j < x + count * row; j += row) {
+            const VF p_j = *(VF *)(p + j) = S(weight)(*(VF *)(p + j), level + x, rest + x);
+            total += *(VF *)(ds + j) = p_j * (*(VF *)(ds + j) - delta_x);
+        }
+        *(VF *)(lost + x) += total;
+    }
+}
+
+static inline void S(refine)(REAL *ds, const REAL *p, int64_t row, int64_t count, int64_t x, int64_t end, const REAL *lost) {
+    for (int64_t j = 0; j < count * row; j += row)
+        for (int64_t y = x; y < end; y += LANES) *(VF *)(ds + j + y) -= *(const VF *)(p + j + y) * *(const VF *)(lost + y);
+}
+
 /* x . y, added up in the order in which `multiply` does. */
 static inline REAL S(product)(const REAL *x, const REAL *y, int64_t count) {
     REAL sum = 0;

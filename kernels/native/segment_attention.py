@@ -32,6 +32,7 @@ class Lists(NamedTuple):
     data: Tensor          # [.] positions, indices, masks
     group: Tensor | None  # [b h] the group that each head reads; None: all read the first
     pairs: int            # scores of the largest group, for choosing the number of threads
+    row: int              # keys in the tiles of the longest block
 
 
 class SegmentOperators(NamedTuple):
@@ -47,7 +48,7 @@ def _call(name: str, lists: Lists, keep: Tensor | None, tensors: tuple, q: Tenso
     """Calls the C function; the layout of its arguments is that of segment_call in csrc/segment_tile.h."""
     (b, h, n, d), (_, g, _, e) = q.shape, v.shape
     keep = None if keep is None else keep.contiguous()
-    given = [b, h, g, n, d, e, lists.blocks.shape[1], threads(b * h * lists.pairs * (d + e) * products // 2)]
+    given = [b, h, g, n, d, e, lists.blocks.shape[1], lists.row, threads(b * h * lists.pairs * (d + e) * products // 2)]
     given += [address(t) or 0 for t in (keep, lists.group, lists.blocks, lists.tiles, lists.data)]
     function("segment_attention", name, q.dtype, "pd")(numbers(given, tensors), scale)
 
