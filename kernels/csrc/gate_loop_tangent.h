@@ -167,7 +167,7 @@ static void S(pack_or_zero)(const REAL *from, int64_t stride, REAL *to, int64_t 
     else memset(to, 0, (size_t)(padded * ld) * sizeof(REAL));
 }
 
-#define TANGENT_AT(x, i, start) ((x) ? AT(x, i) + (start) * x##_row : NULL)
+#define TANGENT_AT(x, i, start) ((x) ? (x) + PLACE(x, i, start) : NULL)
 
 /* out, last, product: what the forward pass gives, or NULL. tout lies in memory as out does. If they are given, logs receives the
  * tangent of the product, else that of its logarithm. */
@@ -219,12 +219,11 @@ void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
                 S(times)(two, 2 * dp, t_state, ep, oc, ep, rows, ep, 2 * dp, 1, FULL);
                 S(times)(t_scores, CHUNK, vc, ep, oc, ep, rows, ep, rows, 1, LEFT_LOWER);
                 if (tv) S(times)(scores, CHUNK, tvc, ep, oc, ep, rows, ep, rows, 1, LEFT_LOWER);
-                int64_t at = i / h * out_batch + i % h * out_head + start * out_row;
-                for (int64_t t = 0; t < m; t++) memcpy(tout + at + t * out_row, oc + t * ep, (size_t)e * sizeof(REAL));
+                S(unpack)(oc, ep, tout + PLACE(out, i, start), out_row, m, e);
                 if (out) {
                     S(times)(two, 2 * dp, state, ep, oc, ep, rows, ep, 2 * dp, 0, FULL);
                     S(times)(scores, CHUNK, vc, ep, oc, ep, rows, ep, rows, 1, LEFT_LOWER);
-                    for (int64_t t = 0; t < m; t++) memcpy(out + at + t * out_row, oc + t * ep, (size_t)e * sizeof(REAL));
+                    S(unpack)(oc, ep, out + PLACE(out, i, start), out_row, m, e);
                 }
 
                 for (int64_t j = 0; j < dp * ep; j += LANES) {

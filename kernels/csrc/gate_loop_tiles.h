@@ -108,3 +108,8 @@ static void S(pack)(const REAL *from, int64_t stride, REAL *to, int64_t ld, int6
     }
     if (padded_rows > rows) memset(to + rows * ld, 0, (size_t)((padded_rows - rows) * ld) * sizeof(REAL));
 }
+
+/* And `rows` rows of a result back. */
+static void S(unpack)(const REAL *from, int64_t ld, REAL *to, int64_t stride, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; r++) memcpy(to + r * stride, from + r * ld, (size_t)width * sizeof(REAL));
+}

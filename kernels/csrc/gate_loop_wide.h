@@ -19,6 +19,7 @@ static inline wide_sizes wide_size(int64_t b, int64_t h, int64_t n, int64_t d, i
     return (wide_sizes){b, h, n, d, e, up(d, PAD), up(e, PAD), m};
 }
 #define AT(x, i) ((x) + (i) / s.h * x##_batch + (i) % s.h * x##_head)
+#define PLACE(x, i, start) ((i) / s.h * x##_batch + (i) % s.h * x##_head + (start) * x##_row)
 #endif
 
 typedef struct {
@@ -137,7 +138,7 @@ static void S(wide_outputs)(S(wide_work) *w, const REAL *state, REAL *out, int64
         S(times)(w->two, 2 * dp, state, ep, w->out, ep, rows, ep, 2 * dp, 0, FULL);
     }
     S(times)(w->scores, CHUNK, w->v, ep, w->out, ep, rows, ep, rows, state != NULL, LEFT_LOWER);
-    for (int64_t t = 0; t < m; t++) memcpy(out + t * out_row, w->out + t * ep, (size_t)e * sizeof(REAL));
+    S(unpack)(w->out, ep, out, out_row, m, e);
 }
 
 /* The state behind a chunk, in place, or a part of it: `width` rows of real parts by `columns`, imaginary parts `imag` behind.

@@ -195,11 +195,9 @@ void S(gate_loop_wide_backward)(const REAL *q, const REAL *k, const REAL *v, con
         }                                                                                                                  \
         S(back_chunk)(w, c || h0 ? (hs) + c * size : NULL, (hs) + (c + 1) * size, c < chunks - 1 || g_last ? (rt) : NULL, fixed, \
                       AT(da, i) + c * s.m * da_row, da_row, m, d, e, dp, ep);                                              \
-        for (int64_t t = 0; t < m; t++) {                                                                                  \
-            memcpy(AT(dq, i) + (c * s.m + t) * dq_row, w->dq + t * dp, (size_t)d * sizeof(REAL));                          \
-            memcpy(AT(dk, i) + (c * s.m + t) * dk_row, w->dk + t * dp, (size_t)d * sizeof(REAL));                          \
-            memcpy(AT(dv, i) + (c * s.m + t) * dv_row, w->dv + t * ep, (size_t)e * sizeof(REAL));                          \
-        }                                                                                                                  \
+        S(unpack)(w->dq, dp, dq + PLACE(dq, i, c * s.m), dq_row, m, d);                                                    \
+        S(unpack)(w->dk, dp, dk + PLACE(dk, i, c * s.m), dk_row, m, d);                                                    \
+        S(unpack)(w->dv, ep, dv + PLACE(dv, i, c * s.m), dv_row, m, e);                                                    \
     } while (0)
 #pragma omp parallel num_threads((int)team) if (team > 1)
     {

@@ -6,7 +6,8 @@
  *     T_end  = p_end (T + l_end H) + sum_s [ z_s k_s' v_s^T + z_s' k_s v_s^T + z_s k_s v_s'^T ]
  *     R'     = conj(p_end) (R' + conj(l_end) R) + sum_t [ conj(p_t) q_t' g_t^T + conj(p_t') q_t g_t^T + conj(p_t) q_t g_t'^T ]
  *
- * and so for everything that the backward pass reads from them. A NULL tangent is zero. */
+ * and so for everything that the backward pass reads from them. A NULL tangent is zero. The gradients themselves are made on the
+ * way, but for dv, and are written where they are wanted. */
 
 /* The products of one row or column pair before and after their decay, and the tangents of both. */
 static void S(decay_hessian)(REAL *scores, REAL *t_scores, REAL *d_scores, REAL *td_scores, const S(gates) *g,
@@ -42,7 +43,7 @@ static void S(decay_hessian)(REAL *scores, REAL *t_scores, REAL *d_scores, REAL 
 
 /* Scratch of one chunk; t_ marks tangents. */
 typedef struct {
-    REAL *q, *k, *v, *g, *tq, *tk, *tv, *tg, *xt, *two, *read, *t_read, *sent, *t_sent, *dq, *dk, *tdq, *tdk, *tdv;
+    REAL *q, *k, *v, *g, *tq, *tk, *tv, *tg, *xt, *two, *read, *t_read, *sent, *t_sent, *dq, *dk, *dv, *tdq, *tdk, *tdv;
     REAL *scores, *t_scores, *d_scores, *td_scores;
     VF angle[CHUNK], t_angle[CHUNK];
     REAL turned[CHUNK], t_turned[CHUNK];
@@ -51,7 +52,7 @@ typedef struct {
     S(gate_tangents) along;
 } S(hessian_work);
 
-/* As finish_rows, and its tangent: leaves tdq and tdk, and each step's share of the gates' gradient. */
+/* As finish_rows, and its tangent: leaves dq, dk, tdq and tdk, and each step's share of the gates' gradient. */
 static void S(finish_hessian)(S(hessian_work) *w, int64_t dp, int64_t m) {
     const S(gates) *g = &w->gates;
     const S(gate_tangents) *tg = &w->along;
@@ -68,7 +69,7 @@ static void S(finish_hessian)(S(hessian_work) *w, int64_t dp, int64_t m) {
             VF tdx = S(load)(w->tdq + at, LANES) + t_re * g->pr[t] - t_im * g->pi[t];
             angles -= x * (re * g->pi[t] + im * g->pr[t]);
             t_angles -= tx * (re * g->pi[t] + im * g->pr[t]) + x * (t_re * g->pi[t] + t_im * g->pr[t]);
-            S(store)(w->tdq + at, tdx, LANES);
+            S(store)(w->dq + at, dx, LANES), S(store)(w->tdq + at, tdx, LANES);
 
             VF y = S(load)(w->k + at, LANES), ty = S(load)(w->tk + at, LANES);
             re = S(load)(w->sent + re_at, LANES), im = S(load)(w->sent + im_at, LANES);
@@ -78,7 +79,7 @@ static void S(finish_hessian)(S(hessian_work) *w, int64_t dp, int64_t m) {
             VF tdy = S(load)(w->tdk + at, LANES) + t_re * g->zr[t] + t_im * g->zi[t];
             angles += y * (re * g->zi[t] - im * g->zr[t]);
             t_angles += ty * (re * g->zi[t] - im * g->zr[t]) + y * (t_re * g->zi[t] - t_im * g->zr[t]);
-            S(store)(w->tdk + at, tdy, LANES);
+            S(store)(w->dk + at, dy, LANES), S(store)(w->tdk + at, tdy, LANES);
             sizes += x * dx - y * dy, t_sizes += tx * dx + x * tdx - ty * dy - y * tdy;
         }
         w->log_size[t] = S(total)(sizes), w->log_angle[t] = S(total)(angles) + w->turned[t];
@@ -99,8 +100,9 @@ static void S(turn_both)(REAL *state, REAL *t_state, int64_t rows, int64_t half,
         }
 }
 
-/* Tangents of da for one chunk from its sums of logarithms, from its last step back. sums, t_sums: what lies behind it. */
-static void S(gates_hessian)(const S(hessian_work) *w, const REAL *ta, int64_t ta_row, REAL *da, int64_t da_row, int64_t m,
+/* da (unless NULL) and its tangent for one chunk from its sums of logarithms, from its last step back. sums, t_sums: what lies
+ * behind it. */
+static void S(gates_hessian)(const S(hessian_work) *w, const REAL *ta, int64_t ta_row, REAL *da, REAL *tda, int64_t da_row, int64_t m,
                              double sums[2], double t_sums[2]) {
     const S(gates) *g = &w->gates;
     for (int64_t t = m - 1; t >= 0; t--) {
@@ -108,8 +110,8 @@ static void S(gates_hessian)(const S(hessian_work) *w, const REAL *ta, int64_t t
         t_sums[0] += w->t_log_size[t], t_sums[1] += w->t_log_angle[t];
         /* The gradient is u (slow L_r + i L_i / m), slow = 1 - size; a' moves m by `away` and turns u by `turn`. */
         REAL x = g->ux[t], y = g->uy[t], inverse = g->inverse[t], t_along = 0, t_across = 0;
+        double slow = 1 - (double)g->size[t], away = 0, turn = 0, along = inverse ? slow * sums[0] : 0, across = inverse * sums[1];
         if (inverse) {
-            double slow = 1 - (double)g->size[t], away = 0, turn = 0, along = slow * sums[0], across = inverse * sums[1];
             if (ta) {
                 away = x * ta[t * ta_row] + y * ta[t * ta_row + 1];
                 turn = inverse * (x * ta[t * ta_row + 1] - y * ta[t * ta_row]);
@@ -117,7 +119,8 @@ static void S(gates_hessian)(const S(hessian_work) *w, const REAL *ta, int64_t t
             t_along = (REAL)(slow * (t_sums[0] - g->size[t] * away * sums[0]) - turn * across);
             t_across = (REAL)(inverse * (t_sums[1] - away * across) + turn * along);
         }
-        da[t * da_row] = x * t_along - y * t_across, da[t * da_row + 1] = y * t_along + x * t_across;
+        tda[t * da_row] = x * t_along - y * t_across, tda[t * da_row + 1] = y * t_along + x * t_across;
+        if (da) da[t * da_row] = (REAL)(x * along - y * across), da[t * da_row + 1] = (REAL)(y * along + x * across);
     }
 }
 
@@ -133,16 +136,17 @@ static REAL *S(take)(REAL **from, int64_t count) {
 }
 
 static int64_t S(hessian_numbers)(int64_t dp, int64_t ep) {
-    return CHUNK * (18 * dp + 5 * ep + max64(dp, ep) + 4 * CHUNK);
+    return CHUNK * (18 * dp + 6 * ep + max64(dp, ep) + 4 * CHUNK);
 }
 
 static void S(hessian_share)(S(hessian_work) *w, REAL *at, int64_t dp, int64_t ep) {
     REAL **keys[] = {&w->q, &w->k, &w->tq, &w->tk, &w->dq, &w->dk, &w->tdq, &w->tdk};
     REAL **pairs[] = {&w->two, &w->read, &w->t_read, &w->sent, &w->t_sent};
-    REAL **values[] = {&w->v, &w->g, &w->tv, &w->tg, &w->tdv};
+    REAL **values[] = {&w->v, &w->g, &w->tv, &w->tg, &w->dv, &w->tdv};
     REAL **squares[] = {&w->scores, &w->t_scores, &w->d_scores, &w->td_scores};
     for (int i = 0; i < 8; i++) *keys[i] = S(take)(&at, CHUNK * dp);
-    for (int i = 0; i < 5; i++) *pairs[i] = S(take)(&at, CHUNK * 2 * dp), *values[i] = S(take)(&at, CHUNK * ep);
+    for (int i = 0; i < 5; i++) *pairs[i] = S(take)(&at, CHUNK * 2 * dp);
+    for (int i = 0; i < 6; i++) *values[i] = S(take)(&at, CHUNK * ep);
     for (int i = 0; i < 4; i++) *squares[i] = S(take)(&at, CHUNK * CHUNK);
     w->xt = at;
 }
@@ -159,11 +163,12 @@ static void S(read_pair)(const REAL *y, const REAL *ty, const REAL *state, const
     if (ty) S(times)(ty, ep, state, 2 * dp, t_to, 2 * dp, rows, 2 * dp, e, 1, FULL);
 }
 
+/* dq .. dh0: the gradients themselves, in memory as their changes, or all NULL. */
 void S(gate_loop_wide_hessian)(
     const REAL *q, const REAL *k, const REAL *v, const REAL *a, const REAL *h0, const REAL *g, const REAL *g_last,
     const REAL *g_product, const REAL *tq, const REAL *tk, const REAL *tv, const REAL *ta, const REAL *th0, const REAL *tg,
-    const REAL *tg_last, const REAL *tg_product, REAL *dq, REAL *dk, REAL *dv, REAL *da, REAL *dh0, int64_t b, int64_t h, int64_t n,
-    int64_t d, int64_t e, int64_t q_batch, int64_t q_head, int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row,
+    const REAL *tg_last, const REAL *tg_product, REAL *tdq, REAL *tdk, REAL *tdv, REAL *tda, REAL *tdh0, REAL *dq, REAL *dk, REAL *dv,
+    REAL *da, REAL *dh0, int64_t b, int64_t h, int64_t n, int64_t d, int64_t e, int64_t q_batch, int64_t q_head, int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row,
     int64_t v_batch, int64_t v_head, int64_t v_row, int64_t a_batch, int64_t a_head, int64_t a_row, int64_t g_batch, int64_t g_head,
     int64_t g_row, int64_t tq_batch, int64_t tq_head, int64_t tq_row, int64_t tk_batch, int64_t tk_head, int64_t tk_row,
     int64_t tv_batch, int64_t tv_head, int64_t tv_row, int64_t ta_batch, int64_t ta_head, int64_t ta_row, int64_t tg_batch,
@@ -258,22 +263,28 @@ void S(gate_loop_wide_hessian)(
 
                 S(times_left_transposed)(w->t_scores, CHUNK, w->g, ep, w->tdv, ep, rows, ep, rows, 0, LEFT_UPPER);
                 if (tg) S(times_left_transposed)(w->scores, CHUNK, w->tg, ep, w->tdv, ep, rows, ep, rows, 1, LEFT_UPPER);
+                if (dq) S(times_left_transposed)(w->scores, CHUNK, w->g, ep, w->dv, ep, rows, ep, rows, 0, LEFT_UPPER);
                 double sums[2] = {fixed[0], fixed[1]}, t_sums[2] = {t_fixed[0], t_fixed[1]}, part[2];
                 if (c < chunks - 1 || behind) {
                     S(transpose)(rt, 2 * dp, r, ep, ep, 2 * dp), S(transpose)(trt, 2 * dp, tr, ep, ep, 2 * dp);
                     S(double_rows)(w->k, x->zr, x->zi, 1, w->two, dp, rows);
                     S(times)(w->two, 2 * dp, tr, ep, w->tdv, ep, rows, ep, 2 * dp, 1, FULL);
+                    if (dq) S(times)(w->two, 2 * dp, r, ep, w->dv, ep, rows, ep, 2 * dp, 1, FULL);
                     S(double_rows_twice)(w->tk, x->zr, x->zi, w->k, tx->zr, tx->zi, 1, w->two, dp, rows);
                     S(times)(w->two, 2 * dp, r, ep, w->tdv, ep, rows, ep, 2 * dp, 1, FULL);
                     S(meet)(at_h + state, rt, e, dp, part), sums[0] += part[0], sums[1] += part[1];
                     S(meet)(at_t + state, rt, e, dp, part), t_sums[0] += part[0], t_sums[1] += part[1];
                     S(meet)(at_h + state, trt, e, dp, part), t_sums[0] += part[0], t_sums[1] += part[1];
                 }
-                S(gates_hessian)(w, TANGENT_AT(ta, i, start), ta_row, AT(da, i) + start * da_row, da_row, m, sums, t_sums);
-                for (int64_t t = 0; t < m; t++) {
-                    memcpy(AT(dq, i) + (start + t) * dq_row, w->tdq + t * dp, (size_t)d * sizeof(REAL));
-                    memcpy(AT(dk, i) + (start + t) * dk_row, w->tdk + t * dp, (size_t)d * sizeof(REAL));
-                    memcpy(AT(dv, i) + (start + t) * dv_row, w->tdv + t * ep, (size_t)e * sizeof(REAL));
+                S(gates_hessian)(w, TANGENT_AT(ta, i, start), ta_row, TANGENT_AT(da, i, start), PLACE(da, i, start) + tda, da_row, m, sums,
+                                 t_sums);
+                S(unpack)(w->tdq, dp, tdq + PLACE(dq, i, start), dq_row, m, d);
+                S(unpack)(w->tdk, dp, tdk + PLACE(dk, i, start), dk_row, m, d);
+                S(unpack)(w->tdv, ep, tdv + PLACE(dv, i, start), dv_row, m, e);
+                if (dq) {
+                    S(unpack)(w->dq, dp, dq + PLACE(dq, i, start), dq_row, m, d);
+                    S(unpack)(w->dk, dp, dk + PLACE(dk, i, start), dk_row, m, d);
+                    S(unpack)(w->dv, ep, dv + PLACE(dv, i, start), dv_row, m, e);
                 }
                 S(turn_both)(rt, trt, e, dp, x->er, -x->ei, tx->er, -tx->ei);
                 S(double_rows_twice)(w->tq, x->pr, x->pi, w->q, tx->pr, tx->pi, -1, w->two, dp, rows);
@@ -282,7 +293,8 @@ void S(gate_loop_wide_hessian)(
                 S(times_left_transposed)(w->g, ep, w->two, 2 * dp, rt, 2 * dp, ep, 2 * dp, m, 1, FULL);
                 if (tg) S(times_left_transposed)(w->tg, ep, w->two, 2 * dp, trt, 2 * dp, ep, 2 * dp, m, 1, FULL);
             }
-            S(state_out)(trt, dh0 + i * 2 * d * e, d, e, dp);
+            S(state_out)(trt, tdh0 + i * 2 * d * e, d, e, dp);
+            if (dh0) S(state_out)(rt, dh0 + i * 2 * d * e, d, e, dp);
         }
         free(states), free(w);
     }

@@ -96,15 +96,28 @@ def _wide_fake(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
     return _like_rows(q, v.shape[3]), q.new_empty(b, h, d, v.shape[3], 2), q.new_empty(b, h, 2)
 
 
-def _wide_hessian(q, k, v, a, h0, g, g_last, g_product, tq, tk, tv, ta, th0, tg, tg_last, tg_product) -> tuple[Tensor, ...]:
+def _hessian_call(own, q, k, v, a, h0, g, g_last, g_product, tq, tk, tv, ta, th0, tg, tg_last, tg_product) -> tuple[Tensor, ...]:
     q, k, v, a, g, tq, tk, tv, ta, tg = (_heads(t) for t in (q, k, v, a, g, tq, tk, tv, ta, tg))
     h0, g_last, g_product, th0, tg_last, tg_product = (_packed(t) for t in (h0, g_last, g_product, th0, tg_last, tg_product))
     (b, h, n, d), e = q.shape, v.shape[3]
-    grads = _wide_backward_fake(q, k, v)
-    function("gate_loop", "gate_loop_wide_hessian", q.dtype, "p" * 21 + "i" * 48)(
-        *map(address, (q, k, v, a, h0, g, g_last, g_product, tq, tk, tv, ta, th0, tg, tg_last, tg_product, *grads)), b, h, n, d, e,
-        *_strides3(q, k, v, a, g, tq, tk, tv, ta, tg, *grads[:4]), threads(24 * b * h * n * d * e))
-    return grads
+    along = _wide_backward_fake(q, k, v)
+    function("gate_loop", "gate_loop_wide_hessian", q.dtype, "p" * 26 + "i" * 48)(
+        *map(address, (q, k, v, a, h0, g, g_last, g_product, tq, tk, tv, ta, th0, tg, tg_last, tg_product, *along, *own)), b, h, n, d, e,
+        *_strides3(q, k, v, a, g, tq, tk, tv, ta, tg, *along[:4]), threads(24 * b * h * n * d * e))
+    return along
+
+
+def _wide_hessian(*args: Tensor | None) -> tuple[Tensor, ...]:
+    return _hessian_call((None,) * 5, *args)
+
+
+def _wide_backward_both(*args: Tensor | None) -> tuple[Tensor, ...]:
+    grads = _wide_backward_fake(*args)
+    return *grads, *_hessian_call(grads, *args)
+
+
+def _wide_backward_both_fake(*args) -> tuple[Tensor, ...]:
+    return *_wide_backward_fake(*args), *_wide_backward_fake(*args)
 
 
 _FIVE = "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? ta, Tensor? th0)"
@@ -126,20 +139,24 @@ wide = Operator("gate_loop_wide_tangent_native", 1, _FIVE + " -> (Tensor, Tensor
 wide_both = Operator("gate_loop_wide_both_native", 1, _FIVE + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
                      fake=_wide_both_fake, cpu=_wide_both)
 # The arguments of gate_loop_wide_backward, then one tangent each.
-wide_hessian = Operator(
-    "gate_loop_wide_hessian_native", 1,
-    "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0, Tensor? g, Tensor? g_last, Tensor? g_product, Tensor? tq, Tensor? tk,"
-    " Tensor? tv, Tensor? ta, Tensor? th0, Tensor? tg, Tensor? tg_last, Tensor? tg_product)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", fake=_wide_backward_fake, cpu=_wide_hessian)
+_EIGHT = ("(Tensor q, Tensor k, Tensor v, Tensor a, Tensor? h0, Tensor? g, Tensor? g_last, Tensor? g_product, Tensor? tq, Tensor? tk,"
+          " Tensor? tv, Tensor? ta, Tensor? th0, Tensor? tg, Tensor? tg_last, Tensor? tg_product)"
+          " -> (Tensor, Tensor, Tensor, Tensor, Tensor")
+wide_hessian = Operator("gate_loop_wide_hessian_native", 1, f"{_EIGHT})", fake=_wide_backward_fake, cpu=_wide_hessian)
+# The gradients themselves, then the tangent of each.
+wide_backward_both = Operator("gate_loop_wide_backward_both_native", 1, f"{_EIGHT}, Tensor, Tensor, Tensor, Tensor, Tensor)",
+                              fake=_wide_backward_both_fake, cpu=_wide_backward_both)
 simple.flops(flops(12))
 narrow.flops(flops(30))
 narrow_hessian.flops(flops(90))
 wide.flops(flops(30, heads=True))
 wide_both.flops(flops(40, heads=True))
 wide_hessian.flops(flops(90, heads=True))
+wide_backward_both.flops(flops(100, heads=True))
 simple.split((2, 2, 2, 1, 2, 2, 2, 1), (2, 1))
 narrow.split((2, 2, 2, 2, 1, 2, 2, 2, 2, 1), (2, 1, 1, 3))
 narrow_hessian.split((2, 2, 2, 2, 1, 3, 1, 2, 1, 1, 2, 2, 2, 2, 1, 3, 1, 2, 1, 1), (2, 2, 2, 2, 1))
 wide.split((1,) * 10, (1, 1, 1))
 wide_both.split((1,) * 10, (1,) * 6)
 wide_hessian.split((1,) * 16, (1,) * 5)
+wide_backward_both.split((1,) * 16, (1,) * 10)

@@ -133,6 +133,20 @@ def test_value_and_tangent_in_one_pass_are_those_of_two(n, d, e):
         assert (both[3] != 0).any()
 
 
+@pytest.mark.parametrize("n, d, e", [(63, 17, 5), (131, 3, 19)])
+@pytest.mark.parametrize("given", [(0, 1, 2), (0,), (1,), (2,), ()], ids=["all", "out", "state", "product", "none"])
+def test_gradient_and_its_tangent_in_one_pass_are_those_of_two(n, d, e, given):
+    q, k, v, a, h, p = inputs(2, 1, n, d, e)
+    grads = [t if i in given else None for i, t in enumerate((v.sin(), h.cos(), p))]
+    for state in (h, None):
+        moves = [None if t is None else torch.randn_like(t) for t in (q, k, v, a, state, *grads)]
+        args = q, k, v, a, state, *grads
+        both = native_tangent.wide_backward_both(*args, *moves)
+        for u, w in zip(both, (*native.wide_backward(*args), *native_tangent.wide_hessian(*args, *moves))):
+            assert_close(u, w)
+            assert given != (0, 1, 2) or (w != 0).any()
+
+
 def test_gates_of_any_size_give_finite_second_derivatives():
     args = list(inputs(1, 2, 70, 3, 5, torch.float32))
     size = torch.tensor([0.0, 1e-35, 1e-28, 1e-18, 1e-3, 20.0, 90.0, 800.0, 1e20, 1e38]).repeat(7)[:, None]

@@ -9,6 +9,7 @@ import torch
 from conftest import assert_close
 from fnattn_kernels.contracts import KernelUnavailable
 from fnattn_kernels.native import build
+from fnattn_kernels.native import taylor as native
 from taylor_dense import dense, earlier, inputs, weights_of, with_gradients
 
 from fnattn.ops.taylor import reference, taylor
@@ -319,4 +320,29 @@ def test_the_tangent_of_each_argument_alone_is_right(impl, kind, causal):
             return torch.func.jvp(part, (args[at],), (args[at].cos(),))[1]
 
         for a, x in zip(along(call(taylor, impl=impl)), along(call(dense))):
+            assert_close(a, x)
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize("past", [True, False], ids=["sums", "no sums"])
+def test_what_is_made_in_one_pass_is_what_two_passes_make(past, masked, causal):
+    b, h, g, n, d, e = 1, 4, 2, 71, 17, 5
+    q, k, v = inputs(b, h, g, n, d, e)
+    keep, sums = weights_of("mask", b, n).to(q.dtype) if masked else None, earlier(b, g, d, e) if past else None
+    options = masked, causal, 0.4, 1e-5
+    everything = [None if t is None else t.cos() for t in (q, k, v, sums)]
+    for some in range(5):  # all move, then each alone
+        tq, tk, tv, ts = (t if some in (0, i) else None for i, t in enumerate(everything, 1))
+        if some == 4 and not past:
+            continue
+        outs = native.forward(q, k, v, keep, sums, *options)
+        moved = native.tangent(q, k, v, keep, sums, *outs[:2], tq, tk, tv, None, ts, *options)
+        for a, x in zip(native.both(q, k, v, keep, sums, tq, tk, tv, None, ts, *options), (*outs, *moved)):
+            assert_close(a, x)
+        args = q, k, v, keep, sums, *outs[:2], outs[0].sin(), outs[2].sin()
+        moves = *moved[:2], tq, tk, tv, ts, outs[0].cos(), None
+        first, second = native.backward(*args, *options), native.second(*args, *moves, *options)
+        for a, x in zip(native.backward_both(*args, *moves, *options), (*first[:3], first[4], *second)):
             assert_close(a, x)

@@ -13,7 +13,7 @@ from fnattn_kernels.native import gate_loop as native
 from fnattn_kernels.native import gate_loop_tangent as native_tangent
 from torch import Tensor
 
-from .._door import Kernel, check_heads, choose, compute_dtype, native_reason, no_autocast, rows_as_they_are, widen
+from .._door import Kernel, cast, check_heads, choose, compute_dtype, native_reason, no_autocast, rows_as_they_are, widen
 from ..scan import complex_times
 from . import backward, reference, tangent, triton
 
@@ -74,11 +74,11 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, a: Tensor, *, state: tuple[Tensor
         if run is run_native and _is_narrow(q, v):
             args = rows_as_they_are((q, k, v, a), h0, a0)[:5]
         else:
-            args = [None if t is None else t.to(dtype) for t in (q, k, v, a, h0)]
+            args = [None if t is None else cast(t, dtype) for t in (q, k, v, a, h0)]
         out, last, product = run(*args)
         if a0 is not None:
-            product = complex_times(product, a0.to(dtype))
-    return out.to(v.dtype), GateLoopState(last, product)
+            product = complex_times(product, cast(a0, dtype))
+    return cast(out, v.dtype), GateLoopState(last, product)
 
 
 def combine(earlier: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor]) -> GateLoopState:
@@ -215,10 +215,24 @@ def _wide_backward_jvp(args, outs, tangents):
     return native_tangent.wide_hessian(*args, *tangents)
 
 
-def _wide_hessian_reference(*args):
+def _wide_backward_both(args, tangents):
+    results = native_tangent.wide_backward_both(*args, *tangents)
+    return results[:5], results[5:]
+
+
+def _filled(args):
+    """The arguments of wide_backward, and the tangents behind them, with zeros for what is not there."""
     state = args[0][:, :, 0, :, None, None] * args[2][:, :, 0, None, :, None] * args[3][:, :, :1, :].unsqueeze(2)
     like = args[0], args[1], args[2], args[3], state, args[2], state, args[3][:, :, 0]
-    return tangent.wide_backward(*(_zeros(t, x) for t, x in zip(args, like * 2)))
+    return [_zeros(t, x) for t, x in zip(args, like * (len(args) // 8))]
+
+
+def _wide_hessian_reference(*args):
+    return tangent.wide_backward(*_filled(args))
+
+
+def _wide_backward_both_reference(*args):
+    return *backward.wide(*_filled(args[:8])), *tangent.wide_backward(*_filled(args))
 
 
 def _zeros(t: Tensor | None, like: Tensor) -> Tensor:
@@ -255,12 +269,13 @@ native.wide.derive(vjp=_wide_vjp, jvp=_wide_jvp, both=_wide_both)
 native.narrow_backward.derive(
     vjp=lambda needs, args, outs, cotangents: reference_vjp(_narrow_backward_reference, needs, args, cotangents),
     jvp=_narrow_backward_jvp, save_outputs=False)
-native.wide_backward.derive(vjp=_wide_backward_vjp, jvp=_wide_backward_jvp, save_outputs=False)
+native.wide_backward.derive(vjp=_wide_backward_vjp, jvp=_wide_backward_jvp, both=_wide_backward_both, save_outputs=False)
 _derive_from(native_tangent.narrow, _narrow_tangent_reference)
 _derive_from(native_tangent.narrow_hessian, _narrow_hessian_reference)
 _derive_from(native_tangent.wide, tangent.wide, (0,))
 _derive_from(native_tangent.wide_both, _wide_both_reference, (0, 3))
 _derive_from(native_tangent.wide_hessian, _wide_hessian_reference, (0, 1, 2, 3))
+_derive_from(native_tangent.wide_backward_both, _wide_backward_both_reference, (0, 1, 2, 3, 5, 6, 7, 8))
 
 
 def run_triton(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
