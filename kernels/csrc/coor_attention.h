@@ -140,7 +140,7 @@ void S(coor_attention)(const strided *of, const REAL *log_k, const uint8_t *keep
     if (!b || !h || !n) return;
 #pragma omp parallel num_threads((int)min64(threads, b * h * blocks)) if (threads > 1 && b * h * blocks > 1)
     {
-        VF *s = S(tiles)(4, m, p.T + 2 * d + 2 * e), *y = s + 2 * m, *mark = y + 2 * m;
+        VF *s = S(tiles)(5, m, p.T + 2 * d + 2 * e), *y = s + 2 * m, *open = y + 2 * m, *mark = open + m;
         REAL *q_lanes = (REAL *)(mark + p.T), *sum = q_lanes + d * BLOCK;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * h * blocks; i++) {
@@ -154,7 +154,7 @@ void S(coor_attention)(const strided *of, const REAL *log_k, const uint8_t *keep
                 VF lk;
                 S(gather)(log_k + first, some, 1, &lk, 1);
                 if (exact) S(exact)(s + half * m, y + half * m, keys, lk, p.eps, mark, mark + 1);
-                else S(iterate)(s + half * m, y + half * m, keys, lk, schedule, T, mark);
+                else S(iterate)(s + half * m, y + half * m, open, keys, lk, schedule, T, mark);
                 S(scatter)(mark, some, p.T, marks + first * p.T);
             }
             memset(sum, 0, (size_t)(e * BLOCK) * sizeof(REAL));
@@ -172,7 +172,7 @@ static void S(attention_block_back)(const S(problem) *p, int64_t batch, int64_t 
     const int64_t kv = head / (p->h / p->g);
     const REAL *q = S(row)(of, batch, head, i0), *k = S(row)(of + 1, batch, kv, 0), *v = S(row)(of + 2, batch, kv, 0);
     const REAL *grad = S(row)(of + 3, batch, head, i0);
-    VF *s = memory, *ds = s + 2 * m, *E = ds + 2 * m, *y = E + m, *mark = y + m;
+    VF *s = memory, *ds = s + 2 * m, *E = ds + 2 * m, *y = E + m, *open = y + m, *mark = open + 2 * m + 1;
     REAL *lanes = (REAL *)(mark + p->T), *q_rows = lanes + max64(d, e) * BLOCK, *g_rows = q_rows + S(padded)(d) * BLOCK;
     S(lanes_of)(q, of[0].row, count, d, p->scale, lanes);
     int nv = count > LANES ? 2 : 1;
@@ -189,7 +189,7 @@ static void S(attention_block_back)(const S(problem) *p, int64_t batch, int64_t 
         S(gather)(log_k + first, some, 1, &lk, 1);
         S(gather)(marks + first * p->T, some, p->T, mark, 0);
         if (p->exact) slope = S(exact_back)(s + half * m, ds + half * m, E, y, keys, p->eps, mark[0], mark[1]);
-        else slope = S(iterate_back)(s + half * m, ds + half * m, E, y, keys, lk, p->schedule, p->T, mark);
+        else slope = S(iterate_back)(s + half * m, ds + half * m, E, y, open, keys, lk, p->schedule, p->T, mark);
         S(scatter)(&slope, some, 1, dlogk + first);
         S(rows_product)(dv, g_rows + half * LANES * S(padded)(e), y, keys, S(padded)(e));
         S(rows_product)(dk, q_rows + half * LANES * S(padded)(d), ds + half * m, keys, S(padded)(d));
@@ -208,9 +208,9 @@ void S(coor_attention_back)(const strided *of, const REAL *log_k, const uint8_t 
     if (!b || !h) return;
 #pragma omp parallel num_threads((int)min64(threads, b * g)) if (threads > 1 && b * g > 1)
     {
-        int64_t parts = p.T + 2 * (max64(d, e) + wide_d + wide_e), sums = m * (wide_d + wide_e) / LANES;
-        VF *memory = S(tiles)(6, m, parts + sums);
-        REAL *sum_k = (REAL *)(memory + 6 * m + parts), *sum_v = sum_k + m * wide_d;
+        int64_t parts = p.T + 1 + 2 * (max64(d, e) + wide_d + wide_e), sums = m * (wide_d + wide_e) / LANES;
+        VF *memory = S(tiles)(8, m, parts + sums);
+        REAL *sum_k = (REAL *)(memory + 8 * m + parts), *sum_v = sum_k + m * wide_d;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * g; i++) {
             memset(sum_k, 0, (size_t)sums * sizeof(VF));

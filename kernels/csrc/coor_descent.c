@@ -81,14 +81,14 @@ void S(coor_iterate)(const REAL *s, const REAL *log_k, REAL *y, REAL *m, int64_t
     if (!rows || !n) return;
 #pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
     {
-        VF *tile = S(tiles)(2, n, T), *out = tile + n, *marks = out + n;
+        VF *tile = S(tiles)(3, n, T), *out = tile + n, *open = out + n, *marks = open + n;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < blocks; i++) {
             int64_t first = i * LANES, count = min64(LANES, rows - first);
             VF lk;
             S(gather)(log_k + first, count, 1, &lk, 0);
             S(gather)(s + first * n, count, n, tile, 0);
-            S(iterate)(tile, out, n, lk, eps, T, marks);
+            S(iterate)(tile, out, open, n, lk, eps, T, marks);
             S(scatter)(out, count, n, y + first * n);
             S(scatter)(marks, count, T, m + first * T);
         }
@@ -102,7 +102,7 @@ void S(coor_iterate_back)(const REAL *s, const REAL *log_k, const REAL *m, const
     if (!rows || !n) return;
 #pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
     {
-        VF *tile = S(tiles)(3, n, T), *grad = tile + n, *E = grad + n, *marks = E + n;
+        VF *tile = S(tiles)(5, n, T + 1), *grad = tile + n, *E = grad + n, *open = E + n, *marks = open + 2 * n + 1;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < blocks; i++) {
             int64_t first = i * LANES, count = min64(LANES, rows - first);
@@ -111,7 +111,7 @@ void S(coor_iterate_back)(const REAL *s, const REAL *log_k, const REAL *m, const
             S(gather)(s + first * n, count, n, tile, 0);
             S(gather)(g + first * n, count, n, grad, 0);
             S(gather)(m + first * T, count, T, marks, 0);
-            lk = S(iterate_back)(tile, grad, E, NULL, n, lk, eps, T, marks);
+            lk = S(iterate_back)(tile, grad, E, NULL, open, n, lk, eps, T, marks);
             S(scatter)(grad, count, n, ds + first * n);
             S(scatter)(&lk, count, 1, dlogk + first);
         }

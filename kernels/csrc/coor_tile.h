@@ -20,6 +20,8 @@
 #undef FRACTION
 #undef LOG_TERMS
 #undef ROOT_HALF
+#undef LOG2_E
+#define LOG2_E 1.44269504088896340736
 #if WIDE
 #define X86(name) PASTE(name, _, p, d)
 #define XF PASTE(__m, VECTOR_BITS, d, )
@@ -69,42 +71,44 @@ static inline VF S(most)(VF a, VF b) {
 #endif
 }
 static inline int S(any)(VI mask) {
+#if defined(__AVX512F__) && WIDE
+    return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX__)
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
     int found = 0;
     for (int l = 0; l < LANES; l++) found |= mask[l] != 0;
     return found;
+#endif
 }
 
-/* e^x for x in [EXP_LOW, EXP_HIGH]. About 1 ulp. */
-static inline VF S(power)(VF x) {
-    VF t = x * (REAL)1.44269504088896340736 + (REAL)MAGIC, whole = t - (REAL)MAGIC;
-    VF r = x - whole * (REAL)LN2_HIGH;
-    r = r - whole * (REAL)LN2_LOW;
+/* e^(x rate / LOG2_E) = 2^(x rate) for exponents from EXP_LOW to EXP_HIGH: rate = LOG2_E / eps saves the division. About 1 ulp. */
+static inline VF S(power)(VF x, REAL rate) {
+    VF t = x * rate + (REAL)MAGIC, whole = t - (REAL)MAGIC, r = x * rate - whole;
 #if WIDE
-    static const double inverse_factorial[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-                                               1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1, 1};
-    VF p = S(splat)(inverse_factorial[0]);
-#pragma GCC unroll 16
-    for (int i = 1; i < 14; i++) p = p * r + (REAL)inverse_factorial[i];
+    static const double terms[] = {1.3691488853904128e-12, 2.5678435993488206e-11, 4.4455382718708116e-10, 7.0549116208011233e-9,
+                                   1.0178086009239699e-7, 1.3215486790144309e-6, 1.5252733804059841e-5, 1.5403530393381609e-4,
+                                   1.3333558146428443e-3, 9.6181291076284771e-3, 5.5504108664821580e-2, 2.4022650695910072e-1,
+                                   6.9314718055994531e-1, 1}; /* (log 2)^i / i! */
 #else
-    VF p = S(splat)(1.9875691500e-4);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    static const float terms[] = {1.5356861e-4f, 1.3398959e-3f, 9.618423e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.931472e-1f, 1}; /* minimax */
 #endif
+    VF p = S(splat)(terms[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < (int)(sizeof terms / sizeof *terms); i++) p = p * r + terms[i];
     return (VF)((VI)p + ((VI)t << FRACTION));
 }
 
-/* e^x; 0 below EXP_LOW, e^EXP_HIGH above EXP_HIGH. */
-static inline VF S(exponential)(VF x) {
-    VI alive = x > S(splat)(EXP_LOW);
-    return S(keep)(alive, S(power)(S(most)(S(least)(x, S(splat)(EXP_HIGH)), S(splat)(EXP_LOW))));
+/* e^(x rate / LOG2_E); 0 below EXP_LOW, e^EXP_HIGH above EXP_HIGH. */
+static inline VF S(decay)(VF x, REAL rate) {
+    VF low = S(splat)((REAL)(EXP_LOW * LOG2_E) / rate), high = S(splat)((REAL)(EXP_HIGH * LOG2_E) / rate);
+    return S(keep)(x > low, S(power)(S(most)(S(least)(x, high), low), rate));
 }
 
-/* e^x for x <= 0 as a term of a sum in which nobody notices e^EXP_LOW: that is what smaller ones become. */
-static inline VF S(term)(VF x) { return S(power)(S(most)(x, S(splat)(EXP_LOW))); }
+/* e^x, in the same bounds. */
+static inline VF S(exponential)(VF x) { return S(decay)(x, (REAL)LOG2_E); }
 
 /* log x for normal x > 0, as e log 2 + 2 artanh((f - 1) / (f + 1)) with f in [sqrt(1/2), sqrt(2)). */
 static inline VF S(logarithm)(VF x) {
@@ -151,35 +155,38 @@ static inline VF S(capped_sum)(const VF *e, int64_t n, VF cap) {
     return (a + b) + (c + d);
 }
 
-/* y from s; eps[T + 1] is the schedule, its last entry for y. Thresholds go to m[T]. */
-static void S(iterate)(const VF *s, VF *restrict y, int64_t n, VF log_k, const double *eps, int64_t T, VF *m_out) {
+#include "coor_window.h"
+
+/* y from s; eps[T + 1] is the schedule, its last entry for y. Thresholds go to m[T]. open [n] is scratch. */
+static void S(iterate)(const VF *s, VF *restrict y, VF *restrict open, int64_t n, VF log_k, const double *eps, int64_t T, VF *m_out) {
     S(rows) r = S(look)(s, n);
     VF m = (REAL)eps[0] * (S(logarithm)(r.count) - log_k), c = {0}, M = {0}, inverse_k = S(exponential)(-log_k);
     const VF high = S(splat)(WIDE ? 1e150 : 1e18), low = S(splat)(WIDE ? 1e-150 : 1e-18);
+    S(window) w = {.next = WINDOW_AFTER, .wait = WINDOW_AFTER, .count = -1};
     int fresh = 0; /* y holds E for this eps and the reference c */
     m_out[0] = m;
     for (int64_t t = 1; t < T; t++) {
-        REAL inverse = (REAL)(1 / eps[t]);
+        REAL rate = (REAL)(LOG2_E / eps[t]);
         int still = eps[t] == eps[t + 1];
         if (still && !fresh) {
             c = S(least)(r.top, m);
-            for (int64_t j = 0; j < n; j++) y[j] = S(exponential)((s[j] - c) * inverse);
-            M = S(exponential)((m - c) * inverse);
-            fresh = 1;
+            for (int64_t j = 0; j < n; j++) y[j] = S(decay)(s[j] - c, rate);
+            M = S(decay)(m - c, rate);
+            w.count = -1, w.next = max64(w.next, t + 2), fresh = 1;
         }
         if (fresh) {
-            M = (S(capped_sum)(y, n, M) + r.none) * inverse_k;
+            M = (S(window_sum)(&w, y, open, n, M, m_out + t - 1, (REAL)eps[t], t, T) + r.none) * inverse_k;
             m = c + (REAL)eps[t] * S(logarithm)(M);
             fresh = still && !S(any)((M > high) | (M < low));
         } else {
-            c = S(least)(r.top, m);
-            VF a = r.none, b = {0};
+            VF a = r.none, b = {0}, least = S(splat)((REAL)(EXP_LOW * eps[t])); /* nobody notices e^EXP_LOW in the sum */
             int64_t j = 0;
+            c = S(least)(r.top, m);
             for (; j + 2 <= n; j += 2) {
-                a += S(term)((S(least)(s[j], m) - c) * inverse);
-                b += S(term)((S(least)(s[j + 1], m) - c) * inverse);
+                a += S(power)(S(most)(S(least)(s[j], m) - c, least), rate);
+                b += S(power)(S(most)(S(least)(s[j + 1], m) - c, least), rate);
             }
-            if (j < n) a += S(term)((S(least)(s[j], m) - c) * inverse);
+            if (j < n) a += S(power)(S(most)(S(least)(s[j], m) - c, least), rate);
             m = c + (REAL)eps[t] * (S(logarithm)(a + b) - log_k);
         }
         m_out[t] = m;
@@ -190,72 +197,46 @@ static void S(iterate)(const VF *s, VF *restrict y, int64_t n, VF log_k, const d
         VF inverse = r.clean / M;
         for (int64_t j = 0; j < n; j++) y[j] = S(least)(one, y[j] * inverse);
     } else {
-        REAL inverse = (REAL)(1 / eps[T]);
-        for (int64_t j = 0; j < n; j++) y[j] = S(exponential)(S(least)(zero, s[j] - m) * inverse) * r.clean;
+        REAL rate = (REAL)(LOG2_E / eps[T]);
+        for (int64_t j = 0; j < n; j++) y[j] = S(decay)(S(least)(zero, s[j] - m), rate) * r.clean;
     }
 }
 
 /* The gradient of `iterate`, from the thresholds it left. On entry ds holds the cotangent of y; on return the gradient of s.
- * E [n] is scratch; if y is not NULL it receives y. Returns the gradient of log k.
+ * E [n] and open [2 n + 1] are scratch; if y is not NULL it receives y. Returns the gradient of log k.
  *
  *     h = y g / eps on s <= m_T       mu_T = -sum h       w_tj = exp((min(s_j, m_{t-1}) - m_t) / eps_t - log k)
  *     ds_j = h_j + sum_t mu_t w_tj [s_j <= m_{t-1}]       mu_{t-1} = mu_t sum_j w_tj [s_j > m_{t-1}]       dlogk = -sum mu_t eps_t
  *
  * While eps stands still, w_tj = E_j coef_t below the threshold, so ds holds sums of coefficients and meets E at the end. */
-static VF S(iterate_back)(const VF *s, VF *ds, VF *E, VF *y, int64_t n, VF log_k, const double *eps, int64_t T, const VF *m) {
-    VF zero = {0}, one = S(splat)(1), last = m[T - 1], c = last, mu = {0}, dlogk = {0};
+static VF S(iterate_back)(const VF *s, VF *ds, VF *E, VF *y, VF *open, int64_t n, VF log_k, const double *eps, int64_t T, const VF *m) {
+    VF zero = {0}, one = S(splat)(1), none = S(splat)(-INFINITY), last = m[T - 1];
     REAL inverse = (REAL)(1 / eps[T]);
     int still = T > 1 && eps[T] == eps[T - 1];
+    S(adjoint) a = {.c = last, .inverse_k = S(exponential)(-log_k), .eps = (REAL)eps[T]};
     for (int64_t j = 0; j < n; j++) {
-        VF e = S(exponential)((s[j] - last) * inverse), d = S(keep)(s[j] <= last, ds[j] * inverse);
+        VF e = S(decay)(s[j] - last, (REAL)(LOG2_E / eps[T])), d = S(keep)(s[j] <= last, ds[j] * inverse);
         if (y) y[j] = S(least)(one, e);
-        mu -= e * d;
+        a.mu -= e * d;
         E[j] = e, ds[j] = still ? d : e * d;
     }
-    for (int64_t t = T - 1; t > 0; t--) {
-        VF before = m[t - 1], now = m[t];
-        dlogk -= mu * (REAL)eps[t];
-        if (still && eps[t] != eps[T]) {
-            for (int64_t j = 0; j < n; j++) ds[j] *= E[j];
-            still = 0;
+    int64_t t = T - 1;
+    for (; t > 0 && eps[t] == eps[T] && still; ) t = S(still_back)(&a, s, ds, E, open, n, m, eps, t);
+    if (still)
+        for (int64_t j = 0; j < n; j++) ds[j] *= E[j];
+    for (; t > 0; t--) {
+        VF before = m[t - 1], offset = m[t] + (REAL)eps[t] * log_k, above = zero, low = S(splat)((REAL)(EXP_LOW * eps[t]));
+        REAL rate = (REAL)(LOG2_E / eps[t]);
+        for (int64_t j = 0; j < n; j++) {
+            VI in = s[j] <= before;
+            VF w = S(power)(S(most)(S(least)(s[j], before) - offset, low), rate);
+            ds[j] += S(keep)(in, a.mu * w);
+            above += S(keep)(~in, w);
         }
-        inverse = (REAL)(1 / eps[t]);
-        if (still) {
-            VF away = (now - c) * inverse;
-            if (S(any)((away > S(splat)(REACH)) | (away < S(splat)(-REACH)))) {
-                /* The coefficients would leave the range of numbers: a new reference, and the sums so far in terms of it. An
-                 * entry far above it takes no more coefficients (weights are at most 1): its E only carries the sum so far. */
-                for (int64_t j = 0; j < n; j++) {
-                    VF e = S(exponential)(S(least)((s[j] - now) * inverse, S(splat)(REACH + 20)));
-                    ds[j] = S(keep)(e > 0, E[j] * ds[j] / e);
-                    E[j] = e;
-                }
-                c = now, away = zero;
-            }
-            VF coef = mu * S(exponential)(-away - log_k), a = {0}, b = {0};
-            int64_t j = 0;
-            for (; j + 2 <= n; j += 2) {
-                VI in = s[j] <= before, also = s[j + 1] <= before;
-                ds[j] += S(keep)(in, coef), ds[j + 1] += S(keep)(also, coef);
-                a += S(keep)(~in, one), b += S(keep)(~also, one);
-            }
-            if (j < n) {
-                VI in = s[j] <= before;
-                ds[j] += S(keep)(in, coef), a += S(keep)(~in, one);
-            }
-            mu *= (a + b) * S(exponential)((before - now) * inverse - log_k);
-        } else {
-            VF above = {0}, offset = now * inverse + log_k;
-            for (int64_t j = 0; j < n; j++) {
-                VI in = s[j] <= before;
-                VF w = S(exponential)(S(least)(s[j], before) * inverse - offset);
-                ds[j] += S(keep)(in, mu * w);
-                above += S(keep)(~in, w);
-            }
-            mu *= above;
-        }
+        a.dlogk -= a.mu * (REAL)eps[t];
+        a.mu *= above;
     }
     VF clean = one + (last - last);
-    for (int64_t j = 0; j < n; j++) ds[j] = (still ? ds[j] * E[j] : ds[j]) * clean;
-    return (dlogk - mu * (REAL)eps[0]) * clean;
+    for (int64_t j = 0; j < n; j++) ds[j] = S(keep)(s[j] != none, ds[j]) * clean;
+    return (a.dlogk - a.mu * (REAL)eps[0]) * clean;
 }
