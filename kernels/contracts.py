@@ -28,6 +28,16 @@ _C = torch._C
 _FLOPS: dict[Any, Callable] = {}
 _UNPACK = torch._VF._unpack_dual
 _OWN_VMAP = _C._dispatch_key_parse("VmapMode")  # of torch.autograd.functional and gradcheck; torch.func has another
+
+
+def _bits(key: str) -> int:
+    """A dispatch key as a number of which each bit is a backend or what may stand before it."""
+    return _C.DispatchKeySet(_C._dispatch_key_parse(key)).raw_repr()
+
+
+# What every plain tensor brings with it, and has nothing to do for one that carries neither gradient nor tangent.
+_PASSED = (_bits("BackendSelect") | _bits("ADInplaceOrView") | _bits("AutogradCPU")) & ~_bits("CPU")
+_PLAIN = (Tensor, torch.nn.Parameter)
 OPERATORS: list[Operator] = []  # all that were made
 _RECORDED: list[Operator] | None = None
 
@@ -80,6 +90,7 @@ class Operator:
         for key, fn in (("CPU", cpu), ("CUDA", cuda), ("CompositeExplicitAutograd", any_device)):
             if fn is not None:
                 _LIB.impl(self.name, fn, key)
+        self._ends = {_bits(key): fn or any_device for key, fn in (("CPU", cpu), ("CUDA", cuda)) if fn or any_device}
         torch.library.register_fake(self.qualified, fake, lib=_LIB)
         _LIB.impl(self.name, self._autograd, "Autograd", with_keyset=True)
         if autocast is not None:
@@ -93,7 +104,31 @@ class Operator:
         return f"Operator({self.qualified})"
 
     def __call__(self, *args):
-        return self.packet(*args)
+        fn = None if torch.compiler.is_compiling() else self._straight(args)
+        if fn is None:
+            return self.packet(*args)
+        with _C._AutoDispatchBelowADInplaceOrView():
+            return fn(*args)
+
+    def _straight(self, args: Sequence[Any]) -> Callable | None:
+        """The function that computes, if the dispatcher would do nothing but call it; else None.
+
+        Through Python kernels the dispatcher takes 30 microseconds for that, most of a small call. The same bits that it goes
+        by say that nothing stands before the backend: no transform, no mode, no autocast, no tensor that is not plain.
+        """
+        bits = _C._dispatch_tls_local_include_set().raw_repr()
+        for a in args:
+            if isinstance(a, Tensor):
+                if type(a) not in _PLAIN:
+                    return None
+                bits |= _C._dispatch_keys(a).raw_repr()
+        fn = self._ends.get(bits & ~_C._dispatch_tls_local_exclude_set().raw_repr() & ~_PASSED)
+        # Profilers and `recording` want to see the call. No level of forward mode, no tangent: outside of compiled programs,
+        # which do not come this way, this global is right.
+        seen = _RECORDED is not None or _C._autograd._profiler_enabled() or _C._len_torch_function_stack()
+        if fn is None or seen or fwad._current_level >= 0 or _C.is_grad_enabled() and _C._any_requires_grad(*args):
+            return None
+        return fn
 
     def derive(self, *, vjp: Callable, jvp: Callable, both: Callable | None = None, batch: Callable | None = None,
                save_outputs: bool = True) -> None:

@@ -72,24 +72,36 @@ def native_reason(source: str, *tensors: Tensor | None) -> str | None:
 
     Tensors on the meta device have no numbers: there the operator gives shapes and dtypes, at no cost and without a compiler.
     """
-    there = [t for t in tensors if t is not None]
-    for t in there:
-        if t.device.type not in ("cpu", "meta"):
-            return f"needs CPU tensors, got {t.device.type}"
+    meta = False
+    for t in tensors:
+        if t is None:
+            continue
+        if not t.is_cpu:  # much cheaper to ask than a device
+            meta = meta or t.is_meta
+            if not t.is_meta:
+                return f"needs CPU tensors, got {t.device.type}"
         if not t.is_floating_point():
             return f"needs floating point, got {t.dtype}"
-    return None if any(t.device.type == "meta" for t in there) else build.why_not(source)
+    return None if meta else build.why_not(source)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """What sums run in: float64 if any tensor is, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def widen(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in one dtype wide enough to sum in: float64 if any is, else float32."""
     dtype = compute_dtype(*tensors)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
+    return tuple(None if t is None else cast(t, dtype) for t in tensors)
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), without a call where that is t itself."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def rows_as_they_are(rows: Sequence[Tensor], *states: Tensor | None) -> tuple[Tensor | None, ...]:

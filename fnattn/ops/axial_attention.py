@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _segment_kernel
-from ._door import Kernel, check_heads, choose, no_autocast, widen
+from ._door import Kernel, cast, check_heads, choose, no_autocast, widen
 from ._picture import attend, attend_bands, bands_reason, check_mask, check_picture
 
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
@@ -57,7 +57,7 @@ def axial_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_siz
     kernel = choose("axial_attention", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):
-        return run(*widen(q, k, v), mask, text_len, image_size, axis, scale, text_sees_all).to(v.dtype)
+        return cast(run(*widen(q, k, v), mask, text_len, image_size, axis, scale, text_sees_all), v.dtype)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: int, image_size: int, axis: int,

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from ..core import peek
 from . import _segment_kernel
-from ._door import Kernel, check_heads, choose, no_autocast, widen
+from ._door import Kernel, cast, check_heads, choose, no_autocast, widen
 from .softmax import reference as dense_attention
 from .softmax import weights
 
@@ -67,7 +67,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, *, b
     run = reference if kernel is None else kernel.run
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     with no_autocast(v):
-        return run(*widen(q, k, v), layout, block, causal, keep, scale).to(v.dtype)
+        return cast(run(*widen(q, k, v), layout, block, causal, keep, scale), v.dtype)
 
 
 def visible(layout: Tensor, rows: Tensor, columns: Tensor, block: int) -> Tensor:

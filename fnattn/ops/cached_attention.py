@@ -16,7 +16,7 @@ from fnattn_kernels.native import decode as native
 from fnattn_kernels.native.build import why_not
 from torch import Tensor
 
-from ._door import Kernel, check_heads, choose, no_autocast, widen
+from ._door import Kernel, cast, check_heads, choose, no_autocast, widen
 from .softmax import KERNELS as SOFTMAX
 from .softmax import _check_mask
 from .softmax import reference as dense
@@ -58,7 +58,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, k_late: Tensor, v_late: Te
     kernel = choose("cached_attention", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):
-        return run(q, k, v, k_late, v_late, mask, first, length, scale).to(v.dtype)
+        return cast(run(q, k, v, k_late, v_late, mask, first, length, scale), v.dtype)
 
 
 def _check(q, k, v, k_late, v_late, first, length) -> None:

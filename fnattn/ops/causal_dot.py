@@ -20,7 +20,7 @@ from fnattn_kernels.native import causal_dot as native
 from fnattn_kernels.triton import causal_dot as triton
 from torch import Tensor
 
-from ._door import Kernel, check_heads, choose, native_reason, no_autocast, widen
+from ._door import Kernel, cast, check_heads, choose, native_reason, no_autocast, widen
 
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
 CHUNK = 64
@@ -58,7 +58,7 @@ def causal_dot(q: Tensor, k: Tensor, v: Tensor, *, reverse: bool = False, impl: 
     kernel = choose("causal_dot", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):
-        return run(*widen(q, k, v), reverse).to(v.dtype)
+        return cast(run(*widen(q, k, v), reverse), v.dtype)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, reverse: bool = False) -> Tensor:

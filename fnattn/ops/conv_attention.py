@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _segment_kernel
-from ._door import Kernel, check_heads, choose, no_autocast, widen
+from ._door import Kernel, cast, check_heads, choose, no_autocast, widen
 from ._picture import attend, attend_bands, bands_reason, check_mask, check_picture
 
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
@@ -59,7 +59,7 @@ def conv_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_size
     kernel = choose("conv_attention", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):
-        return run(*widen(q, k, v), mask, text_len, image_size, kernel_size, dilation, scale, text_sees_all).to(v.dtype)
+        return cast(run(*widen(q, k, v), mask, text_len, image_size, kernel_size, dilation, scale, text_sees_all), v.dtype)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text_len: int, image_size: int, kernel_size: int,

@@ -20,7 +20,7 @@ import torch
 from fnattn_kernels.native import rotary as native
 from torch import Tensor
 
-from ._door import Kernel, choose, compute_dtype, native_reason, no_autocast, rows_as_they_are, widen
+from ._door import Kernel, cast, choose, compute_dtype, native_reason, no_autocast, rows_as_they_are, widen
 
 # n positions, d channels, f frequencies, 2 f <= d
 
@@ -59,7 +59,7 @@ def rotary(x: Tensor, positions: Tensor, freqs: Tensor, *, impl: str = "auto") -
         positions = positions + torch.arange(n, device=x.device)
     with no_autocast(x):
         freqs = freqs if freqs.dtype == torch.float64 else freqs.float()
-        return rotate(x, positions.to(freqs.dtype)[:, None] * freqs, impl=impl)
+        return rotate(x, cast(positions, freqs.dtype).unsqueeze(1) * freqs, impl=impl)
 
 
 def rotate(x: Tensor, angles: Tensor, *, impl: str = "auto") -> Tensor:
@@ -118,9 +118,12 @@ def reference(x: Tensor, angles: Tensor) -> Tensor:
 def _native(x: Tensor, angles: Tensor) -> Tensor:
     wide, angles = rows_as_they_are((x,), angles)
     # Four axes: heads and further ones in the second, so that a view of split heads is read in place.
-    wide = wide[(None,) * max(0, 4 - x.ndim)] if x.ndim <= 4 else wide.flatten(1, -3)
-    out = native.rotate(wide, angles.cos()[None], angles.sin()[None], True)
-    return out.reshape(x.shape).to(x.dtype)
+    if x.ndim < 4:
+        wide = wide[(None,) * (4 - x.ndim)]
+    elif x.ndim > 4:
+        wide = wide.flatten(1, -3)
+    out = native.rotate(wide, angles.cos().unsqueeze(0), angles.sin().unsqueeze(0), True)
+    return cast(out.reshape(x.shape), x.dtype)
 
 
 def _vjp(needs, args, outs, cotangents):

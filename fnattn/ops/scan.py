@@ -22,7 +22,7 @@ from fnattn_kernels.triton import why_not as triton_reason
 from torch import Tensor
 
 from .. import tree
-from ._door import Kernel, choose, native_reason, no_autocast, rows_as_they_are, widen
+from ._door import Kernel, cast, choose, native_reason, no_autocast, rows_as_they_are, widen
 
 # b batch, n positions, c channels, m positions of one block
 BLOCK = 32
@@ -56,7 +56,7 @@ def scan(a: Tensor, x: Tensor, h0: Tensor | None = None, *, reverse: bool = Fals
     run = reference if kernel is None else kernel.run
     with no_autocast(x):
         args = rows_as_they_are((a, x), h0) if run is run_native else widen(a, x, h0)
-        return run(*args, reverse, pairs).to(x.dtype)
+        return cast(run(*args, reverse, pairs), x.dtype)
 
 
 def reference(a: Tensor, x: Tensor, h0: Tensor | None = None, reverse: bool = False, pairs: bool = False) -> Tensor:

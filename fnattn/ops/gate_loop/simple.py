@@ -13,7 +13,7 @@ from fnattn_kernels.native import scan as native_scan
 from fnattn_kernels.triton import why_not as triton_why_not
 from torch import Tensor
 
-from .._door import Kernel, choose, native_reason, no_autocast, rows_as_they_are, widen
+from .._door import Kernel, cast, choose, native_reason, no_autocast, rows_as_they_are, widen
 from ..scan import before
 from ..scan import reference as scan_reference
 from . import triton
@@ -50,7 +50,7 @@ def simple_gate_loop(q: Tensor, kv: Tensor, a: Tensor, h0: Tensor | None = None,
     with no_autocast(kv):
         args = rows_as_they_are((q, kv, a), h0) if run is run_native else widen(q, kv, a, h0)
         out, last = run(*args, reverse)
-    return out.to(kv.dtype), last
+    return cast(out, kv.dtype), last
 
 
 def reference(q: Tensor, kv: Tensor, a: Tensor, h0: Tensor | None = None, reverse: bool = False) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from fnattn_kernels.native import taylor as native
 from fnattn_kernels.triton import taylor as triton
 from torch import Tensor
 
-from .._door import Kernel, check_heads, choose, compute_dtype, native_reason, no_autocast
+from .._door import Kernel, cast, check_heads, choose, compute_dtype, native_reason, no_autocast
 from .reference import CHUNK, EPS, reference
 from .rules import derive
 
@@ -60,14 +60,14 @@ def taylor(q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, sums:
     dtype = compute_dtype(q, k, v, sums)
     hard = keep is not None and not keep.is_floating_point()
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    q_w, k_w, v_w, keep, sums = (None if t is None else t.to(dtype) for t in (q, k, v, keep, sums))
+    q_w, k_w, v_w, keep, sums = (None if t is None else cast(t, dtype) for t in (q, k, v, keep, sums))
     with no_autocast(v):
         if kernel is not None:
             out, _, total = kernel.run(q_w, k_w, v_w, keep, sums, hard, bool(causal), scale, EPS)
         else:
             chunk = _quadratic_up_to(q, k) if impl == "auto" else CHUNK
             out, _, total = reference(q_w, k_w, v_w, keep, sums, hard, bool(causal), scale, EPS, chunk)
-    return out.to(v.dtype), total
+    return cast(out, v.dtype), total
 
 
 _QUADRATIC = crossovers.limits("taylor", "reference, quadratic")
