@@ -18,7 +18,22 @@ from torch.utils.flop_counter import FlopCounterMode
 import fnattn
 from fnattn import random
 from fnattn.attentions import full, gate_loop, linformer, simple_gate_loop, sparse_conv, taylor
-from fnattn.bench import CASES, check, layers, memory, operators, report, scaling, table, timing, training, transforms, upstream, work
+from fnattn.bench import (
+    CASES,
+    check,
+    layers,
+    memory,
+    operators,
+    precision,
+    report,
+    scaling,
+    table,
+    timing,
+    training,
+    transforms,
+    upstream,
+    work,
+)
 from fnattn.bench.case import Case, Contest, Opponent, Side, Work, normal
 from fnattn.bench.peaks import Peaks
 from fnattn.cli import bench, main
@@ -162,7 +177,8 @@ def test_pairs_are_counted_right():
 
 
 def test_names_are_unique_and_every_goal_of_the_table_has_a_case():
-    names = [case.name for case in (*operators.CASES, *layers.CASES)] + [*training.CASES, *transforms.CASES, *scaling.CASES]
+    names = [case.name for case in (*operators.CASES, *layers.CASES)]
+    names += [*training.CASES, *transforms.CASES, *precision.CASES, *scaling.CASES]
     assert len(set(names)) == len(names) == len(table.names())
     assert sum(goal is not None for case in CASES.values() for goal in case.goal) >= 50
 
@@ -172,6 +188,14 @@ def test_names_are_unique_and_every_goal_of_the_table_has_a_case():
 def test_small_cases_agree_with_float64(name):
     case = CASES[name]
     assert check.wrong(case.build(case.quick, CPU), len(case.passes) > 1, case.tolerance, None) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["bfloat16 taylor", "bfloat16 coor_descent_attention, gradient"])
+def test_bfloat16_is_compared_with_float32_after_a_look_at_its_numbers(name, monkeypatch):
+    row = table.multiple_row(precision.CASES[name], OPTIONS)
+    assert "wrong" not in row and row["multiple"] > 0 and "times as fast" in report.line(row)
+    monkeypatch.setattr(precision, "_results", lambda side, gradient: [side.forward() + (side.args[0].dtype == torch.bfloat16)])
+    assert "wrong" in table.multiple_row(precision.CASES[name], OPTIONS)
 
 
 def test_a_scaling_case_gives_a_cost_per_length(monkeypatch):

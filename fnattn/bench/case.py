@@ -116,8 +116,8 @@ class Side:
     """One of the two: a function of nothing, and its gradients with respect to its leaves."""
 
     def __init__(self, fn: Callable[..., Tensor], args: tuple, parameters: tuple[Tensor, ...] = (),
-                 takes: tuple[int, ...] | None = None):
-        self.args = cast(args, torch.float32)
+                 takes: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32):
+        self.args = cast(args, dtype)
         self.fn = fn
         used = self.args if takes is None else tuple(self.args[i] for i in takes)
         self.leaves = [*floats(used), *parameters]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import CASES, check, memory, scaling, timing, training, transforms, upstream
+from . import CASES, check, memory, precision, scaling, timing, training, transforms, upstream
 from .case import Case, Contest, Opponent, Side, shape_text
 from .peaks import Peaks
 
@@ -25,7 +25,7 @@ class Options(NamedTuple):
 
 def names() -> list[str]:
     """Every case, in the order of the table."""
-    return [*CASES, *training.CASES, *transforms.CASES, *scaling.CASES]
+    return [*CASES, *training.CASES, *transforms.CASES, *precision.CASES, *scaling.CASES]
 
 
 def rows(chosen: list[str], options: Options, peaks: Peaks | None,
@@ -37,8 +37,8 @@ def rows(chosen: list[str], options: Options, peaks: Peaks | None,
             yield from contest_rows(CASES[name], options, peaks)
         elif name in training.CASES:
             yield training_row(training.CASES[name], options)
-        elif name in transforms.CASES:
-            yield multiple_row(transforms.CASES[name], options)
+        elif name in transforms.CASES or name in precision.CASES:
+            yield multiple_row((transforms.CASES | precision.CASES)[name], options)
         else:
             yield scaling_row(scaling.CASES[name], options)
         gc.collect()
@@ -102,11 +102,11 @@ def training_row(case: training.Training, options: Options) -> dict:
 
 
 def multiple_row(case: transforms.Transform, options: Options) -> dict:
-    """What a derivative or an ensemble costs, in units of something simpler."""
+    """What a derivative, an ensemble or another precision costs, in units of something simpler."""
     sizes = case.quick if options.quick else case.sizes
     head = {"case": case.name, "kind": "transform", "shape": shape_text(sizes), "pass": case.unit, "peer": case.peer}
     made = case.build(sizes, options.device)
-    wrong = check.difference(*(list(tensors) for tensors in made.check()), tolerance=1e-3)
+    wrong = check.difference(*(list(tensors) for tensors in made.check()), tolerance=case.tolerance)
     if wrong:
         return {**head, "wrong": wrong}
     times = timing.alternate(made.cost, made.unit, options.rounds, options.device)

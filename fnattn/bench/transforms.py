@@ -29,7 +29,10 @@ class Multiple(NamedTuple):
 
 
 class Transform(NamedTuple):
-    """One row. goal: the largest multiple cost / unit; with more=True the least multiple unit / cost."""
+    """One row. goal: the largest multiple cost / unit; with more=True the least multiple unit / cost.
+
+    tolerance: largest error as a part of the largest entry.
+    """
 
     name: str
     build: Callable[[dict, torch.device], Multiple]
@@ -39,6 +42,7 @@ class Transform(NamedTuple):
     unit: str
     more: bool = False
     peer: str = ""
+    tolerance: float = 1e-3
 
 
 def _inputs(family: str, s: dict, device: torch.device) -> tuple[Tensor, ...]:
