@@ -96,7 +96,9 @@ def block_mask(layout: Tensor, keep: Tensor | None, block: int, causal: bool, b:
 
     full = _ordered(whole) if keep is None else (None, None)
     partly = some & ~whole if keep is None else some
-    return _package()[0].BlockMask.from_kv_blocks(*_ordered(partly), *full, BLOCK_SIZE=TILE, mask_mod=seen, seq_lengths=(n, n))
+    # Lists by key would serve its backward, which is not used.
+    return _package()[0].BlockMask.from_kv_blocks(*_ordered(partly), *full, BLOCK_SIZE=TILE, mask_mod=seen, seq_lengths=(n, n),
+                                                  compute_q_blocks=False)
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,15 +7,14 @@ import torch
 from conftest import assert_close
 from fnattn_kernels.contracts import KernelUnavailable
 from fnattn_kernels.triton import causal_dot as kernel
-from interpreted_checks import FEW, SOME, check
+from interpreted_checks import check
 
 from fnattn.ops import causal_dot
 from fnattn.testing import brute
 
 
-@pytest.mark.parametrize("name, only", [("causal_dot", FEW), ("causal_dot, reverse, one key head", SOME)])
-def test_every_transform_is_right(name, only):
-    check(name, "triton", only)
+def test_transforms_are_right():
+    check("causal_dot, reverse, one key head", "triton")
 
 
 def draw(h, g, n, d, e, dtype=torch.float64):

@@ -1,4 +1,4 @@
-"""coor_descent by the kernels of colt5-attention, interpreted."""
+"""coor_descent by the kernels of colt5-attention, interpreted; all transforms of it are in all_checks.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import torch
 from conftest import assert_close
 from fnattn_kernels import colt5
 from fnattn_kernels.contracts import KernelUnavailable
-from interpreted_checks import FEW, case
+from interpreted_checks import case
 
 from fnattn.ops import coor_descent
-from fnattn.testing import brute, check_operator
 
 REASON = colt5.missing("cpu")
 pytestmark = [
@@ -19,21 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning"),
 ]
 OPTIONS = dict(eps=0.3, eps_init=2.0, eps_decay=0.7)
-
-
-def wrapped(s, k):
-    """In float32 by the package; in and out float64, as the checks want it."""
-    return coor_descent(s.float(), k.float(), n_iters=11, impl="colt5", **OPTIONS).double()
-
-
-def true(s, k):
-    return brute.coor_descent(s, k, n_iters=11, **OPTIONS)
-
-
-def test_every_transform_is_right():
-    report = check_operator(wrapped, case("coor_descent").args(), reference=true, rtol=1e-3, compile=False,
-                            only=[*FEW, "jvp(grad(f))", "vmap(f), in_dims with None", "FakeTensor: backward"]).require()
-    assert all(row.status == "ok" for row in report.rows)
 
 
 def test_compiled_derivatives_are_right():

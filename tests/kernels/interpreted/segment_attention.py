@@ -9,7 +9,7 @@ import torch
 from conftest import assert_close
 from fnattn_kernels import flex
 from fnattn_kernels.contracts import KernelUnavailable
-from interpreted_checks import FEW, check
+from interpreted_checks import check
 
 from fnattn import ops, random
 from fnattn.ops import _segment_kernel
@@ -19,15 +19,11 @@ from fnattn.ops.conv_attention import KERNELS as CONV
 from fnattn.testing import brute
 
 F64 = torch.float64
-MORE = [*FEW, "jvp(grad(f))", "grad(jvp(f))", "vmap(f), in_dims with None", "FakeTensor: backward"]
-CHECKS = [("conv_attention, dilated, one key head, mask", ["f", "vmap(grad(f))"]),
-          ("axial_attention, columns, one key head, mask", ["f", "vmap(grad(f))"]),
-          ("block_sparse_attention", MORE)]
 
 
-@pytest.mark.parametrize("name, only", CHECKS, ids=[name for name, _ in CHECKS])
-def test_every_transform_is_right(name, only):
-    check(name, "triton", only)
+@pytest.mark.parametrize("name", ["conv_attention, dilated, one key head, mask", "axial_attention, columns, one key head, mask"])
+def test_transforms_are_right(name):
+    check(name, "triton", ["f", "vmap(grad(f))"])
 
 
 def layout(heads, blocks, seed=3):

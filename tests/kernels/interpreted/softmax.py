@@ -7,17 +7,14 @@ import torch
 from conftest import assert_close
 from fnattn_kernels.contracts import KernelUnavailable
 from fnattn_kernels.triton import softmax as triton
-from interpreted_checks import FEW, check
+from interpreted_checks import check
 
 from fnattn.ops import softmax_attention
 from fnattn.testing import brute
 
-MORE = [*FEW, "jvp(grad(f))", "grad(jvp(f))", "vmap(f), in_dims with None", "FakeTensor: backward"]
 
-
-@pytest.mark.parametrize("name, only", [("softmax_attention, causal, one key head", FEW), ("softmax_attention, mask, offset", MORE)])
-def test_every_transform_is_right(name, only):
-    check(name, "triton", only)
+def test_transforms_are_right():
+    check("softmax_attention, mask, offset", "triton")
 
 
 def draw(h, g, n, m, d, e, dtype=torch.float64):

@@ -7,12 +7,10 @@ import torch
 from conftest import assert_close
 from fnattn_kernels.contracts import KernelUnavailable
 from fnattn_kernels.triton import taylor_launch as launch
-from interpreted_checks import FEW, check
+from interpreted_checks import check
 
 from fnattn.ops import taylor
 from fnattn.testing import brute
-
-MORE = [*FEW, "jvp(grad(f))", "grad(jvp(f))", "FakeTensor: backward"]
 
 
 @pytest.fixture
@@ -23,10 +21,8 @@ def small(monkeypatch):
     monkeypatch.setattr(launch, "TILE_DOUBLE", (8, 4, 8, 4))
 
 
-@pytest.mark.parametrize("name, only", [("taylor", ["vmap(f), in_dims with None", "autograd: is_grads_batched"]),
-                                        ("taylor, one key head, weights, earlier sums", MORE), ("taylor, not causal, mask", FEW)])
-def test_every_transform_is_right(name, only):
-    check(name, "triton", only)
+def test_transforms_are_right():
+    check("taylor, one key head, weights, earlier sums", "triton")
 
 
 def draw(h, g, n, d, e, m=None, keep=None, sums=False, dtype=torch.float64):
