@@ -235,7 +235,7 @@ void S(coor_attention_tangent)(const strided *of, const REAL *log_k, const uint8
     if (!b || !h || !n) return;
 #pragma omp parallel num_threads((int)min64(threads, b * h * blocks)) if (threads > 1 && b * h * blocks > 1)
     {
-        VF *s = S(tiles)(7, m, p.T + 4 * d + 2 * e), *ts = s + 2 * m, *y = ts + 2 * m, *P = y + 2 * m, *mark = P + m;
+        VF *s = S(tiles)(9, m, p.T + 4 * d + 2 * e), *ts = s + 2 * m, *y = ts + 2 * m, *P = y + 2 * m, *open = P + m, *mark = open + 2 * m;
         REAL *q_lanes = (REAL *)(mark + p.T), *tq_lanes = q_lanes + d * BLOCK, *sum = tq_lanes + d * BLOCK;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * h * blocks; i++) {
@@ -258,7 +258,7 @@ void S(coor_attention_tangent)(const strided *of, const REAL *log_k, const uint8
                 S(gather)(marks + first * p.T, some, p.T, mark, 0);
                 S(weights)(at, y + half * m, keys, p.eps, exact ? mark[0] : S(splat)(INFINITY), mark[p.T - 1]);
                 if (exact) S(exact_tangent)(at, tangent, P, keys, dlk, p.eps, mark[0], mark[1]);
-                else S(iterate_tangent)(at, tangent, P, keys, lk, dlk, schedule, T, mark);
+                else S(iterate_tangent)(at, tangent, P, open, keys, lk, dlk, schedule, T, mark);
             }
             memset(sum, 0, (size_t)(e * BLOCK) * sizeof(REAL));
             S(product)(sum, LANES, BLOCK, (const REAL *)ts, m * LANES, LANES, S(row)(of + 2, batch, kv, 0), 1, of[2].row, e, keys, nv);

@@ -171,7 +171,7 @@ void S(coor_tangent)(const REAL *s, const REAL *log_k, const REAL *m, const REAL
     if (!rows || !n) return;
 #pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
     {
-        VF *tile = S(tiles)(3, n, count_m), *tangent = tile + n, *spare = tangent + n, *marks = spare + n;
+        VF *tile = S(tiles)(5, n, count_m), *tangent = tile + n, *spare = tangent + n, *open = spare + n, *marks = open + 2 * n;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < blocks; i++) {
             int64_t first = i * LANES, count = min64(LANES, rows - first);
@@ -182,7 +182,7 @@ void S(coor_tangent)(const REAL *s, const REAL *log_k, const REAL *m, const REAL
             S(gather)(ds + first * n, count, n, tangent, 0);
             S(gather)(m + first * count_m, count, count_m, marks, 0);
             if (exact) S(exact_tangent)(tile, tangent, spare, n, dlk, (REAL)eps[T], marks[0], marks[1]);
-            else S(iterate_tangent)(tile, tangent, spare, n, lk, dlk, eps, T, marks);
+            else S(iterate_tangent)(tile, tangent, spare, open, n, lk, dlk, eps, T, marks);
             S(scatter)(tangent, count, n, dy + first * n);
         }
         free(tile);

@@ -3,39 +3,35 @@
  *     m_1' = -eps_1 (log k)'      m_t' = sum_j w_tj (s_j' if s_j <= m_{t-1} else m_{t-1}') - eps_t (log k)'
  *     y_j' = y_j (s_j' - m_T') / eps on s_j <= m_T                with the weights w_tj of `iterate_back` */
 
-/* y' in place of s', from the thresholds that `iterate` left. P [n] is scratch. */
-static void S(iterate_tangent)(const VF *s, VF *restrict ds, VF *restrict P, int64_t n, VF log_k, VF dlogk, const double *eps,
+/* y' in place of s', from the thresholds that `iterate` left. P [n] and open [2 n] are scratch. */
+static void S(iterate_tangent)(const VF *s, VF *restrict ds, VF *restrict P, VF *open, int64_t n, VF log_k, VF dlogk, const double *eps,
                                int64_t T, const VF *m) {
-    VF zero = {0}, one = S(splat)(1), c = {0}, dm = dlogk * (REAL)-eps[0], last = m[T - 1];
-    int fresh = 0; /* P holds exp((s - c) / eps) s' for this eps */
-    for (int64_t t = 1; t < T; t++) {
-        VF before = m[t - 1], now = m[t], capped = {0}, sum = {0};
-        REAL inverse = (REAL)(1 / eps[t]);
-        if (fresh || eps[t] == eps[t + 1]) {
-            VF away = (now - c) * inverse;
-            if (!fresh || S(any)((away > S(splat)(REACH)) | (away < S(splat)(-REACH)))) {
-                c = now, away = zero;
-                for (int64_t j = 0; j < n; j++) P[j] = S(exponential)((s[j] - c) * inverse) * ds[j];
-            }
-            for (int64_t j = 0; j < n; j++) {
-                VI in = s[j] <= before;
-                sum += S(keep)(in, P[j]), capped += S(keep)(~in, one);
-            }
-            sum *= S(exponential)(-away - log_k), capped *= S(exponential)((before - now) * inverse - log_k);
-            fresh = eps[t] == eps[t + 1];
-        } else {
-            for (int64_t j = 0; j < n; j++) {
-                VI in = s[j] <= before;
-                VF w = S(exponential)((S(least)(s[j], before) - now) * inverse - log_k);
-                sum += S(keep)(in, w * ds[j]), capped += S(keep)(~in, w);
-            }
+    VF zero = {0}, one = S(splat)(1), dm = dlogk * (REAL)-eps[0], last = m[T - 1];
+    S(stage) of = {zero, S(exponential)(-log_k), (REAL)eps[T]};
+    int64_t first = S(last_stage)(eps, T), t = 1;
+    for (; t < first; t++) {
+        VF before = m[t - 1], offset = m[t] + (REAL)eps[t] * log_k, capped = zero, sum = zero, low = S(splat)((REAL)(EXP_LOW * eps[t]));
+        REAL rate = (REAL)(LOG2_E / eps[t]);
+        for (int64_t j = 0; j < n; j++) {
+            VI in = s[j] <= before;
+            VF w = S(power)(S(most)(S(least)(s[j], before) - offset, low), rate);
+            sum += S(keep)(in, w * ds[j]), capped += S(keep)(~in, w);
         }
         dm = sum + capped * dm - (REAL)eps[t] * dlogk;
     }
-    REAL inverse = (REAL)(1 / eps[T]);
+    while (t < T) {
+        if (t == first || !S(in_reach)(&of, m[t])) {
+            of.c = m[t];
+            for (int64_t j = 0; j < n; j++) P[j] = S(decay)(s[j] - of.c, (REAL)LOG2_E / of.eps) * ds[j];
+        }
+        int64_t to = t;
+        while (t >= first + WINDOW_AFTER && to + 1 < T && to - first < 4 * (t - first) && S(in_reach)(&of, m[to + 1])) to++;
+        dm = S(window_tangent)(&of, dm, dlogk, s, P, open, n, m, t, to);
+        t = to + 1;
+    }
     VF clean = one + (last - last);
     for (int64_t j = 0; j < n; j++)
-        ds[j] = S(keep)(s[j] <= last, S(exponential)((s[j] - last) * inverse) * (ds[j] - dm) * inverse) * clean;
+        ds[j] = S(keep)(s[j] <= last, S(decay)(s[j] - last, (REAL)(LOG2_E / eps[T])) * (ds[j] - dm) * (REAL)(1 / eps[T])) * clean;
 }
 
 /* y' in place of s', for the fixed point: with a the entries up to `cut`, m' = (sum y_a s_a' - eps k') / sum y_a. */

@@ -202,6 +202,18 @@ static void S(iterate)(const VF *s, VF *restrict y, VF *restrict open, int64_t n
     }
 }
 
+/* E for another reference, and the sums so far in its terms. An entry far above it takes no more coefficients (weights are at most
+ * 1): its E only carries the sum so far. */
+static void S(refer)(S(stage) *of, const VF *s, VF *ds, VF *E, int64_t n, VF c) {
+    VF high = S(splat)((REAL)(REACH + 20) * of->eps);
+    for (int64_t j = 0; j < n; j++) {
+        VF e = S(decay)(S(least)(s[j] - c, high), (REAL)LOG2_E / of->eps);
+        ds[j] = S(keep)(e > 0, E[j] * ds[j] / e);
+        E[j] = e;
+    }
+    of->c = c;
+}
+
 /* The gradient of `iterate`, from the thresholds it left. On entry ds holds the cotangent of y; on return the gradient of s.
  * E [n] and open [2 n + 1] are scratch; if y is not NULL it receives y. Returns the gradient of log k.
  *
@@ -210,19 +222,32 @@ static void S(iterate)(const VF *s, VF *restrict y, VF *restrict open, int64_t n
  *
  * While eps stands still, w_tj = E_j coef_t below the threshold, so ds holds sums of coefficients and meets E at the end. */
 static VF S(iterate_back)(const VF *s, VF *ds, VF *E, VF *y, VF *open, int64_t n, VF log_k, const double *eps, int64_t T, const VF *m) {
-    VF zero = {0}, one = S(splat)(1), none = S(splat)(-INFINITY), last = m[T - 1];
-    REAL inverse = (REAL)(1 / eps[T]);
-    int still = T > 1 && eps[T] == eps[T - 1];
-    S(adjoint) a = {.c = last, .inverse_k = S(exponential)(-log_k), .eps = (REAL)eps[T]};
+    VF zero = {0}, one = S(splat)(1), none = S(splat)(-INFINITY), last = m[T - 1], mu = zero, sum_mu = zero, dlogk = zero;
+    S(stage) of = {last, S(exponential)(-log_k), (REAL)eps[T]};
+    int64_t first = S(last_stage)(eps, T), t = T - 1;
     for (int64_t j = 0; j < n; j++) {
-        VF e = S(decay)(s[j] - last, (REAL)(LOG2_E / eps[T])), d = S(keep)(s[j] <= last, ds[j] * inverse);
+        VF e = S(decay)(s[j] - last, (REAL)(LOG2_E / eps[T])), d = S(keep)(s[j] <= last, ds[j] * (REAL)(1 / eps[T]));
         if (y) y[j] = S(least)(one, e);
-        a.mu -= e * d;
-        E[j] = e, ds[j] = still ? d : e * d;
+        mu -= e * d;
+        E[j] = e, ds[j] = first < T ? d : e * d;
     }
-    int64_t t = T - 1;
-    for (; t > 0 && eps[t] == eps[T] && still; ) t = S(still_back)(&a, s, ds, E, open, n, m, eps, t);
-    if (still)
+    while (t >= first) {
+        if (!S(in_reach)(&of, m[t])) S(refer)(&of, s, ds, E, n, m[t]);
+        int64_t from = t;
+        while (from > first + WINDOW_AFTER && from > first + (t - first) / 4 && S(in_reach)(&of, m[from - 1])) from--;
+        if (from < t) mu = S(window_back)(&of, mu, s, ds, open, n, m, from, t, &sum_mu);
+        else {
+            VF before = m[t - 1], coefficient = mu * S(weight)(&of, of.c, m[t]), above = zero;
+            for (int64_t j = 0; j < n; j++) {
+                VI in = s[j] <= before;
+                ds[j] += S(keep)(in, coefficient), above += S(keep)(~in, one);
+            }
+            sum_mu += mu, mu *= above * S(weight)(&of, before, m[t]);
+        }
+        t = from - 1;
+    }
+    dlogk -= sum_mu * of.eps;
+    if (first < T)
         for (int64_t j = 0; j < n; j++) ds[j] *= E[j];
     for (; t > 0; t--) {
         VF before = m[t - 1], offset = m[t] + (REAL)eps[t] * log_k, above = zero, low = S(splat)((REAL)(EXP_LOW * eps[t]));
@@ -230,13 +255,11 @@ static VF S(iterate_back)(const VF *s, VF *ds, VF *E, VF *y, VF *open, int64_t n
         for (int64_t j = 0; j < n; j++) {
             VI in = s[j] <= before;
             VF w = S(power)(S(most)(S(least)(s[j], before) - offset, low), rate);
-            ds[j] += S(keep)(in, a.mu * w);
-            above += S(keep)(~in, w);
+            ds[j] += S(keep)(in, mu * w), above += S(keep)(~in, w);
         }
-        a.dlogk -= a.mu * (REAL)eps[t];
-        a.mu *= above;
+        dlogk -= mu * (REAL)eps[t], mu *= above;
     }
     VF clean = one + (last - last);
     for (int64_t j = 0; j < n; j++) ds[j] = S(keep)(s[j] != none, ds[j]) * clean;
-    return (a.dlogk - a.mu * (REAL)eps[0]) * clean;
+    return (dlogk - mu * (REAL)eps[0]) * clean;
 }

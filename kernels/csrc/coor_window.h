@@ -55,91 +55,88 @@ static inline VF S(window_sum)(S(window) *w, const VF *E, VF *open, int64_t n, V
     return w->below + w->above * M + S(capped_sum)(open, w->count, M);
 }
 
-/* The way back through iterations of one eps: mu_t, the gradient of log k so far, and what E_j = exp((s_j - c) / eps) refers to. */
+/* Iterations of one eps and what E_j = exp((s_j - c) / eps) refers to. */
 typedef struct {
-    VF mu, dlogk, c, inverse_k;
+    VF c, inverse_k;
     REAL eps;
-} S(adjoint);
+} S(stage);
 
-/* Iteration t: returns the coefficient that it gives to entries up to m[t - 1], and takes mu across; `above` entries lie above. */
-static inline VF S(coefficient)(const S(adjoint) *a, const VF *m, int64_t t) {
-    return a->mu * S(decay)(a->c - m[t], (REAL)LOG2_E / a->eps) * a->inverse_k;
-}
-static inline void S(across)(S(adjoint) *a, const VF *m, int64_t t, VF above) {
-    a->dlogk -= a->mu * a->eps;
-    a->mu *= above * S(decay)(m[t - 1] - m[t], (REAL)LOG2_E / a->eps) * a->inverse_k;
+/* exp((x - m) / eps) / k: for x = c what makes a weight of E, for x = m_{t-1} the weight of a capped entry. */
+static inline VF S(weight)(const S(stage) *of, VF x, VF m) {
+    return S(decay)(x - m, (REAL)LOG2_E / of->eps) * of->inverse_k;
 }
 
-/* Whether the coefficient of iteration t stays in the range of numbers. */
-static inline int S(in_reach)(const S(adjoint) *a, const VF *m, int64_t t) {
-    VF far = S(splat)((REAL)REACH * a->eps);
-    return !S(any)((m[t] - a->c > far) | (a->c - m[t] > far));
+/* Whether weights in terms of E stay in the range of numbers for the threshold m. */
+static inline int S(in_reach)(const S(stage) *of, VF m) {
+    VF far = S(splat)((REAL)REACH * of->eps);
+    return !S(any)((m - of->c > far) | (of->c - m > far));
 }
 
-/* E for another reference, and the sums so far in its terms. An entry far above it takes no more coefficients (weights are at most
- * 1): its E only carries the sum so far. */
-static void S(refer)(S(adjoint) *a, const VF *s, VF *ds, VF *E, int64_t n, VF c) {
-    VF high = S(splat)((REAL)(REACH + 20) * a->eps);
+/* The first iteration of the eps at the end. */
+static inline int64_t S(last_stage)(const double *eps, int64_t T) {
+    int64_t first = T;
+    while (first > 1 && eps[first - 1] == eps[T]) first--;
+    return first;
+}
+
+/* For thresholds m[from - 1 .. to - 1]: entries up to the lowest, `low`, are below all of them, those above `high` above all. */
+typedef struct {
+    VF low, high, upper; /* upper: number of entries above low */
+    int64_t count;       /* entries between */
+} S(gap);
+
+/* Entries between go to `open`, with INFINITY in the lanes of others; if of is not NULL, their values there go to `values`, and the
+ * sum of those at or below low to *below. */
+static S(gap) S(gap_of)(const VF *s, const VF *of, int64_t n, const VF *m, int64_t from, int64_t to, VF *open, VF *values, VF *below) {
+    VF zero = {0}, one = S(splat)(1), never = S(splat)(INFINITY);
+    S(gap) g = {m[from - 1], m[from - 1], zero, 0};
+    for (int64_t t = from; t < to; t++) g.low = S(least)(m[t], g.low), g.high = S(most)(m[t], g.high);
     for (int64_t j = 0; j < n; j++) {
-        VF e = S(decay)(S(least)(s[j] - c, high), (REAL)LOG2_E / a->eps);
-        ds[j] = S(keep)(e > 0, E[j] * ds[j] / e);
-        E[j] = e;
+        VI up = ~(s[j] <= g.low), between = up & (s[j] <= g.high);
+        g.upper += S(keep)(up, one);
+        open[g.count] = S(pick)(between, s[j], never);
+        if (of) values[g.count] = of[j], *below += S(keep)(~up, of[j]);
+        g.count += S(any)(between);
     }
-    a->c = c;
+    return g;
 }
 
-/* Iterations from .. t at once. Their thresholds are known: entries up to the lowest take all coefficients, those above the highest
- * none, and only those between are compared with each. */
-static void S(window_back)(S(adjoint) *a, const VF *s, VF *ds, VF *open, int64_t n, const VF *m, int64_t from, int64_t t) {
-    VF zero = {0}, one = S(splat)(1), never = S(splat)(INFINITY), low = m[t - 1], high = low, upper = zero, total = zero;
-    VF *sums = open + n;
-    for (int64_t i = from; i < t; i++) low = S(least)(m[i - 1], low), high = S(most)(m[i - 1], high);
-    int64_t count = 0;
-    for (int64_t j = 0; j < n; j++) {
-        VI up = ~(s[j] <= low), between = up & (s[j] <= high);
-        upper += S(keep)(up, one);
-        open[count] = S(pick)(between, s[j], never);
-        count += S(any)(between);
-    }
-    memset(sums, 0, (size_t)(count + 1) * sizeof(VF));
+/* Iterations from .. t of the gradient at once: mu goes back across them, and ds gets the sums of the coefficients that entries take. */
+static VF S(window_back)(const S(stage) *of, VF mu, const VF *s, VF *ds, VF *open, int64_t n, const VF *m, int64_t from, int64_t t,
+                          VF *sum_mu) {
+    VF zero = {0}, one = S(splat)(1), total = zero, *sums = open + n;
+    S(gap) g = S(gap_of)(s, NULL, n, m, from, t, open, NULL, NULL);
+    memset(sums, 0, (size_t)(g.count + 1) * sizeof(VF));
     for (; t >= from; t--) {
-        VF before = m[t - 1], coefficient = S(coefficient)(a, m, t), taken = zero;
-        for (int64_t i = 0; i < count; i++) {
+        VF before = m[t - 1], coefficient = mu * S(weight)(of, of->c, m[t]), taken = zero;
+        for (int64_t i = 0; i < g.count; i++) {
             VI in = open[i] <= before;
             sums[i] += S(keep)(in, coefficient), taken += S(keep)(in, one);
         }
-        total += coefficient;
-        S(across)(a, m, t, upper - taken);
+        total += coefficient, *sum_mu += mu;
+        mu *= (g.upper - taken) * S(weight)(of, before, m[t]);
     }
-    count = 0;
+    int64_t i = 0;
     for (int64_t j = 0; j < n; j++) {
-        VI in = s[j] <= low, between = ~in & (s[j] <= high);
-        ds[j] += S(pick)(in, total, S(keep)(between, sums[count]));
-        count += S(any)(between);
+        VI in = s[j] <= g.low, between = ~in & (s[j] <= g.high);
+        ds[j] += S(pick)(in, total, S(keep)(between, sums[i]));
+        i += S(any)(between);
     }
+    return mu;
 }
 
-/* Takes the adjoint back through iteration t, or through several; returns the one before. */
-static int64_t S(still_back)(S(adjoint) *a, const VF *s, VF *ds, VF *E, VF *open, int64_t n, const VF *m, const double *eps, int64_t t) {
-    if (!S(in_reach)(a, m, t)) S(refer)(a, s, ds, E, n, m[t]);
-    int64_t first = t, from = t;
-    while (first > 1 && eps[first - 1] == eps[t]) first--;
-    while (from > first + WINDOW_AFTER && from > first + (t - first) / 4 && S(in_reach)(a, m, from - 1)) from--;
-    if (from < t) {
-        S(window_back)(a, s, ds, open, n, m, from, t);
-        return from - 1;
+/* Iterations t .. to of the tangent at once, with P = E s'. Returns the tangent of m[to]. */
+static VF S(window_tangent)(const S(stage) *of, VF dm, VF dlogk, const VF *s, const VF *P, VF *open, int64_t n, const VF *m, int64_t t,
+                             int64_t to) {
+    VF below = {0}, one = S(splat)(1), *values = open + n;
+    S(gap) g = S(gap_of)(s, P, n, m, t, to, open, values, &below);
+    for (; t <= to; t++) {
+        VF before = m[t - 1], sum = below, taken = {0};
+        for (int64_t i = 0; i < g.count; i++) {
+            VI in = open[i] <= before;
+            sum += S(keep)(in, values[i]), taken += S(keep)(in, one);
+        }
+        dm = sum * S(weight)(of, of->c, m[t]) + (g.upper - taken) * S(weight)(of, before, m[t]) * dm - of->eps * dlogk;
     }
-    VF before = m[t - 1], coefficient = S(coefficient)(a, m, t), one = S(splat)(1), above = {0}, other = {0};
-    int64_t j = 0;
-    for (; j + 2 <= n; j += 2) {
-        VI in = s[j] <= before, also = s[j + 1] <= before;
-        ds[j] += S(keep)(in, coefficient), ds[j + 1] += S(keep)(also, coefficient);
-        above += S(keep)(~in, one), other += S(keep)(~also, one);
-    }
-    if (j < n) {
-        VI in = s[j] <= before;
-        ds[j] += S(keep)(in, coefficient), above += S(keep)(~in, one);
-    }
-    S(across)(a, m, t, above + other);
-    return t - 1;
+    return dm;
 }
