@@ -51,6 +51,7 @@ enum { FORWARD = 8, BACKWARD = 15, TANGENT = 18, SECOND = 22 }; /* how many part
 #else
 #include "taylor_square.h"
 #include "taylor_parts.h"
+#include "taylor_pairs.h"
 #include "taylor_step.h"
 
 /* One thread's workspace. Names ending in T are in lanes, [width][CHUNK]. The change of a state lies behind the state, that of
@@ -93,24 +94,12 @@ static int S(work_new)(S(work) *w, int64_t d, int64_t e, int count, int64_t leng
 
 static inline int64_t S(lanes)(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* p = 1 + s + s^2/2 in place for `rows` rows; `side`: 1 keeps lane >= row, 0 keeps all. */
-static void S(polynomial)(REAL *s, int64_t rows, int64_t L, int side) {
-    VI lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
-    for (int64_t j = 0; j < rows; j++)
-        for (int64_t l = 0; l < L; l += LANES) {
-            VF *x = (VF *)(s + j * CHUNK + l), p = *x + 1;
-            VI seen = side > 0 ? lane + (int)l >= (int)j : lane >= 0;
-            *x = (VF)((VI)((p * p + 1) * (REAL)0.5) & seen);
-        }
-}
-
 /* acc += what the queries qT (n of them, scaled) take from the chunk's keys. */
 static void S(attend_chunk)(S(work) *w, int64_t n, int64_t keys, int side) {
     int64_t L = S(lanes)(n);
-    S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * w->d, 1, keys, w->d, L, 1);
+    S(meet)(w->s, w->qT, w->kk, 2 * w->d, keys, w->d, L, side, 1);
     S(polynomial)(w->s, keys, L, side);
-    S(mac)(w->acc, CHUNK, w->s, CHUNK, w->v1, 1, w->ldv, w->e1, keys, L, 0);
+    S(gather)(w->acc, w->s, w->v1, w->ldv, w->e1, keys, L, side);
 }
 
 /* Everything that the queries qT (n of them, scaled) take from the chunk's keys and from the state: acc [e+1] lanes. */

@@ -34,26 +34,13 @@ static void S(load_gradient)(S(work) *w, const REAL *grad, const REAL *out, cons
     }
 }
 
-/* ds = (1 + s) u in lanes >= row (side 1), lanes <= row (side -1) or all (side 0), else 0. Turns s into p. */
-static void S(score_gradient)(REAL *s, REAL *ds, int64_t rows, int64_t L, int side) {
-    VI lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
-    for (int64_t j = 0; j < rows; j++)
-        for (int64_t l = 0; l < L; l += LANES) {
-            VF *x = (VF *)(s + j * CHUNK + l), *u = (VF *)(ds + j * CHUNK + l), p = *x + 1;
-            VI seen = side > 0 ? lane + (int)l >= (int)j : side < 0 ? lane + (int)l <= (int)j : lane >= 0;
-            *u = (VF)((VI)(*u * p) & seen);
-            *x = (VF)((VI)((p * p + 1) * (REAL)0.5) & seen);
-        }
-}
-
 /* Adds to dq (in dx) what the chunk's keys give the n queries in the lanes. */
 static void S(query_gradient_inside)(S(work) *w, int64_t n, int64_t keys, int side) {
     int64_t L = S(lanes)(n), d = w->d;
-    S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * d, 1, keys, d, L, 1);
-    S(mac)(w->ds, CHUNK, w->g1T, CHUNK, w->v1, w->ldv, 1, keys, w->e1, L, 1);
+    S(meet)(w->s, w->qT, w->kk, 2 * d, keys, d, L, side, 1);
+    S(meet)(w->ds, w->g1T, w->v1, w->ldv, keys, w->e1, L, side, 1);
     S(score_gradient)(w->s, w->ds, keys, L, side);
-    S(mac)(w->dx, CHUNK, w->ds, CHUNK, w->kk, 1, 2 * d, d, keys, L, 0);
+    S(gather)(w->dx, w->ds, w->kk, 2 * d, d, keys, L, side);
 }
 
 /* dq = scale dx for n queries. */
@@ -65,11 +52,11 @@ static void S(write_query_gradient)(REAL *dx, REAL *dq, int64_t n, int64_t d, RE
 /* Adds to dk (in dx) and d[v, 1] (in acc) what the n queries qq, g1 give the `keys` keys in the lanes. */
 static void S(key_gradient_inside)(S(work) *w, int64_t n, int64_t keys, int side) {
     int64_t L = S(lanes)(keys), d = w->d;
-    S(mac)(w->s, CHUNK, w->kT, CHUNK, w->qq, 2 * d, 1, n, d, L, 1);
-    S(mac)(w->ds, CHUNK, w->v1T, CHUNK, w->g1, w->ldv, 1, n, w->e1, L, 1);
+    S(meet)(w->s, w->kT, w->qq, 2 * d, n, d, L, side, 1);
+    S(meet)(w->ds, w->v1T, w->g1, w->ldv, n, w->e1, L, side, 1);
     S(score_gradient)(w->s, w->ds, n, L, side);
-    S(mac)(w->dx, CHUNK, w->ds, CHUNK, w->qq, 1, 2 * d, d, n, L, 0);
-    S(mac)(w->acc, CHUNK, w->s, CHUNK, w->g1, 1, w->ldv, w->e1, n, L, 0);
+    S(gather)(w->dx, w->ds, w->qq, 2 * d, d, n, L, side);
+    S(gather)(w->acc, w->s, w->g1, w->ldv, w->e1, n, L, side);
 }
 
 /* Writes dk, dv and dkeep of n keys from dx and acc = d(keep [v, 1]). */

@@ -173,20 +173,26 @@ static void S(load_values)(REAL *v1, int64_t ldv, const REAL *v, int64_t n, int6
 
 static inline int64_t S(rotation_size)(int64_t r, int64_t d) { return 2 * r == d ? d / 2 : d; }
 
+/* phi = x y for `rows` rows of L lanes, or with dx and dy the change of that. */
+static inline void S(products)(REAL *phi, const REAL *x, const REAL *y, const REAL *dx, const REAL *dy, int64_t rows, int64_t L) {
+    if (L == CHUNK) L *= rows, rows = rows > 0; /* one long row */
+    for (int64_t r = 0; r < rows; r++)
+        if (dx)
+            for (int64_t l = r * CHUNK; l < r * CHUNK + L; l += LANES)
+                *(VF *)(phi + l) = *(const VF *)(dx + l) * *(const VF *)(y + l) + *(const VF *)(x + l) * *(const VF *)(dy + l);
+        else
+            for (int64_t l = r * CHUNK; l < r * CHUNK + L; l += LANES) *(VF *)(phi + l) = *(const VF *)(x + l) * *(const VF *)(y + l);
+}
+
 /* Quadratic features of rotations r0 .. r1-1 in lanes: phi[f][CHUNK] from xT [d][CHUNK]; with dxT their change when x moves
  * along dx. */
 static void S(features_lanes)(REAL *phi, const REAL *xT, const REAL *dxT, int64_t d, int64_t r0, int64_t r1, int64_t L) {
-    for (int64_t r = r0; r < r1; r++)
-        for (int64_t i = 0; i < S(rotation_size)(r, d); i++, phi += CHUNK) {
-            int64_t x = i * CHUNK, y = (i + r < d ? i + r : i + r - d) * CHUNK;
-            if (dxT)
-                for (int64_t l = 0; l < L; l += LANES)
-                    *(VF *)(phi + l) = *(const VF *)(dxT + x + l) * *(const VF *)(xT + y + l) +
-                                       *(const VF *)(xT + x + l) * *(const VF *)(dxT + y + l);
-            else
-                for (int64_t l = 0; l < L; l += LANES)
-                    *(VF *)(phi + l) = *(const VF *)(xT + x + l) * *(const VF *)(xT + y + l);
-        }
+    for (int64_t r = r0; r < r1; r++) {
+        int64_t size = S(rotation_size)(r, d), first = min64(size, d - r); /* then i + r begins again at 0 */
+        S(products)(phi, xT, xT + r * CHUNK, dxT, AT(dxT, r * CHUNK), first, L);
+        S(products)(phi + first * CHUNK, xT + first * CHUNK, xT, AT(dxT, first * CHUNK), dxT, size - first, L);
+        phi += size * CHUNK;
+    }
 }
 
 /* The same in rows, phi[t][ld] from doubled rows xx, weighted (1/2 on squares); with the linear features and the constant
@@ -196,17 +202,18 @@ static void S(features_rows)(REAL *phi, int64_t ld, const REAL *xx, const REAL *
                              int last) {
     for (int64_t t = 0; t < n; t++, phi += ld) {
         const REAL *x = xx + t * 2 * d, *dx = dxx ? dxx + t * 2 * d : NULL;
-        REAL *out = phi;
-        for (int64_t r = r0; r < r1; r++, out += d) {
-            const REAL *y = x + r;
+        for (int64_t i = (d - 1) / LANES * LANES; i >= 0; i -= LANES) { /* the last first: it writes into the next rotation */
+            VF own = *(const VF *)(x + i), move = dx ? *(const VF *)(dx + i) : own;
+            REAL *at = phi + i;
             if (dx)
-                for (int64_t i = 0; i < d; i += LANES)
-                    *(VF *)(out + i) = *(const VF *)(dx + i) * *(const VF *)(y + i) + *(const VF *)(x + i) * *(const VF *)(dx + r + i);
+                for (int64_t r = r0; r < r1; r++, at += d)
+                    *(VF *)at = move * *(const VF *)(x + r + i) + own * *(const VF *)(dx + r + i);
             else
-                for (int64_t i = 0; i < d; i += LANES) *(VF *)(out + i) = *(const VF *)(x + i) * *(const VF *)(y + i);
+                for (int64_t r = r0; r < r1; r++, at += d) *(VF *)at = own * *(const VF *)(x + r + i);
         }
         if (!r0)
             for (int64_t i = 0; i < d; i++) phi[i] *= (REAL)0.5;
+        REAL *out = phi + (r1 - r0) * d;
         if (!last) {
             for (REAL *end = phi + ld; out < end; out++) *out = 0;
             continue;

@@ -31,23 +31,6 @@ static void S(load_gradient_along)(S(work) *w, const S(second) *a, int64_t at, i
     }
 }
 
-/* Scores s, ts and their gradients u, tu in `rows` rows of lanes; side as in score_gradient. Leaves p in s, p. in ts, ds in ds
- * and its change in tu. */
-static void S(second_scores)(S(work) *w, int64_t rows, int64_t L, int side) {
-    VI lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
-    for (int64_t j = 0; j < rows; j++)
-        for (int64_t l = 0; l < L; l += LANES) {
-            int64_t at = j * CHUNK + l;
-            VF p = *(VF *)(w->s + at) + 1, ts = *(VF *)(w->ts + at), u = *(VF *)(w->ds + at), tu = *(VF *)(w->tu + at);
-            VI seen = side > 0 ? lane + (int)l >= (int)j : lane + (int)l <= (int)j;
-            *(VF *)(w->s + at) = (VF)((VI)((p * p + 1) * (REAL)0.5) & seen);
-            *(VF *)(w->ts + at) = (VF)((VI)(p * ts) & seen);
-            *(VF *)(w->ds + at) = (VF)((VI)(p * u) & seen);
-            *(VF *)(w->tu + at) = (VF)((VI)(ts * u + p * tu) & seen);
-        }
-}
-
 static void S(second_keys)(S(work) *w, const S(second) *a, int64_t j, int64_t n) {
     const REAL *hard = a->at.hard ? a->at.keep + j : NULL;
     S(load_keys)(w, &a->at, j, n, 0);
@@ -68,16 +51,17 @@ static void S(second_queries)(S(work) *w, const S(second) *a, int64_t r, int64_t
     S(load_gradient_along)(w, a, r * a->at.n + i, n);
 }
 
-/* Fills s, ts, ds (u), tu from rows against lanes: x and its values y in rows; zT and its values yT in lanes. */
-static void S(second_products)(S(work) *w, const REAL *xx, const REAL *dxx, const REAL *y, const REAL *dy, const REAL *zT,
-                               const REAL *dzT, const REAL *yT, const REAL *dyT, int64_t rows, int64_t L) {
+/* Fills s, ts, ds and tu with p, its change, ds and its change: x and its values y in rows; zT and its values yT in lanes. */
+static void S(second_pairs)(S(work) *w, const REAL *xx, const REAL *dxx, const REAL *y, const REAL *dy, const REAL *zT,
+                               const REAL *dzT, const REAL *yT, const REAL *dyT, int64_t rows, int64_t L, int side) {
     int64_t d = w->d, e1 = w->e1, ldv = w->ldv;
-    S(mac)(w->s, CHUNK, zT, CHUNK, xx, 2 * d, 1, rows, d, L, 1);
-    S(mac)(w->ts, CHUNK, dzT, CHUNK, xx, 2 * d, 1, rows, d, L, 1);
-    S(mac)(w->ts, CHUNK, zT, CHUNK, dxx, 2 * d, 1, rows, d, L, 0);
-    S(mac)(w->ds, CHUNK, yT, CHUNK, y, ldv, 1, rows, e1, L, 1);
-    S(mac)(w->tu, CHUNK, dyT, CHUNK, y, ldv, 1, rows, e1, L, 1);
-    S(mac)(w->tu, CHUNK, yT, CHUNK, dy, ldv, 1, rows, e1, L, 0);
+    S(meet)(w->s, zT, xx, 2 * d, rows, d, L, side, 1);
+    S(meet)(w->ts, dzT, xx, 2 * d, rows, d, L, side, 1);
+    S(meet)(w->ts, zT, dxx, 2 * d, rows, d, L, side, 0);
+    S(meet)(w->ds, yT, y, ldv, rows, e1, L, side, 1);
+    S(meet)(w->tu, dyT, y, ldv, rows, e1, L, side, 1);
+    S(meet)(w->tu, yT, dy, ldv, rows, e1, L, side, 0);
+    S(score_second)(w->s, w->ts, w->ds, w->tu, rows, L, side);
 }
 
 static void S(second_query_gradient)(S(work) *w, const S(second) *a, int64_t r, int64_t i, int64_t n, int64_t keys, int past) {
@@ -93,11 +77,10 @@ static void S(second_query_gradient)(S(work) *w, const S(second) *a, int64_t r, 
     if (past)
         S(read_state_back_along)(w->tx, own, w->qT, w->dqT, w->dg1T, w->S, w->stride, d, w->e1, L, w->phi);
     if (keys) {
-        S(second_products)(w, w->kk, w->dkk, w->v1, w->dv1, w->qT, w->dqT, w->g1T, w->dg1T, keys, L);
-        S(second_scores)(w, keys, L, 1);
-        S(mac)(w->tx, CHUNK, w->tu, CHUNK, w->kk, 1, 2 * d, d, keys, L, 0);
-        S(mac)(w->tx, CHUNK, w->ds, CHUNK, w->dkk, 1, 2 * d, d, keys, L, 0);
-        if (own) S(mac)(own, CHUNK, w->ds, CHUNK, w->kk, 1, 2 * d, d, keys, L, 0);
+        S(second_pairs)(w, w->kk, w->dkk, w->v1, w->dv1, w->qT, w->dqT, w->g1T, w->dg1T, keys, L, 1);
+        S(gather)(w->tx, w->tu, w->kk, 2 * d, d, keys, L, 1);
+        S(gather)(w->tx, w->ds, w->dkk, 2 * d, d, keys, L, 1);
+        if (own) S(gather)(own, w->ds, w->kk, 2 * d, d, keys, L, 1);
     }
     S(write_query_gradient)(w->tx, a->tdq + at, n, d, a->at.scale);
     if (own) S(write_query_gradient)(own, a->at.dq + at, n, d, a->at.scale);
@@ -150,16 +133,15 @@ static void S(group_second)(S(work) *w, const S(second) *a) {
         }
         for (int64_t r = 0; r < at->queries && at->causal; r++) {
             S(second_queries)(w, a, r, j, size);
-            S(second_products)(w, w->qq, w->dqq, w->g1, w->dg1, w->kT, w->dkT, w->v1T, w->dv1T, size, L);
-            S(second_scores)(w, size, L, -1);
-            S(mac)(w->tx, CHUNK, w->tu, CHUNK, w->qq, 1, 2 * d, d, size, L, 0);
-            S(mac)(w->tx, CHUNK, w->ds, CHUNK, w->dqq, 1, 2 * d, d, size, L, 0);
-            S(mac)(along, CHUNK, w->ts, CHUNK, w->g1, 1, w->ldv, w->e1, size, L, 0);
+            S(second_pairs)(w, w->qq, w->dqq, w->g1, w->dg1, w->kT, w->dkT, w->v1T, w->dv1T, size, L, -1);
+            S(gather)(w->tx, w->tu, w->qq, 2 * d, d, size, L, -1);
+            S(gather)(w->tx, w->ds, w->dqq, 2 * d, d, size, L, -1);
+            S(gather)(along, w->ts, w->g1, w->ldv, w->e1, size, L, -1);
             if (own) {
-                S(mac)(own, CHUNK, w->ds, CHUNK, w->qq, 1, 2 * d, d, size, L, 0);
-                S(mac)(w->acc, CHUNK, w->s, CHUNK, w->g1, 1, w->ldv, 2 * w->e1, size, L, 0);
+                S(gather)(own, w->ds, w->qq, 2 * d, d, size, L, -1);
+                S(gather)(w->acc, w->s, w->g1, w->ldv, 2 * w->e1, size, L, -1);
             } else
-                S(mac)(along, CHUNK, w->s, CHUNK, w->dg1, 1, w->ldv, w->e1, size, L, 0);
+                S(gather)(along, w->s, w->dg1, w->ldv, w->e1, size, L, -1);
             if (j || a->tdsums0) S(second_add_queries)(w, size);
         }
         S(write_key_gradient)(w->tx, along, NULL, AT(at->keep, j), a->tdk + j * d, a->tdv + j * e, NULL, size, d, e);

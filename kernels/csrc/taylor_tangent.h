@@ -14,15 +14,38 @@ typedef struct {
 
 /* dv1 = keep [tv, 0] + tkeep [v, 1] for one chunk. */
 static void S(load_value_tangents)(S(work) *w, const S(tangent) *a, int64_t j, int64_t n) {
+    int64_t e = a->e;
     for (int64_t t = 0; t < CHUNK; t++) {
         REAL *row = w->dv1 + t * w->ldv, weight = t < n && a->keep ? a->keep[j + t] : 1;
         int there = t < n && !(a->hard && weight == 0);
-        for (int64_t c = 0; c < a->e; c++) row[c] = there && a->tv ? weight * a->tv[(j + t) * a->e + c] : 0;
-        row[a->e] = 0;
+        const REAL *tv = AT(a->tv, (j + t) * e), *v = a->v + (j + t) * e;
+        if (there && tv) {
+            __builtin_prefetch(tv + CHUNK * e);
+            for (int64_t c = 0; c < e; c++) row[c] = weight * tv[c];
+        } else
+            memset(row, 0, (size_t)e * sizeof(REAL));
+        row[e] = 0;
         if (!there || !a->tkeep) continue;
-        for (int64_t c = 0; c < a->e; c++) row[c] += a->tkeep[j + t] * a->v[(j + t) * a->e + c];
-        row[a->e] += a->tkeep[j + t];
+        for (int64_t c = 0; c < e; c++) row[c] += a->tkeep[j + t] * v[c];
+        row[e] += a->tkeep[j + t];
     }
+}
+
+/* Writes tout and tden of n rows. acc holds what the weights sum to, [num, den], and its change behind it; `num` becomes out. */
+static void S(write_tangent)(S(work) *w, const S(tangent) *a, int64_t at, int64_t n) {
+    int64_t e = a->e;
+    REAL *out = w->acc, *along = out + w->e1 * CHUNK, *sum = along + e * CHUNK, den[CHUNK] = {0}, inverse[CHUNK], ratio[CHUNK];
+    if (a->sums) S(write_out)(w, a->out + at * e, a->den + at, n, a->eps);
+    else S(transpose)(a->out + at * e, e, out, CHUNK, n, e);
+    memcpy(den, a->den + at, (size_t)n * sizeof(REAL));
+    memcpy(a->tden + at, sum, (size_t)n * sizeof(REAL));
+    for (int64_t t = 0; t < CHUNK; t++) {
+        inverse[t] = 1 / (den[t] > a->eps ? den[t] : a->eps);
+        ratio[t] = den[t] >= a->eps ? sum[t] * inverse[t] : 0; /* where the clamp holds, the normaliser stays */
+    }
+    for (int64_t c = 0; c < e * CHUNK; c += CHUNK)
+        for (int64_t t = 0; t < CHUNK; t++) along[c + t] = inverse[t] * along[c + t] - ratio[t] * out[c + t];
+    S(transpose)(along, CHUNK, a->tout + at * e, e, e, n);
 }
 
 /* tout and tden of one chunk of queries, from the chunk of keys (if causal) and from the states. */
@@ -32,35 +55,24 @@ static void S(tangent_chunk)(S(work) *w, const S(tangent) *a, int64_t r, int64_t
     if (a->tq) S(load_lanes)(w->dqT, w->qq, a->tq + at * d, n, d, a->scale);
     int values = a->tv || a->tkeep;
     int both = a->sums != NULL;
-    REAL *along = w->acc + (both ? w->e1 * CHUNK : 0);
-    memset(w->acc, 0, (size_t)((both ? 2 : 1) * w->e1 * CHUNK) * sizeof(REAL));
+    REAL *along = w->acc + w->e1 * CHUNK;
+    memset(w->acc, 0, (size_t)(2 * w->e1 * CHUNK) * sizeof(REAL));
     if (past) {
         if (both) S(read_state)(w->acc, w->qT, NULL, w->S, w->stride, d, 2 * w->e1, L, w->phi);
         else if (values || a->tk || a->tsums0) S(read_state)(along, w->qT, NULL, w->dS, w->stride, d, w->e1, L, w->phi);
         if (a->tq) S(read_state)(along, w->qT, w->dqT, w->S, w->stride, d, w->e1, L, w->phi);
     }
     if (keys) {
-        S(mac)(w->s, CHUNK, w->qT, CHUNK, w->kk, 2 * d, 1, keys, d, L, 1);
-        if (a->tq) S(mac)(w->ds, CHUNK, w->dqT, CHUNK, w->kk, 2 * d, 1, keys, d, L, 1);
-        if (a->tk) S(mac)(w->ds, CHUNK, w->qT, CHUNK, w->dkk, 2 * d, 1, keys, d, L, !a->tq);
+        S(meet)(w->s, w->qT, w->kk, 2 * d, keys, d, L, 1, 1);
+        if (a->tq) S(meet)(w->ds, w->dqT, w->kk, 2 * d, keys, d, L, 1, 1);
+        if (a->tk) S(meet)(w->ds, w->qT, w->dkk, 2 * d, keys, d, L, 1, !a->tq);
         if (!a->tq && !a->tk) memset(w->ds, 0, (size_t)(keys * CHUNK) * sizeof(REAL));
         S(score_gradient)(w->s, w->ds, keys, L, 1);
-        if (a->tq || a->tk) S(mac)(along, CHUNK, w->ds, CHUNK, w->v1, 1, w->ldv, w->e1, keys, L, 0);
-        if (both) S(mac)(w->acc, CHUNK, w->s, CHUNK, w->v1, 1, w->ldv, values ? 2 * w->e1 : w->e1, keys, L, 0);
-        else if (values) S(mac)(along, CHUNK, w->s, CHUNK, w->dv1, 1, w->ldv, w->e1, keys, L, 0);
+        if (a->tq || a->tk) S(gather)(along, w->ds, w->v1, w->ldv, w->e1, keys, L, 1);
+        if (both) S(gather)(w->acc, w->s, w->v1, w->ldv, values ? 2 * w->e1 : w->e1, keys, L, 1);
+        else if (values) S(gather)(along, w->s, w->dv1, w->ldv, w->e1, keys, L, 1);
     }
-    if (both) S(write_out)(w, a->out + at * a->e, a->den + at, n, a->eps);
-    REAL inverse[CHUNK], *sum = along + a->e * CHUNK, *tout = a->tout + at * a->e;
-    const REAL *den = a->den + at, *out = a->out + at * a->e;
-    memcpy(a->tden + at, sum, (size_t)n * sizeof(REAL));
-    for (int64_t t = 0; t < n; t++) inverse[t] = 1 / (den[t] > a->eps ? den[t] : a->eps);
-    S(transpose)(along, CHUNK, tout, a->e, a->e, n);
-    for (int64_t t = 0; t < n; t++, tout += a->e, out += a->e) {
-        REAL ratio = den[t] >= a->eps ? sum[t] * inverse[t] : 0; /* where the clamp holds, the normaliser stays */
-        int64_t c = 0;
-        for (; c + LANES <= a->e; c += LANES) *(VF *)(tout + c) = inverse[t] * *(VF *)(tout + c) - ratio * *(const VF *)(out + c);
-        for (; c < a->e; c++) tout[c] = inverse[t] * tout[c] - ratio * out[c];
-    }
+    S(write_tangent)(w, a, at, n);
 }
 
 static void S(group_tangent)(S(work) *w, const S(tangent) *a) {
