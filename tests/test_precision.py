@@ -1,8 +1,7 @@
 """How far every kernel is from float64, beside plain torch in the same precision: at most twice as far.
 
 Errors are measured against the largest entry of what is exact, for the value and for every gradient. One rounding of the
-result is always allowed on top: plain torch may be lucky. In bfloat16 and float16 that holds for all; in float32 for all but
-those in WORSE.
+result is always allowed on top: plain torch may be lucky. One exception, in float32: WORSE.
 """
 
 from __future__ import annotations
@@ -23,12 +22,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (1, 63, 64, 65, 1000, 8192)
 # A table of all pairs of 8192 positions is not worth its time here.
 QUADRATIC = {"softmax_attention", "masked_softmax", "coor_descent_attention", "block_sparse_attention", "conv_attention", "axial_attention"}
-# In float32, (how many times plain torch's error, how many roundings on top) where that is more than (2, 1). Measured; to be
-# lowered, never raised. "sdpa" is torch's own kernel, which rounds the log-sum-exp to float32.
-WORSE = {
-    ("softmax_attention", "sdpa"): (4, 1),
-    ("cached_attention", "sdpa"): (32, 2),
-}
+# How many times plain torch's error the value may have where that is more than 2. "sdpa" is torch's own forward, whose sums nothing
+# here can change; on average it errs as plain torch does, but a single query has eight numbers here, where luck decides.
+WORSE = {("cached_attention", "sdpa"): 5.4}
 PAIRS = [(name, kernel) for name, case in CASES.items() for kernel in importlib.import_module(f"fnattn.ops.{case.module}").KERNELS]
 
 
@@ -101,12 +97,12 @@ def able(name, kernel):
 @pytest.mark.parametrize("name, kernel", PAIRS, ids=lambda p: getattr(p, "name", p))
 def test_errs_at_most_twice_as_much_as_plain_torch(name, kernel, dtype):
     able(name, kernel)
-    times, units = WORSE.get((name, kernel.name), (2, 1)) if dtype == torch.float32 else (2, 1)
-    unit, far, seen = units * torch.finfo(dtype).eps, [], 0
+    unit, far, seen = torch.finfo(dtype).eps, [], 0
     for n, bad in situations(name, dtype):
         pairs = zip(errors(name, kernel.name, n, bad, dtype), plain(name, n, bad, dtype), strict=True)
         for i, (ours, theirs) in enumerate(pairs):
             seen += ours is not None
+            times = WORSE.get((name, kernel.name), 2) if i == 0 and dtype == torch.float32 else 2
             if ours is not None and not ours <= times * theirs + unit:
                 far.append(f"n {n}, {'badly' if bad else 'well'} scaled, {f'gradient {i}' if i else 'value'}: {ours:.1e}, plain "
                            f"{theirs:.1e}")

@@ -47,7 +47,7 @@ def _of_second(g, q, k, v, keep, *others):
 
 SEGMENTS = rules.Kind(_of_backward, _of_tangent, _of_second, shared=(4, 7, 9, 13))  # the layout
 for _ops in (NATIVE, TRITON):
-    rules.derive(*_ops, SEGMENTS)
+    rules.derive(*_ops, kind=SEGMENTS)
 rules.derive_value(flex.attend, TRITON.backward, TRITON.tangent, SEGMENTS)
 
 

@@ -7,7 +7,8 @@ whose gradient in (q, k, v) is `attend_backward`, J the Jacobian of attend and H
     pull-back of c through attend_backward         H c for (q, k, v);   J c for g, which is `attend_tangent`
     pull-back of c through attend_tangent          H t of c . attend for (q, k, v);   J^T c for t, which is `attend_backward`
 
-So a Hessian-vector product, in whichever mode, needs no [n, m] table. A tangent of a tangent and third derivatives are those of
+So a Hessian-vector product, in whichever mode, needs no [n, m] table. Where forward mode is all there is, a kernel may give value and
+tangent in one: `along`. A tangent of a tangent and third derivatives are those of
 the formulas. All recompute the weights from q, k and v: a saved result (out, lse, their tangents) is a function of them, not an
 input, and is never differentiated.
 """
@@ -129,12 +130,13 @@ class Kind(NamedTuple):
 DENSE = Kind(backward_formula, tangent_formula, second_formula, (3, 4, 3, 4))
 
 
-def derive(attend: Operator, backward: Operator, tangent: Operator, second: Operator, kind: Kind = DENSE) -> None:
-    """Gives the four operators of a kernel their derivatives and vmap rules.
+def derive(attend: Operator, backward: Operator, tangent: Operator, second: Operator, along: Operator | None = None,
+           kind: Kind = DENSE) -> None:
+    """Gives the operators of a kernel their derivatives and vmap rules. along: attend and tangent in one, if there is such.
 
     Arguments are q, k, v, mask and what the kind has; before them g, after the mask out, lse and tangents, where there are any.
     """
-    derive_value(attend, backward, tangent, kind)
+    value_vjp, value_jvp = derive_value(attend, backward, tangent, kind, along)
 
     def backward_vjp(needs, args, outs, cotangents):
         g, q, k, v, mask, out, lse, *rest = args
@@ -160,17 +162,41 @@ def derive(attend: Operator, backward: Operator, tangent: Operator, second: Oper
         moves = backward(c, q, k, v, mask, out, lse, *rest) if any(needs[6:9]) else (None,) * 3
         return (*_where(needs, first), None, None, None, *_where(needs[6:], moves), *(None for _ in rest))
 
-    _, at_backward, at_tangent, at_second = kind.shared
+    def tangent_jvp(args, outs, tangents):
+        return reference_jvp(kind.tangent, args, tangents)
+
+    def along_vjp(needs, args, outs, cotangents):
+        """The sum of what the value and the tangent pass back."""
+        q, k, v, mask, tq, tk, tv, *rest = args
+        grads = [None] * len(args)
+        if any(c is not None for c in cotangents[:2]):
+            grads[:3] = value_vjp(needs[:4] + needs[7:], (q, k, v, mask, *rest), outs[:2], cotangents[:2])[:3]
+        if any(c is not None for c in cotangents[2:]):
+            more = tangent_vjp((*needs[:4], False, False, *needs[4:]), (q, k, v, mask, *outs[:2], tq, tk, tv, *rest), outs[2:],
+                               cotangents[2:])
+            grads[:3] = (b if a is None else a + b if b is not None else a for a, b in zip(grads, more[:3]))
+            grads[4:7] = more[6:9]
+        return tuple(grads)
+
+    def along_jvp(args, outs, tangents):
+        q, k, v, mask, tq, tk, tv, *rest = args
+        moved = value_jvp((q, k, v, mask, *rest), outs[:2], tangents)
+        return *moved, *tangent_jvp((q, k, v, mask, *outs[:2], tq, tk, tv, *rest), outs[2:],
+                                    (*tangents[:4], None, None, *tangents[4:]))
+
+    at_attend, at_backward, at_tangent, at_second = kind.shared
     backward.derive(vjp=backward_vjp, jvp=backward_jvp, batch=_fold(backward, at_backward), save_outputs=False)
-    tangent.derive(vjp=tangent_vjp, jvp=lambda args, outs, tangents: reference_jvp(kind.tangent, args, tangents),
-                   batch=_fold(tangent, at_tangent))
+    tangent.derive(vjp=tangent_vjp, jvp=tangent_jvp, batch=_fold(tangent, at_tangent))
     second.derive(vjp=lambda needs, args, outs, cotangents: reference_vjp(kind.second, needs, args, cotangents),
                   jvp=lambda args, outs, tangents: reference_jvp(kind.second, args, tangents),
                   batch=_fold(second, at_second), save_outputs=False)
+    if along is not None:
+        along.derive(vjp=along_vjp, jvp=along_jvp, batch=_fold(along, at_attend))  # the mask's place is attend's
 
 
-def derive_value(attend: Operator, backward: Operator, tangent: Operator, kind: Kind = DENSE) -> None:
-    """Gives an operator that computes value and log-sum-exp its derivatives, by those of a kernel that has all four."""
+def derive_value(attend: Operator, backward: Operator, tangent: Operator, kind: Kind = DENSE,
+                 along: Operator | None = None) -> tuple[Callable, Callable]:
+    """Gives an operator that computes value and log-sum-exp its derivatives, by those of a kernel that has all four; says them."""
 
     def vjp(needs, args, outs, cotangents):
         q, k, v, mask, *rest = args
@@ -186,7 +212,12 @@ def derive_value(attend: Operator, backward: Operator, tangent: Operator, kind: 
         q, k, v, mask, *rest = args
         return tangent(q, k, v, mask, *outs, *tangents[:3], *rest)
 
-    attend.derive(vjp=vjp, jvp=jvp, batch=_fold(attend, kind.shared[0]))
+    def both(args, tangents):
+        outs = along(*args[:4], *tangents[:3], *args[4:])
+        return outs[:2], outs[2:]
+
+    attend.derive(vjp=vjp, jvp=jvp, both=None if along is None else both, batch=_fold(attend, kind.shared[0]))
+    return vjp, jvp
 
 
 def _where(needs, grads) -> tuple:

@@ -138,7 +138,8 @@ def _attend(q, k, v, mask, start, scale):
 # ------------------------------------------------------------------------------------------------ the kernels
 
 for _kernel in (native, sdpa, triton):
-    derive(_kernel.attend, _kernel.attend_backward, _kernel.attend_tangent, _kernel.attend_second)
+    derive(_kernel.attend, _kernel.attend_backward, _kernel.attend_tangent, _kernel.attend_second,
+           getattr(_kernel, "attend_along", None))
 
 
 def _native(q, k, v, mask, start, scale):

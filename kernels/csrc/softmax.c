@@ -1,8 +1,9 @@
-/* Softmax attention and its gradient, without an [n, m] table. With p_ij = exp(scale q_i . k_j - lse_i):
+/* Softmax attention, its tangent along with it, and its gradient, without an [n, m] table. With p_ij = exp(scale q_i . k_j - lse_i):
  *
  *     out_i = sum_j p_ij v_j      lse_i = log sum_j exp(scale q_i . k_j)      (0 and 0 for a query that sees no key)
  *     ds_ij = p_ij (g_i . v_j - g_i . out_i)      dq = scale ds k      dk = scale ds^T q      dv = p^T g
  *
+ * The tangents of out and lse: see softmax_tangent.c, which computes them where out and lse are there already.
  * q, dq [b, h, n, d], k, dk [b, g, m, d], v, dv [b, g, m, e], out, grad (g above) [b, h, n, e], lse [b, h, n, 1], read and written
  * where they lie; see softmax_call.h.
  *
@@ -18,71 +19,110 @@
 #else
 #include "softmax_tile.h"
 
-/* Turns a tile of scores, already hidden where need be, into weights relative to the running maximum `top` of queries x .. WIDTH,
- * adds them to `sum`, and shrinks what was summed before. */
-static void S(weigh)(REAL *p, int64_t count, int64_t e, int64_t x, REAL *acc, REAL *sum, REAL *top) {
+#undef SLACK
+#define SLACK 8
+
+/* Turns a tile of scores, already hidden where need be, into weights relative to `top` of queries x .. WIDTH, adds them to `sum`, and
+ * with w, their tangents, makes that p w and adds it to t_sum. `top` follows the maximum of each query when that has grown by more
+ * than SLACK: then what was summed before shrinks. Weights are at most exp(SLACK), and most tiles shrink nothing. */
+static inline void S(weigh)(REAL *p, REAL *w, int64_t count, int64_t e, int64_t x, REAL *acc, REAL *t_acc, REAL *sum, REAL *t_sum,
+                            REAL *top) {
     const VF nothing = (VF){0} - (REAL)INFINITY;
     for (; x < WIDTH; x += LANES) {
-        VF old = *(VF *)(top + x), best = old;
-        for (int64_t j = 0; j < count; j++) {
-            VF score = *(VF *)(p + j * WIDTH + x);
+        const VF old = *(VF *)(top + x);
+        VF best = old, total = {0}, t_total = {0};
+        for (int64_t j = x; j < x + count * WIDTH; j += WIDTH) {
+            const VF score = *(VF *)(p + j);
             best = S(select)(score > best, score, best);
         }
-        VF base = S(select)(best == nothing, (VF){0}, best), shrink = S(exponential)(old - base), total = {0};
-        for (int64_t j = 0; j < count; j++) {
-            VF *p_j = (VF *)(p + j * WIDTH + x);
-            *p_j = S(exponential)(*p_j - base);
-            total += *p_j;
+        const S(ints) grown = best > old + (REAL)SLACK;
+        best = S(select)(grown, best, old);
+        const VF base = S(select)(best == nothing, (VF){0}, best);
+        if (S(any)(grown)) {
+            const VF shrink = S(exponential)(old - base);
+            for (int64_t c = x; c < x + e * WIDTH; c += WIDTH) *(VF *)(acc + c) *= shrink;
+            *(VF *)(sum + x) *= shrink;
+            *(VF *)(top + x) = best;
+            for (int64_t c = x; w && c < x + e * WIDTH; c += WIDTH) *(VF *)(t_acc + c) *= shrink;
+            if (w) *(VF *)(t_sum + x) *= shrink;
         }
-        for (int64_t c = 0; c < e; c++) *(VF *)(acc + c * WIDTH + x) *= shrink;
-        *(VF *)(sum + x) = *(VF *)(sum + x) * shrink + total;
-        *(VF *)(top + x) = best;
+        for (int64_t j = x; j < x + count * WIDTH; j += WIDTH) {
+            const VF p_j = *(VF *)(p + j) = S(exponential)(*(VF *)(p + j) - base);
+            total += p_j;
+            if (w) t_total += *(VF *)(w + j) *= p_j;
+        }
+        *(VF *)(sum + x) += total;
+        if (w) *(VF *)(t_sum + x) += t_total;
     }
 }
 
-/* call->of: q, k, v; out, lse. */
-void S(softmax)(const softmax_call *call, double scale) {
+/* call->of: q, k, v; out, lse, and if moving: tq, tk, tv; t_out, t_lse. */
+static void S(attend)(const softmax_call *call, double scale, int moving) {
     SIZES;
-    const strided *of = call->of;
+    const strided *of = call->of, none = {0}, *moves = of + 5;
+    const strided *of_tq = moving ? moves : &none, *of_tk = moving ? moves + 1 : &none, *of_tv = moving ? moves + 2 : &none;
     const int64_t blocks = (n + WIDTH - 1) / WIDTH, tasks = b * h * blocks;
     if (!tasks || !g) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        REAL *memory = scratch((size_t)(WIDTH * (d + KEYS + e + 2)) * sizeof(REAL));
+        REAL *memory = scratch((size_t)(WIDTH * (1 + moving) * (d + KEYS + e + 2)) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_t = memory, *p = q_t + d * WIDTH, *acc = p + KEYS * WIDTH, *sum = acc + e * WIDTH, *top = sum + WIDTH;
+        REAL *tq_t = top + WIDTH, *w = tq_t + d * WIDTH, *t_acc = w + KEYS * WIDTH, *t_sum = t_acc + e * WIDTH;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             /* The last queries of a causal head have the most keys: first, so that no thread is left with them alone. */
             const int64_t i0 = (blocks - 1 - task % blocks) * WIDTH, rows = min64(WIDTH, n - i0);
             const int64_t batch = task / blocks / h, head = task / blocks % h, keys = head / (h / g);
-            const REAL *k = S(head)(of + 1, batch, keys), *v = S(head)(of + 2, batch, keys);
+            const REAL *k = S(head)(of + 1, batch, keys), *v = S(head)(of + 2, batch, keys), *tq = S(head)(of_tq, batch, head);
+            const REAL *tk = S(head)(of_tk, batch, keys), *tv = S(head)(of_tv, batch, keys);
             const uint8_t *seen = mask_row(call, batch, head, i0);
             const int64_t end = causal ? min64(m, start + i0 + rows) : m, diagonal = causal ? start + i0 : m;
             S(queries)(q_t, NULL, 0, S(head)(of, batch, head) + i0 * of->row, of->row, rows, d, (REAL)scale);
+            if (tq) S(queries)(tq_t, NULL, 0, tq + i0 * of_tq->row, of_tq->row, rows, d, (REAL)scale);
             memset(acc, 0, (size_t)(WIDTH * (e + 1)) * sizeof(REAL));
+            if (moving) memset(t_acc, 0, (size_t)(WIDTH * (e + 1)) * sizeof(REAL));
             for (int64_t i = 0; i < WIDTH; i++) top[i] = -INFINITY;
             for (int64_t j0 = 0, x, count; j0 < end; j0 += count) {
                 count = next_tile(j0, end, KEYS, diagonal, LANES, &x);
                 S(scores)(p, k + j0 * of[1].row, of[1].row, q_t, count, d, x, 0);
                 S(hide)(p, x, rows, count, j0 - diagonal, seen ? seen + j0 : NULL, call->mask.row);
-                S(weigh)(p, count, e, x, acc, sum, top);
+                if (tq) S(scores)(w, k + j0 * of[1].row, of[1].row, tq_t, count, d, x, 0);
+                if (tk) S(scores)(w, tk + j0 * of_tk->row, of_tk->row, q_t, count, d, x, tq != NULL);
+                if (tq || tk) S(weigh)(p, w, count, e, x, acc, t_acc, sum, t_sum, top);
+                else S(weigh)(p, NULL, count, e, x, acc, NULL, sum, NULL, top);
                 S(values)(acc, v + j0 * of[2].row, of[2].row, p, count, e, x);
+                if (tq || tk) S(values)(t_acc, v + j0 * of[2].row, of[2].row, w, count, e, x);
+                if (tv) S(values)(t_acc, tv + j0 * of_tv->row, of_tv->row, p, count, e, x);
             }
-            REAL *out = S(head)(of + 3, batch, head) + i0 * of[3].row;
             double *lse = double_row(of + 4, batch, head, i0);
             for (int64_t i = 0; i < rows; i++) {
                 const int empty = top[i] == -INFINITY;
                 lse[i * of[4].row] = empty ? 0 : (double)top[i] + log((double)sum[i]);
                 sum[i] = empty ? 0 : 1 / sum[i];
             }
-            for (int64_t c = 0; c < e; c++)
-                for (int64_t x = 0; x < WIDTH; x += LANES) *(VF *)(acc + c * WIDTH + x) *= *(VF *)(sum + x);
-            S(turn)(out, of[3].row, acc, WIDTH, e, rows);
+            for (int64_t c = 0; c < e * WIDTH; c += WIDTH)
+                for (int64_t x = 0; x < WIDTH; x += LANES) *(VF *)(acc + c + x) *= *(VF *)(sum + x);
+            S(turn)(S(head)(of + 3, batch, head) + i0 * of[3].row, of[3].row, acc, WIDTH, e, rows);
+            if (!moving) continue;
+            double *t_lse = double_row(moves + 4, batch, head, i0);
+            for (int64_t i = 0; i < rows; i++) t_lse[i * moves[4].row] = t_sum[i] *= sum[i];
+            for (int64_t c = 0; c < e * WIDTH; c += WIDTH)
+                for (int64_t x = 0; x < WIDTH; x += LANES) {
+                    VF *moved = (VF *)(t_acc + c + x);
+                    *moved = *moved * *(VF *)(sum + x) - *(VF *)(t_sum + x) * *(VF *)(acc + c + x);
+                }
+            S(turn)(S(head)(moves + 3, batch, head) + i0 * moves[3].row, moves[3].row, t_acc, WIDTH, e, rows);
         }
         free(memory);
     }
 }
+
+/* call->of: q, k, v; out, lse. */
+void S(softmax)(const softmax_call *call, double scale) { S(attend)(call, scale, 0); }
+
+/* call->of: q, k, v; out, lse; tq, tk, tv; t_out, t_lse. */
+void S(softmax_along)(const softmax_call *call, double scale) { S(attend)(call, scale, 1); }
 
 /* call->of: grad, q, k, v, out, lse; dq, dk, dv. */
 void S(softmax_backward)(const softmax_call *call, double scale) {

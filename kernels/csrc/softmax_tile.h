@@ -56,6 +56,12 @@ typedef INT S(ints) __attribute__((vector_size(VECTOR_BYTES)));
 
 static inline VF S(select)(S(ints) yes, VF a, VF b) { return (VF)((yes & (S(ints))a) | (~yes & (S(ints))b)); }
 
+static inline int S(any)(S(ints) yes) {
+    INT found = 0;
+    for (int i = 0; i < LANES; i++) found |= yes[i];
+    return found != 0;
+}
+
 #if !defined(HAVE_SHUFFLE) && defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define HAVE_SHUFFLE

@@ -2,11 +2,12 @@
 
 Tensors are read and written where they lie: heads that were split from one projection are not copied.
 
-torch's own fused kernels (`softmax_aten`) serve without a compiler, and where ours would idle: a few queries against many
-keys, which fill a part of the vector lanes only, and a backward with far fewer key heads than threads. Measured in ms of one
-AVX-512 core, ours against torch's, 8 causal heads of 512 x 512, float32, width 32 (64): forward 1.4 (2.4) against 3.4 (6.2),
-backward 2.5 (4.9) against 8.6 (15.4); one query against 513 keys, 16 heads: 0.58 against 0.08.
-Ours alone, 4 causal heads of 1024 x 1024, width 64: value 3.4, gradient 6.8, tangent 7.0, the gradient's tangent 13.7.
+torch's own kernels (`softmax_aten`) serve without a compiler, and where ours would idle: a few queries against many keys, which
+fill a part of the vector lanes only, and a backward with far fewer key heads than threads. Measured in ms of one AVX-512 core,
+ours against torch's, 8 causal heads of 512 x 512, float32, width 32 (64): forward 1.4 (2.4) against 3.4 (6.2), backward 2.5 (4.9)
+against 8.6 (15.4) of torch's fused one and 14 (21) of what replaces it here; one query against 513 keys, 16 heads: 0.58 against 0.08.
+Ours alone, 4 causal heads of 1024 x 1024, width 64: value 3.4, gradient 6.9, value and tangent 9.0, tangent 7.0, the gradient's
+tangent 13.7.
 """
 
 from __future__ import annotations
@@ -62,11 +63,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | N
 
 def _attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor,
                      start: int | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    if why_not("softmax") is None and _torch_is_better(q, k):
-        return aten.few_backward(g, q, k, v, mask, start, scale)
     # One task is a key head; on one core ours is four times as fast.
-    if why_not("softmax") is not None or _HEADS["speed"] * k.shape[0] * k.shape[1] < torch.get_num_threads():
-        return aten.attend_backward(g, q, k, v, mask, out, lse.to(q.dtype), start, scale)
+    if _torch_is_better(q, k) or _HEADS["speed"] * k.shape[0] * k.shape[1] < torch.get_num_threads():
+        return aten.attend_backward(g, q, k, v, mask, start, scale)
     g, q, k, v, mask, out = rows(g, q, k, v, mask, out)
     grads = tuple(merged(t, t.shape[3]) for t in (q, k, v))
     _call("softmax", "softmax_backward", mask, (g, q, k, v, out, lse, *grads), _sizes(q, k, v), start, scale)
@@ -82,6 +81,18 @@ def _tangent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, 
     moved = merged(out, out.shape[3]), torch.empty(lse.shape, dtype=lse.dtype)
     _call("softmax_tangent", "softmax_tangent", mask, (q, k, v, out, lse, tq, tk, tv, *moved), _sizes(q, k, v), start, scale)
     return moved
+
+
+def _along(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None,
+           start: int | None, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _torch_is_better(q, k):
+        out, lse = _attend(q, k, v, mask, start, scale)
+        return out, lse, *_tangent(q, k, v, mask, out, lse, tq, tk, tv, start, scale)
+    q, k, v, mask, tq, tk, tv = rows(q, k, v, mask, tq, tk, tv)
+    out, t_out = merged(q, v.shape[3]), merged(q, v.shape[3])
+    lse, t_lse = (torch.empty(q.shape[:3], dtype=torch.float64) for _ in range(2))
+    _call("softmax", "softmax_along", mask, (q, k, v, out, lse, tq, tk, tv, t_out, t_lse), _sizes(q, k, v), start, scale)
+    return out, lse, t_out, t_lse
 
 
 def _second(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, t_out: Tensor,
@@ -127,7 +138,7 @@ def operators(name: str, result: Callable[[Tensor, int], Tensor], wide: bool = F
 
     found = SoftmaxOperators(
         # out [b, h, n, e] and the scores' log-sum-exp [b, h, n] (of a row that sees nothing, any number).
-        Operator(name, 3, f"({given}, {rest}(Tensor, Tensor)", **of[0],
+        Operator(name, 4, f"({given}, {rest}(Tensor, Tensor)", **of[0],
                  fake=lambda q, k, v, *rest: (result(q, v.shape[3]), fake_level(q))),
         # Gradients of q, k, v given g, that of out.
         Operator(f"{name}_backward", 3, f"(Tensor g, {given}, Tensor out, Tensor lse, {rest}(Tensor, Tensor, Tensor)", **of[1],
@@ -158,3 +169,11 @@ def _flops(products: int, q, k, v) -> int:
 
 attend, attend_backward, attend_tangent, attend_second = operators(
     "softmax_native", merged, wide=True, cpu=(_attend, _attend_backward, _tangent, _second))
+
+# out and lse of attend and their tangents of attend_tangent, in one pass: the scores are computed, and weighed, once.
+attend_along = Operator(
+    "softmax_native_along", 1, "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? tq, Tensor? tk, Tensor? tv, SymInt? start, "
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor)", cpu=_along,
+    fake=lambda q, k, v, *_: tuple(t for _ in range(2) for t in (merged(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float64))))
+attend_along.flops(lambda q, k, v, *args, **kwargs: _flops(6, q, k, v))
+attend_along.split((1, 1, 1, (1,), 1, 1, 1), (1, 1, 1, 1))

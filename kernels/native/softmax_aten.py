@@ -1,7 +1,7 @@
-"""Softmax attention on CPU without C of our own: torch's own fused forward and backward, and tangents in blocks of queries.
+"""Softmax attention on CPU without C of our own: torch's own fused forward, and derivatives in blocks of queries.
 
-torch's kernels know neither grouped heads, nor values of another width, nor a causal offset, nor empty inputs (they crash on
-those); what follows lays such calls out as ones that they do know. Keys that every query sees and keys on the diagonal are
+torch's kernel knows neither grouped heads, nor values of another width, nor a causal offset, nor empty inputs (it crashes on
+those); what follows lays such calls out as ones that it does know. Keys that every query sees and keys on the diagonal are
 attended to apart and merged by their log-sum-exp, so no mask table is made for a causal offset.
 """
 
@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Scores that a tangent holds at once.
 BLOCK = 1 << 19
+# Scores that a backward holds at once: such as stay in the cache.
+STAYS = 1 << 16
+FEW = 32  # queries
 
 # b batch, h query heads, g key heads, r = h / g, n queries, m keys, d width of q and k, e width of v.
 # mask: bool [b or 1, h or 1, n or 1, m]; start: position of the first query, None if not causal.
@@ -121,50 +123,64 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | No
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
-def attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor,
-                     start: int | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v for the cotangent g of out."""
-    (b, h, n, d), e = q.shape, v.shape[3]
-    grads = _zeros(q, d), _zeros(k, d), _zeros(v, e)
-    if not b * h * e:
-        return grads
-    width, lse = max(d, e), lse.contiguous()
-    q, k, v, g, out = (_dense(t, width) for t in (q, k, v, g, out))
-    dq, dk, dv = grads
-    for first, begin, end, causal in _segments(n, k.shape[2], start):
-        piece = _cut(mask, first, begin, end)
-        added = _added(piece, q.dtype)
-        for heads, keys in _groups(q, k, piece, causal):
-            r, shared = heads.stop - heads.start, keys.stop - keys.start != heads.stop - heads.start
-            k_g, v_g = (t[:, keys, begin:end].expand(-1, r, -1, -1) for t in (k, v))
-            rows = (slice(None), heads, slice(first, None))
-            dq_g, dk_g, dv_g = _BACKWARD(g[rows], q[rows], k_g, v_g, out[rows], lse[rows], 0.0, causal,
-                                         attn_mask=_heads(added, heads), scale=scale)
-            if shared:
-                dk_g, dv_g = dk_g.sum(1, keepdim=True), dv_g.sum(1, keepdim=True)
-            dq[rows] += dq_g[..., :d]
-            dk[:, keys, begin:end] += dk_g[..., :d]
-            dv[:, keys, begin:end] += dv_g[..., :e]
-    return grads
+def attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | None,
+                    scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v for the cotangent g of out, some heads or a block of rows of one at a time.
+
+    Not by torch's own backward: that has the log-sum-exp in float32, which is an error in all weights of a row, up to thirty times
+    plain torch's. Weights are computed anew, the rows of a few queries in float64.
+    """
+    (b, h, n), (groups, m) = q.shape[:3], v.shape[1:3]
+    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
+    if not b * groups * h:
+        return dq, dk, dv
+    shared = h // groups
+    k, v, dk_all, dv_all = (t.reshape(b * groups, m, t.shape[3]) for t in (k, v, dk, dv))
+    q, g, dq_all = (t.reshape(b * groups, shared, n, t.shape[3]) for t in (q * scale, g, dq))
+    rows = max(1, min(n, max(64, STAYS // max(1, m)) // shared))
+    # A mask is spread over one head at a time only.
+    heads = max(1, STAYS // max(1, shared * rows * m)) if mask is None else 1
+    for first in range(0, b * groups, heads):
+        some = slice(first, first + heads)
+        for i in range(0, n, rows):
+            here = slice(i, min(n, i + rows))
+            end = m if start is None else max(0, min(m, start + here.stop))
+            q_h, g_h, k_h, v_h = q[some, :, here].flatten(1, 2), g[some, :, here].flatten(1, 2), k[some, :end], v[some, :end]
+            hidden = _hidden(mask, first, groups, shared, here, end, start)
+            p, ds = _row_gradients(q_h @ k_h.mT, g_h @ v_h.mT, hidden, wide=n <= FEW)
+            dq_all[some, :, here] = (ds @ k_h).unflatten(1, (shared, -1))
+            # Each block's sum is made, then added: in place, every product would be rounded to the size of the whole.
+            dk_all[some, :end] += ds.mT @ q_h
+            dv_all[some, :end] += p.mT @ g_h
+    return tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (dq.mul_(scale), dk, dv))
 
 
-def few_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | None,
-                 scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for a few queries, whose table is small beside keys and values: in float64, where torch's kernel loses digits to a
-    log-sum-exp in float32."""
-    dq, dk, dv = _zeros(q, q.shape[3]), _zeros(k, k.shape[3]), _zeros(v, v.shape[3])
-    for here, hidden in _row_blocks(q, k, mask, start):
-        q_h, g_h = q[:, :, here], g[:, :, here]
-        scores = _by_keys(q_h * scale, k).double().masked_fill(hidden, -torch.inf)
-        top = scores.amax(-1, keepdim=True)
-        p = scores.sub_(top.masked_fill_(top == -torch.inf, 0.0)).exp_()
-        p /= p.sum(-1, keepdim=True).clamp_min_(0.5)  # 0 in a row that sees nothing, else at least 1
-        slope = _by_keys(g_h, v).double()
-        ds = ((slope - (p * slope).sum(-1, keepdim=True)) * p * scale).to(q.dtype)
-        dq[:, :, here] = _from_keys(ds, k)
-        dk += _from_queries(ds, q_h)
-        dv += _from_queries(p.to(q.dtype), g_h)
-    return dq, dk, dv
+def _hidden(mask: Tensor | None, head: int, groups: int, shared: int, here: slice, end: int, start: int | None) -> Tensor | None:
+    """Which of the keys before `end` the queries `here` of the heads that share a key head do not see, [shared rows, end]; or None."""
+    rows, hidden = here.stop - here.start, None
+    if start is not None and start + here.start < end - 1:
+        hidden = (torch.arange(end) > start + torch.arange(here.start, here.stop)[:, None]).repeat(shared, 1)
+    if mask is not None:
+        part = mask[head // groups if mask.shape[0] > 1 else 0, :, here if mask.shape[2] > 1 else slice(None), :end]
+        part = part[head % groups * shared:][:shared] if part.shape[0] > 1 else part
+        unseen = ~part.expand(shared, rows, end).flatten(0, 1)
+        hidden = unseen if hidden is None else hidden | unseen
+    return hidden
+
+
+def _row_gradients(scores: Tensor, slope: Tensor, hidden: Tensor | None, wide: bool) -> tuple[Tensor, Tensor]:
+    """The weights of rows of scores, and the gradient of the scores given that of the weights."""
+    dtype = scores.dtype
+    if wide:
+        scores, slope = scores.double(), slope.double()
+    if hidden is not None:
+        scores = scores.masked_fill_(hidden, -torch.inf)
+    p = scores.softmax(-1)
+    if hidden is not None:
+        p.masked_fill_(hidden, 0.0)  # a row that sees nothing is NaN until then
+    ds = torch._softmax_backward_data(slope, p, -1, p.dtype)
+    ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)  # it adds up to 0: csrc/softmax_tile.h
+    return p.to(dtype), ds.to(dtype)
 
 
 def tangent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, tq: Tensor | None,
