@@ -45,6 +45,8 @@ TABLE = (
     Crossover("causal_dot", "triton", NEVER, UNMEASURED),
     Crossover("scan", "native", ALWAYS, EPYC),
     Crossover("scan", "triton", NEVER, UNMEASURED),
+    Crossover("scan", "associative_scan", NEVER, f"{EPYC}: value and gradient 6 times as long as native at 64 positions of 64 channels, 9 "
+              "at 1024, 5 at 4096 of 512"),
     Crossover("taylor", "native", ALWAYS, EPYC),
     # Inside native. With F features of d channels, F (e + 1) / (d + e + 1) pairs cost as much as reading a state: 79 (285, 1081)
     # for d = e = 16 (32, 64). Returned sums are made either way.

@@ -29,6 +29,7 @@ PRIVATE = {
     "kernels/contracts.py": "the Autograd-key kernel that every operator rests on",
     "kernels/sharding.py": "what DTensor remembers a decision by",
     "fnattn/tree.py": "torch's pytree module; remat's forward mode",
+    "kernels/higher_order.py": "torch's associative scan has no public name yet",
     "kernels/native/softmax_aten.py": "torch's fused attention for the CPU has no public name",
     "fnattn/_autograd.py": "which transforms and modes are under way",
     "fnattn/_together.py": "many tensors in one call have no public name; forward mode under way",

@@ -27,9 +27,11 @@ def test_every_transform_is_right(case, impl):
                             dynamic=case.dynamic, compile=FULL[case.operator] == case.name)
     report.require()
     assert {row.check for row in report.rows if row.status == "torch"} <= TORCH_LIMITS
-    # "gather" looks into the layout, which tracing hides; no tensor of the meta device can be computed with.
+    # "gather" looks into the layout, which tracing hides; no tensor of the meta device can be computed with; torch's associative scan
+    # would fix sizes that an exported program leaves free.
     refused = {row.check for row in report.rows if row.status == "refused"}
-    assert not refused or impl == "gather" or (impl != REFERENCE and refused == {"meta device"})
+    assert not refused or impl == "gather" or (impl != REFERENCE and refused == {"meta device"}) or (
+        impl == "associative_scan" and all("export" in check for check in refused))
 
 
 def test_every_operator_with_a_choice_of_kernels_has_cases():

@@ -1,6 +1,7 @@
 """Pure tensor functions: the mathematics of every attention, each with a plain-torch reference and its kernels."""
 
 from . import layouts as layouts
+from .associative_scan import associative_scan as associative_scan
 from .axial_attention import axial_attention as axial_attention
 from .block_sparse import block_sparse_attention as block_sparse_attention
 from .cached_attention import cached_attention as cached_attention
@@ -20,7 +21,6 @@ from .rotary import rotate as rotate
 from .routing import route as route
 from .routing import route_back as route_back
 from .routing import topk as topk
-from .scan import associative_scan as associative_scan
 from .scan import scan as scan
 from .softmax import softmax_attention as softmax_attention
 from .taylor import taylor as taylor

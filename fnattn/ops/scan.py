@@ -1,4 +1,4 @@
-"""The gated first-order recurrence h_t = a_t h_{t-1} + x_t, real or complex, and a scan over any associative operation.
+"""The gated first-order recurrence h_t = a_t h_{t-1} + x_t, real or complex.
 
 The recurrence is closed under differentiation. With G the gradient that reaches h_t from here and from later,
 
@@ -6,22 +6,22 @@ The recurrence is closed under differentiation. With G the gradient that reaches
 
 which is the same recurrence run the other way, so one kernel serves every order.
 
-Source: Blelloch 1990, "Prefix sums and their applications"; the gates of GateLoop, Katsch 2023, arXiv 2311.01927.
+Source: Blelloch 1990, "Prefix sums and their applications"; the gates of GateLoop, Katsch 2023, arXiv 2311.01927. A scan over any
+associative operation is `associative_scan`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fnattn_kernels import higher_order
 from fnattn_kernels.native import scan as native
 from fnattn_kernels.triton import scan as triton
 from fnattn_kernels.triton import why_not as triton_reason
 from torch import Tensor
 
-from .. import tree
 from ._door import Kernel, cast, choose, native_reason, no_autocast, rows_as_they_are, widen
 
 # b batch, n positions, c channels, m positions of one block
@@ -41,8 +41,8 @@ def scan(a: Tensor, x: Tensor, h0: Tensor | None = None, *, reverse: bool = Fals
         x: inputs, of a's shape.
         h0: [b, c] (pairs: [b, c, 2]); zeros if None.
         reverse: run from the last position to the first.
-        impl: "reference" is plain torch; "native" insists on the C kernel (CPU), "triton" on Triton's (CUDA); "auto" chooses. See
-            `ops.report()`.
+        impl: "reference" is plain torch; "native" insists on the C kernel (CPU), "triton" on Triton's (CUDA), "associative_scan" on
+            torch's own higher-order operator; "auto" chooses. See `ops.report()`.
     Returns:
         h, of x's shape and dtype, computed in float32, or in float64 if any input is.
     Raises:
@@ -69,8 +69,7 @@ def reference(a: Tensor, x: Tensor, h0: Tensor | None = None, reverse: bool = Fa
         return x + a
     if h0 is None and n == 1:
         h0 = torch.zeros_like(x[:, 0])  # so that a has a gradient, 0, at any length
-    if h0 is not None:
-        x = torch.cat((x[:, :1] + times(a[:, :1], h0[:, None]), x[:, 1:]), 1)
+    x = _started(a, x, h0, times)
     if n <= BLOCK:
         return _double(a, x, times)[1]
     blocks = -(-n // BLOCK)
@@ -80,6 +79,11 @@ def reference(a: Tensor, x: Tensor, h0: Tensor | None = None, reverse: bool = Fa
     a, x = (t.unflatten(0, (-1, blocks)) for t in (a, x))
     last = reference(a[:, :, -1], x[:, :, -1], None, False, pairs)  # state after each block
     return (x + times(a, before(last, 1)[:, :, None])).flatten(1, 2)[:, :n]
+
+
+def _started(a: Tensor, x: Tensor, h0: Tensor | None, times: Callable) -> Tensor:
+    """x with what h0 adds at the first position."""
+    return x if h0 is None else torch.cat((x[:, :1] + times(a[:, :1], h0[:, None]), x[:, 1:]), 1)
 
 
 def _double(a: Tensor, x: Tensor, times: Callable) -> tuple[Tensor, Tensor]:
@@ -140,69 +144,6 @@ def _check(a: Tensor, x: Tensor, h0: Tensor | None, pairs: bool) -> None:
                          f"{'' if h0 is None else f', {h0.device}'}.\n  Move them: .to(x.device).")
 
 
-# ------------------------------------------------------------------------------------------------ any operation
-
-
-def associative_scan(op: Callable[[Any, Any], Any], elems: Any, *, reverse: bool = False, axis: int = 1) -> Any:
-    """All running totals of `elems` under any associative operation.
-
-        out_t = op(... op(op(e_0, e_1), e_2) ..., e_t)          (from the last element down to t if reverse)
-
-    Takes n - 1 to 2 n applications of op to single elements, in about 2 log2(n) calls.
-
-    Args:
-        op: op(earlier, later) -> total; maps two trees like `elems` to one, position by position along `axis`, for any
-            number of positions. With reverse, "earlier" are the elements nearer to the end.
-        elems: a tree of tensors with one common length of at least 1 along `axis`.
-    Returns:
-        A tree like `elems`.
-    Raises:
-        ValueError: no tensor, or lengths that differ or are 0.
-
-    Plain torch around op: every transform that op supports works.
-    """
-    flat, structure = tree.flatten(elems)
-    lengths = sorted({t.shape[axis] for t in flat})
-    if len(lengths) != 1 or lengths[0] == 0:
-        raise ValueError(f"associative_scan: expected tensors with one length >= 1 along axis {axis}; got lengths {lengths}.\n"
-                         f"  Give every leaf the same number of positions.")
-    if reverse:
-        flat = [t.flip(axis) for t in flat]
-
-    def combine(earlier: list, later: list) -> list:
-        return tree.leaves(op(tree.unflatten(earlier, structure), tree.unflatten(later, structure)))
-
-    flat = _pairwise(combine, flat, axis)
-    if reverse:
-        flat = [t.flip(axis) for t in flat]
-    return tree.unflatten(flat, structure)
-
-
-def _pairwise(combine: Callable, flat: list[Tensor], axis: int) -> list[Tensor]:
-    """Totals of neighbouring pairs, scanned, are the totals at odd positions; one more step each gives the even ones."""
-    n = flat[0].shape[axis]
-    if n == 1:
-        return flat
-
-    def part(ts: list[Tensor], start: int, stop: int, step: int) -> list[Tensor]:
-        return [t.movedim(axis, 0)[start:stop:step].movedim(0, axis) for t in ts]
-
-    odd = _pairwise(combine, combine(part(flat, 0, n - 1, 2), part(flat, 1, n, 2)), axis)
-    first = [t.narrow(axis, 0, 1) for t in flat]
-    if n == 2:
-        return [torch.cat(ts, axis) for ts in zip(first, odd)]
-    inner = combine([t.narrow(axis, 0, (n - 1) // 2) for t in odd], part(flat, 2, n, 2))
-    even = [torch.cat(ts, axis) for ts in zip(first, inner)]
-    return [_interleave(e, o, axis) for e, o in zip(even, odd)]
-
-
-def _interleave(even: Tensor, odd: Tensor, axis: int) -> Tensor:
-    axis %= even.ndim
-    count = odd.shape[axis]
-    mixed = torch.stack((even.narrow(axis, 0, count), odd), axis + 1).flatten(axis, axis + 1)
-    return mixed if even.shape[axis] == count else torch.cat((mixed, even.narrow(axis, count, 1)), axis)
-
-
 # ------------------------------------------------------------------------------------------------ the kernels
 
 
@@ -216,6 +157,20 @@ def run_native(a: Tensor, x: Tensor, h0: Tensor | None, reverse: bool, pairs: bo
 def run_triton(a: Tensor, x: Tensor, h0: Tensor | None, reverse: bool, pairs: bool) -> Tensor:
     """Triton's kernel, likewise."""
     return triton.scan(a, x, h0, reverse, pairs, False, False)
+
+
+def run_higher_order(a: Tensor, x: Tensor, h0: Tensor | None, reverse: bool, pairs: bool) -> Tensor:
+    """torch's scan over pairs (product of the gates, state): plain operations to every transform."""
+    if a.shape[1] < 2:
+        return reference(a, x, h0, reverse, pairs)
+    if reverse:
+        return run_higher_order(a.flip(1), x.flip(1), h0, False, pairs).flip(1)
+    times = _times(pairs)
+
+    def follow(earlier: list[Tensor], later: list[Tensor]) -> list[Tensor]:
+        return [times(later[0], earlier[0]), later[1] + times(later[0], earlier[1])]
+
+    return higher_order.associative_scan(follow, [a, _started(a, x, h0, times)], 1)[1]
 
 
 def _times(pairs: bool) -> Callable:
@@ -297,4 +252,5 @@ for _scan in (native.scan, triton.scan):
 KERNELS = (
     Kernel("native", run_native, lambda a, x, h0: native_reason("scan", a, x, h0)),
     Kernel("triton", run_triton, triton_reason),
+    Kernel("associative_scan", run_higher_order, lambda a, x, h0: higher_order.why_not()),
 )

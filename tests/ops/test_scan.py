@@ -8,7 +8,8 @@ from conftest import assert_close
 from fnattn_kernels.contracts import KernelUnavailable
 from fnattn_kernels.native.build import why_not
 
-from fnattn.ops.scan import associative_scan, complex_times, scan
+from fnattn.ops.associative_scan import associative_scan
+from fnattn.ops.scan import complex_times, scan
 
 native = pytest.param("native", marks=pytest.mark.skipif(why_not("scan") is not None, reason="no C kernel here"))
 IMPLS = ["reference", native]
