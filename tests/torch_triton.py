@@ -57,7 +57,8 @@ class Kernel:
                 raise ValueError(f"a grid of {grid}: CUDA allows {GRID}")
             given = [_given(a) for a in args]
             constants = {name: value for name, value in constants.items() if name not in NOT_CODE}
-            for program in itertools.product(*((0, size - 1) if _corners else range(size) for size in grid)):
+            programs = (tuple(0 for _ in grid), tuple(size - 1 for size in grid)) if _corners else itertools.product(*map(range, grid))
+            for program in programs:
                 _place.append((program, grid))
                 try:
                     self.fn(*given, **constants)
@@ -93,7 +94,7 @@ def _given(a: Any) -> Any:
 
 @contextlib.contextmanager
 def corners() -> Iterator[None]:
-    """Of each grid only the first and the last program of each axis run."""
+    """Of each grid only the first and the last program run."""
     global _corners
     _corners = True
     try:

@@ -4,6 +4,7 @@
   fnattn bench --case "taylor d16" "decode"     some of it; a word takes every case that contains it
   fnattn bench --quick                          small shapes, three rounds: does everything run?
   fnattn bench --op taylor --n 1024 4096        each implementation of an operator against plain torch
+  fnattn bench --device cuda --out FILE.json    all of it at the sizes of a GPU, with every kernel checked first; under 8 minutes
   fnattn bench --crossovers                     where one implementation overtakes another, and the table of what is taken
 
 Before a number is printed, value and gradients must agree with float64; a case that does not is reported as WRONG and the
@@ -43,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="rounds of which the median counts (default: 7, or 3 with --quick)")
     parser.add_argument("--no-memory", action="store_true", help="leave the column of memory empty")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--suite", choices=("upstream", "gpu"), help="the published table against upstream, or all kernels at the sizes of "
+                        "a GPU (default: gpu on cuda)")
+    parser.add_argument("--seconds", type=float, default=420, help="of --suite gpu: after so long nothing more is measured")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; several are worth it on an idle machine only")
     parser.add_argument("--out", type=Path, help="write the results as JSON, and a plot beside it")
     single = parser.add_argument_group("each implementation of an operator against plain torch")
@@ -70,6 +74,9 @@ def run(args: argparse.Namespace) -> int:
         return _crossovers(args)
     if args.op:
         return _implementations(args)
+    if args.suite == "gpu" or args.suite is None and args.device == "cuda":
+        from . import bench_gpu
+        return bench_gpu.run(args, lambda found: _write(args.out, found) if args.out else None)
     from ..bench import table
     if args.list:
         print("\n".join(table.names()))
