@@ -19,8 +19,9 @@ from .native.coor_descent import flops, schedule
 from .triton import missing as triton_missing
 from .triton import power_of_2
 
-COLUMNS = 131072  # the widest row that one block of the kernels holds
-SEGMENT = 5       # iterations from one kept state to the next, as upstream's router has it
+COLUMNS = 131072   # the widest row that one block of the kernels holds
+KEPT = 1 << 31     # numbers that the kernels count in 32 bits
+SEGMENT = 5        # iterations from one kept state to the next, as upstream's router has it
 
 
 @functools.cache
@@ -66,6 +67,11 @@ def segments(n_iters: int) -> list[int]:
     return [n_iters // count + int(i < n_iters % count) for i in range(count)]
 
 
+def _few(rows: int, n: int, parts: list[int]) -> None:
+    if rows * (len(parts) + 1) * (n + 1) >= KEPT:
+        raise KernelUnavailable(f"coor_descent, colt5: needs fewer than 2^31 kept numbers, got {len(parts) + 1} for each of {rows} x {n}")
+
+
 def _launch(kernel, s: Tensor, *args) -> None:
     n = s.shape[1]
     block = power_of_2(n, 1)
@@ -77,6 +83,7 @@ def _iterate(s: Tensor, log_k: Tensor, eps: float, eps_init: float, eps_decay: f
     _ready(s, log_k)
     rows, n = s.shape
     parts = segments(n_iters)
+    _few(rows, n, parts)
     marks = s.new_zeros(rows, len(parts) + 1, n + 1)
     if s.numel() == 0:
         return torch.empty_like(s), marks[:, 1:].contiguous()

@@ -21,6 +21,8 @@ from .native.causal_dot import flops
 
 # Above it the package's CUDA code divides by zero when it counts threads.
 CUDA_WIDTH = 1024
+# It counts numbers in 32 bits there.
+CUDA_NUMBERS = 1 << 31
 
 
 @functools.cache
@@ -60,6 +62,9 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
             return "computes in float32 only, got float64"
     if device == "cuda" and max(q.shape[3], v.shape[3]) > CUDA_WIDTH:
         return f"needs widths of at most {CUDA_WIDTH} on CUDA, got {q.shape[3]} and {v.shape[3]}"
+    many = q.shape[0] * max(q.shape[1], k.shape[1]) * q.shape[2] * max(q.shape[3], v.shape[3])
+    if device == "cuda" and many >= CUDA_NUMBERS:
+        return f"needs fewer than 2^31 numbers in a tensor on CUDA, got {many}"
     return missing(device)
 
 

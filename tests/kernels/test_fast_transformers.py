@@ -122,6 +122,21 @@ def test_the_raw_operator_checks_shapes_before_foreign_code_sees_them():
         fast_transformers.dot(q, k, v, False)
 
 
+def test_what_its_cuda_code_cannot_count_is_refused():
+    class OnCuda:
+        device, dtype = torch.device("cuda"), torch.float32
+
+        def __init__(self, *shape):
+            self.shape = shape
+
+        def is_floating_point(self):
+            return True
+
+    q, v = OnCuda(16, 16, 131072, 16), OnCuda(16, 16, 131072, 64)
+    assert "fewer than 2^31 numbers" in fast_transformers.why_not(q, q, v)
+    assert "fewer than" not in (fast_transformers.why_not(q, q, q) or "")
+
+
 def test_without_the_package_the_reason_says_how_to_get_it():
     program = """
 import sys

@@ -70,3 +70,10 @@ def test_what_it_does_not_have_is_refused():
         coor_descent(s.double(), 2.0, impl="colt5")
     with pytest.raises(KernelUnavailable, match='solver="iterate" only'):
         coor_descent(s, 2.0, solver="exact", impl="colt5")
+
+
+def test_more_numbers_than_the_kernels_can_count_are_refused(monkeypatch):
+    monkeypatch.setattr(colt5, "KEPT", 2 * 2 * 6)
+    s = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(KernelUnavailable, match="fewer than 2\\^31 kept numbers, got 5 for each of 2 x 5"):
+        coor_descent(s, 2.0, n_iters=20, impl="colt5")
