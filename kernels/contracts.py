@@ -104,18 +104,20 @@ class Operator:
         return f"Operator({self.qualified})"
 
     def __call__(self, *args):
-        fn = None if torch.compiler.is_compiling() else self._straight(args)
+        fn = self.straight(args)
         if fn is None:
             return self.packet(*args)
         with _C._AutoDispatchBelowADInplaceOrView():
             return fn(*args)
 
-    def _straight(self, args: Sequence[Any]) -> Callable | None:
+    def straight(self, args: Sequence[Any]) -> Callable | None:
         """The function that computes, if the dispatcher would do nothing but call it; else None.
 
         Through Python kernels the dispatcher takes 30 microseconds for that, most of a small call. The same bits that it goes
         by say that nothing stands before the backend: no transform, no mode, no autocast, no tensor that is not plain.
         """
+        if torch.compiler.is_compiling():
+            return None
         bits = _C._dispatch_tls_local_include_set().raw_repr()
         for a in args:
             if isinstance(a, Tensor):

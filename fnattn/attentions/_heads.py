@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .. import random
+from .. import ops, random
+from ..ops._door import REFERENCE
 
 # b batch, h heads, n positions, d width of one head
 
@@ -31,9 +33,15 @@ def ones_init(shape: tuple[int, ...], *, dtype: torch.dtype, device: object = No
     return torch.ones(shape, dtype=dtype, device=device)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tensor:
+    """x weight^T + bias; plain torch where that is asked for, else as `ops.linear` chooses. impl names kernels of an attention."""
+    return F.linear(x, weight, bias) if impl == REFERENCE else ops.linear(x, weight, bias)
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[b, n, h d] -> [b, h, n, d]."""
-    return x.unflatten(-1, (heads, -1 if x.shape[-1] else 0)).transpose(1, 2)
+    b, n, width = x.shape
+    return x.view(b, n, heads, width // heads).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -44,8 +52,9 @@ def merge_heads(x: Tensor) -> Tensor:
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     """gamma sqrt(d) x / max(|x|, 1e-12) over the last axis: x by its root mean square. 0 stays 0, with gradient 0."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    # As F.normalize(eps=1e-12), but on the square, so that the gradient at x = 0 is 0 and not 0/0.
-    scale = wide.square().mean(-1, keepdim=True).clamp(min=1e-24 / max(x.shape[-1], 1)).rsqrt()
+    # As F.normalize(eps=1e-12), but on the square, so that the gradient at x = 0 is 0 and not 0/0. Not the mean of squares, whose
+    # gradient divides numbers as many as x has.
+    scale = (wide.square().sum(-1, keepdim=True) / max(x.shape[-1], 1)).clamp(min=1e-24 / max(x.shape[-1], 1)).rsqrt()
     normed = wide * scale
     return (normed if normed.dtype == x.dtype else normed.to(x.dtype)) * gamma
 

@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import ops, taps
 from ..core import Empty, check, check_input, peek_int, refuse
 from ..ops._door import Kernel, choose, no_autocast, widen
 from ..ops._picture import bands_reason
 from ..ops.softmax import weights
-from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
+from ._heads import dropout, linear, linear_init, merge_heads, split_heads, uniform_init
 
 # b batch, h heads, n positions of this call, m of a block, t = text_len, w window, d width of a head, S image_size
 
 
-# A step with few queries is as fast in plain torch, which need not join text and window in memory.
+# What a step can be asked for by name. A column is as fast in plain torch, which need not join it with the text in memory; text and
+# window are read where they are by a kernel that needs no asking.
 STEP_KERNELS = tuple(Kernel(name, ops.softmax_attention, bands_reason, lambda *tensors: False) for name in ("native", "bands"))
 
 
@@ -114,7 +114,7 @@ def attend(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, *,
     """The family's attend, see there."""
     cfg, streaming = params.cfg, not isinstance(state, Empty)
     used = _check(pattern.who, cfg, x, state, mask, context)
-    qkv = F.linear(x, params.to_qkv).chunk(3, -1)
+    qkv = linear(x, params.to_qkv, impl=impl).chunk(3, -1)
     q, k, v = (split_heads(part, cfg.heads) for part in qkv)
     if angles is not None:
         at = torch.arange(x.shape[1], device=x.device)
@@ -132,9 +132,9 @@ def attend(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, *,
     else:
         fused = choose(pattern.who + ".apply with a state", impl, STEP_KERNELS, q, k, v) is not None
         before, window = state, _updated(pattern, cfg, state, k, v, mask, used)
-        out, seen = _blocks(pattern, cfg, q, before.pos, *window, fused)
+        out, seen = _blocks(pattern, cfg, q, before.pos, *window, "native" if fused else impl)
         state = window[0]
-    out = F.linear(merge_heads(taps.tap("heads", out)), params.to_out, params.to_out_bias)
+    out = linear(merge_heads(taps.tap("heads", out)), params.to_out, params.to_out_bias, impl)
     if seen is not None:
         out = torch.where(seen[..., None], out, torch.zeros_like(out))
     return dropout(dropout_key, "out", out, cfg.dropout), state
@@ -221,7 +221,7 @@ def _written(buffers: tuple, new: tuple, first: Tensor, known: int | None) -> tu
 
 
 def _blocks(pattern: Pattern, cfg: Any, q: Tensor, first: Tensor, state: State, k_image: Tensor, v_image: Tensor,
-            image_visible: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+            image_visible: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """The result [b, h, n, d] in q's dtype, and which rows see a key [b, n], block by block of at most one row."""
     outs, seens = [], []
     n, side = q.shape[2], cfg.image_size
@@ -234,11 +234,11 @@ def _blocks(pattern: Pattern, cfg: Any, q: Tensor, first: Tensor, state: State, 
             text_seen = _text_seen(cfg, at, state.text_visible)
             if pattern.columns:
                 k, v, image_seen = _columns(pattern, cfg, at, k_image, v_image, image_visible)
+                out = (_fused_columns if impl == "native" else _columns_step)(block * scale, k_text, v_text, text_seen, k, v, image_seen)
             else:
                 here = slice(start, start + pattern.reach + block.shape[2])
-                k, v = k_image[:, :, None, here], v_image[:, :, None, here]
                 image_seen = _window_seen(pattern, cfg, at, image_visible[:, here])
-            out = (_fused_step if fused else _step)(block * scale, k_text, v_text, text_seen, k, v, image_seen)
+                out = _window_step(block, k_text, v_text, text_seen, k_image[:, :, here], v_image[:, :, here], image_seen, scale, impl)
             outs.append(out.to(dtype))
             seens.append(text_seen.any(-1) | image_seen.any(-1))
     if not outs:
@@ -246,26 +246,29 @@ def _blocks(pattern: Pattern, cfg: Any, q: Tensor, first: Tensor, state: State, 
     return torch.cat(outs, 2), torch.cat(seens, 1)
 
 
-def _step(q: Tensor, k_text: Tensor, v_text: Tensor, text_seen: Tensor, k: Tensor, v: Tensor,
-          image_seen: Tensor) -> Tensor:
-    """Queries [b, h, m, d] against the text and keys [b, h, m or 1, w, d] of the picture, under bools [b, m, .]."""
+def _window_step(q: Tensor, k_text: Tensor, v_text: Tensor, text_seen: Tensor, k: Tensor, v: Tensor, image_seen: Tensor,
+                 scale: float, impl: str) -> Tensor:
+    """Queries [b, h, m, d] against the text and a window [b, h, w, d] that ends at the last of them, under bools [b, m, .].
+
+    That none sees beyond itself, as attention over a cache has it, is so in the bools already.
+    """
+    t = k_text.shape[2]
+    return ops.cached_attention(q, k_text, v_text, k, v, first=t, length=t + k.shape[2], scale=scale, impl=impl,
+                                mask=torch.cat((text_seen, image_seen), -1).unsqueeze(1))
+
+
+def _columns_step(q: Tensor, k_text: Tensor, v_text: Tensor, text_seen: Tensor, k: Tensor, v: Tensor, image_seen: Tensor) -> Tensor:
+    """Queries [b, h, m, d] against the text and keys of their own [b, h, m, w, d] in the picture, under bools [b, m, .]."""
     text = torch.einsum("bhmd,bhtd->bhmt", q, k_text)
-    image = (q.unsqueeze(3) @ k.mT).squeeze(3) if k.shape[2] != 1 else torch.einsum("bhmd,bhwd->bhmw", q, k[:, :, 0])
+    image = (q.unsqueeze(3) @ k.mT).squeeze(3)
     p = weights(torch.cat((text, image), -1), torch.cat((text_seen, image_seen), -1)[:, None])
     p_text, p = p.split((text.shape[-1], image.shape[-1]), -1)
-    out = torch.einsum("bhmt,bhtd->bhmd", p_text, v_text)
-    if k.shape[2] != 1:
-        return out + (p.unsqueeze(3) @ v).squeeze(3)
-    return out + torch.einsum("bhmw,bhwd->bhmd", p, v[:, :, 0])
+    return torch.einsum("bhmt,bhtd->bhmd", p_text, v_text) + (p.unsqueeze(3) @ v).squeeze(3)
 
 
-def _fused_step(q: Tensor, k_text: Tensor, v_text: Tensor, text_seen: Tensor, k: Tensor, v: Tensor,
-                image_seen: Tensor) -> Tensor:
-    """The same by the fused kernel, on text and window joined; queries with keys of their own become a batch."""
+def _fused_columns(q: Tensor, k_text: Tensor, v_text: Tensor, text_seen: Tensor, k: Tensor, v: Tensor, image_seen: Tensor) -> Tensor:
+    """The same by the fused kernel, on text and column joined; the queries become a batch."""
     seen, (b, h, m, d) = torch.cat((text_seen, image_seen), -1)[:, None], q.shape
-    if k.shape[2] == 1:
-        k, v = torch.cat((k_text, k[:, :, 0]), 2), torch.cat((v_text, v[:, :, 0]), 2)
-        return ops.softmax_attention(q, k, v, mask=seen, scale=1.0, impl="native")
     k, v = (torch.cat((text[:, None].expand(b, m, *text.shape[1:]), own.transpose(1, 2)), 3).flatten(0, 1)
             for text, own in ((k_text, k), (v_text, v)))
     out = ops.softmax_attention(q.transpose(1, 2).reshape(b * m, h, 1, d), k, v, scale=1.0, impl="native",

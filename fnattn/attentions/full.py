@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
 from . import _cache
 from ._cache import Rows
-from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
+from ._heads import dropout, linear, linear_init, merge_heads, split_heads, uniform_init
 
 # b batch, h query heads, g key heads, n positions, m keys, d width of a head
 
@@ -154,7 +153,7 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
     pos = state.pos if isinstance(state, State) else torch.zeros((), dtype=torch.int64, device=x.device)
 
     turn = impl if impl == "reference" else "auto"
-    q, k, v = _project(params, x, context)
+    q, k, v = _project(params, x, context, impl)
     if cfg.rotary_emb:
         at, freqs = _cache.positions(pos, n), ops.lang_freqs(cfg.dim_head, device=x.device)
         q, k = ops.rotary(q, at, freqs, impl=turn), ops.rotary(k, at, freqs, impl=turn)
@@ -173,21 +172,21 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
         visible = state.visible if used is None else state.visible[:, :used + n]
         allowed, seen = _allowed(cfg, visible, mask, pos, n, visible.shape[1])
         out = _cache.attend(q, state.k, state.v, pos, used, mask=allowed, impl=impl)
-    out = F.linear(merge_heads(taps.tap("heads", out)), params.to_out, params.to_out_bias)
+    out = linear(merge_heads(taps.tap("heads", out)), params.to_out, params.to_out_bias, impl)
     if seen is not None:
         out = torch.where(seen[..., None], out, torch.zeros_like(out))
     return dropout(dropout_key, "out", out, cfg.dropout), state
 
 
-def _project(params: Params, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _project(params: Params, x: Tensor, context: Tensor | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """q [b, h, n, d]; k, v [b, g, m, d]."""
     cfg = params.cfg
     widths = [cfg.heads * cfg.dim_head, cfg.key_heads * cfg.dim_head, cfg.key_heads * cfg.dim_head]
     if context is None:
-        q, k, v = F.linear(x, params.to_qkv).split(widths, -1)
+        q, k, v = linear(x, params.to_qkv, impl=impl).split(widths, -1)
     else:
         to_q, to_kv = params.to_qkv.split([widths[0], 2 * widths[1]])
-        q, (k, v) = F.linear(x, to_q), F.linear(context, to_kv).chunk(2, -1)
+        q, (k, v) = linear(x, to_q, impl=impl), linear(context, to_kv, impl=impl).chunk(2, -1)
     return split_heads(q, cfg.heads), split_heads(k, cfg.key_heads), split_heads(v, cfg.key_heads)
 
 

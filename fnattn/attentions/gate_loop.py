@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
-from ._heads import layer_norm, linear_init, merge_heads, ones_init, scale_gradient, split_heads, uniform_init
+from ._heads import layer_norm, linear, linear_init, merge_heads, ones_init, scale_gradient, split_heads, uniform_init
 
 # b batch, h heads, n positions, d width of a head
 
@@ -140,12 +140,12 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
            mask=mask, context=context)
     streaming = not isinstance(state, Empty)
 
-    q, k, v = (split_heads(t, cfg.head_count) for t in F.linear(x, params.to_qkv).chunk(3, -1))
+    q, k, v = (split_heads(t, cfg.head_count) for t in linear(x, params.to_qkv, impl=impl).chunk(3, -1))
     q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
     if cfg.ablate_state_transition:
         out, after = _sum_without_decay(q, k, v, state, impl)
     else:
-        a = F.linear(x, params.to_a, params.to_a_bias).unflatten(-1, (cfg.head_count, 2)).transpose(1, 2)
+        a = linear(x, params.to_a, params.to_a_bias, impl).unflatten(-1, (cfg.head_count, 2)).transpose(1, 2)
         a = taps.tap("a", scale_gradient(a, cfg.frac_gradient_state_transition))
         if cfg.ablate_complex:
             a = torch.stack((a[..., 0], torch.zeros_like(a[..., 1])), -1)
@@ -155,8 +155,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     if cfg.sub_ln:
         out = layer_norm(out, params.sub_ln, params.sub_ln_bias)
     if cfg.add_swish_gating:
-        out = F.silu(F.linear(x, params.to_gates)) * out
-    return (F.linear(out, params.to_out) if cfg.projects_out else out), after
+        out = F.silu(linear(x, params.to_gates, impl=impl)) * out
+    return (linear(out, params.to_out, impl=impl) if cfg.projects_out else out), after
 
 
 def _sum_without_decay(q: Tensor, k: Tensor, v: Tensor, state: State | Empty, impl: str) -> tuple[Tensor, State | Empty]:

@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
-from ._heads import layer_norm, linear_init, ones_init, rms_norm
+from ._heads import layer_norm, linear, linear_init, ones_init, rms_norm
 
 # b batch, n positions, c channels (dim)
 
@@ -109,7 +108,7 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
                "Use Config(reverse=False, ...), or call apply(params, x) on the whole sequence.", state=state)
     streaming = not isinstance(state, Empty)
     normed = rms_norm(x, params.norm) if cfg.prenorm else x
-    q, kv, a = F.linear(normed, params.to_qkva).chunk(3, -1)
+    q, kv, a = linear(normed, params.to_qkva, impl=impl).chunk(3, -1)
     q, kv, a = taps.tap("q", q), taps.tap("kv", kv), taps.tap("a", a)
     h0 = state.h if streaming else None
     if cfg.use_heinsen:

@@ -17,11 +17,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
-from ._heads import dropout, linear_init, merge_heads, ones_init, rms_norm, shift_tokens, split_heads
+from ._heads import dropout, linear, linear_init, merge_heads, ones_init, rms_norm, shift_tokens, split_heads
 
 # b batch, h query heads, g key heads (h, or 1 if one-headed), n positions, d width of a head, f features
 
@@ -143,8 +142,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 
     shifted = shift_tokens(x, state.last if streaming else None) if cfg.shift_tokens else x
     normed = rms_norm(shifted, params.norm) if cfg.prenorm else shifted
-    q = split_heads(F.linear(normed, params.to_q), cfg.heads)
-    k, v = F.linear(normed if context is None else context, params.to_kv).chunk(2, -1)
+    q = split_heads(linear(normed, params.to_q, impl=impl), cfg.heads)
+    k, v = linear(normed if context is None else context, params.to_kv, impl=impl).chunk(2, -1)
     kv_heads = 1 if cfg.one_headed_kv else cfg.heads
     k, v = split_heads(k, kv_heads), split_heads(v, kv_heads)
     if cfg.rotary_emb:
@@ -157,10 +156,10 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     out, sums = ops.taylor(q, k, v, keep=mask, sums=state.sums if streaming else None, causal=cfg.causal, impl=impl)
     out = taps.tap("heads", out)
     if cfg.gate_value_heads:
-        out = out * F.linear(shifted, params.to_v_gates).sigmoid().transpose(1, 2).unsqueeze(-1)
+        out = out * linear(shifted, params.to_v_gates, impl=impl).sigmoid().transpose(1, 2).unsqueeze(-1)
     out = merge_heads(out)
     if cfg.combine_heads:
-        out = dropout(dropout_key, "out", F.linear(out, params.to_out), cfg.dropout)
+        out = dropout(dropout_key, "out", linear(out, params.to_out, impl=impl), cfg.dropout)
     if not streaming:
         return out, EMPTY
     last = torch.cat((state.last, x.to(state.last.dtype)), 1)[:, -1:] if cfg.shift_tokens else EMPTY

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import attentions, random, taps
-from ..attentions._heads import layer_norm, linear_init, ones_init, rms_norm, uniform_init
+from ..attentions._heads import layer_norm, linear, linear_init, ones_init, rms_norm, uniform_init
 from ..core import EMPTY, Empty, check, config
 from . import feedforward_coor_descent
 
@@ -88,7 +88,7 @@ def ff_init(params_key: Tensor, dim: int, mult: float, *, dtype: torch.dtype, de
 
 def feed_forward(params: FeedForward, x: Tensor, activation: Any) -> Tensor:
     """[b, n, dim] -> [b, n, dim]; `activation` is the config of what happens to the hidden layer."""
-    return F.linear(activate(activation, F.linear(x, params.w_in, params.b_in)), params.w_out, params.b_out)
+    return linear(activate(activation, linear(x, params.w_in, params.b_in)), params.w_out, params.b_out)
 
 
 def activate(activation: Any, hidden: Tensor) -> Tensor:

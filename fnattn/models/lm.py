@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import attentions, random, taps, tree
-from ..attentions._heads import linear_init, uniform_init
+from ..attentions._heads import linear, linear_init, uniform_init
 from ..core import EMPTY, Empty, check, config, peek_int
 from .block import ACTIVATIONS, Block, Gelu, LayerNorm, RmsNorm, block, block_init, check_norm, drop, norm, norm_init
 
@@ -195,8 +195,8 @@ def hidden(params: Params, ids: Tensor, state: State | Empty = EMPTY, *, mask: T
 def logits(params: Params, x: Tensor) -> Tensor:
     """[..., dim] from `hidden` -> [..., num_tokens]"""
     bias = params.logits_bias
-    return F.linear(norm(params.norm, x), params.embed if isinstance(params.to_logits, Empty) else params.to_logits,
-                    None if isinstance(bias, Empty) else bias)
+    return linear(norm(params.norm, x), params.embed if isinstance(params.to_logits, Empty) else params.to_logits,
+                  None if isinstance(bias, Empty) else bias)
 
 
 def nll(params: Params, ids: Tensor, *, mask: Tensor | None = None, dropout_key: Tensor | None = None,

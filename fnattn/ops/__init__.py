@@ -12,6 +12,7 @@ from .coor_descent import coor_descent as coor_descent
 from .gate_loop import gate_loop as gate_loop
 from .gate_loop import simple_gate_loop as simple_gate_loop
 from .heinsen import heinsen_gate_loop as heinsen_gate_loop
+from .linear import linear as linear
 from .masked_softmax import masked_softmax as masked_softmax
 from .report import report as report
 from .rotary import lang_freqs as lang_freqs

@@ -58,6 +58,12 @@ def _scan(draw: Draw, s: dict) -> tuple:
     return a.sigmoid(), x
 
 
+def _linear(draw: Draw, s: dict) -> tuple:
+    """One row for each sequence."""
+    width = s["h"] * s["d"]
+    return draw(s["b"], 1, width), draw(4 * width, width)
+
+
 def _rotary(draw: Draw, s: dict) -> tuple:
     x = draw(s["b"], s["h"], s["n"], s["d"])
     freqs = 10000.0 ** (-torch.arange(0, s["d"], 2, device=x.device) / s["d"])
@@ -96,6 +102,7 @@ CASES = {
     "softmax_attention": Case("softmax", _qkv, lambda s: {"causal": True}),
     "cached_attention": Case("cached_attention", _cached, lambda s: {"first": s["n"] - s["n"] // 4, "length": s["n"]},
                              asked=lambda q, k, v, *late: (q, k, v)),
+    "linear": Case("linear", _linear, asked=lambda x, weight: (x, weight, None)),
     "masked_softmax": Case("masked_softmax", lambda draw, s: (draw(s["b"], s["h"], s["n"], s["n"]),)),
     "rotary": Case("rotary", _rotary, asked=lambda x, positions, freqs: (x, freqs)),
     "coor_descent": Case("coor_descent", lambda draw, s: (draw(s["b"], s["h"], s["n"]),), lambda s: {"k": 2.0},

@@ -94,6 +94,11 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, k_late: Tensor, v_late: Te
     return softmax_attention(q, k, v, mask=mask, causal=True, scale=scale)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out = (x[..., None, :] * weight).sum(-1)
+    return out if bias is None else out + bias
+
+
 def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     p = scores.exp() if mask is None else torch.where(mask, scores.exp(), torch.zeros_like(scores))
     total = p.sum(-1, keepdim=True)

@@ -16,27 +16,7 @@
 #include "decode.c"
 #else
 #include "softmax_tile.h"
-
-#undef PARTS
-#define PARTS (VECTOR_BYTES / 16)
-typedef REAL S(quarter) __attribute__((vector_size(16)));
-
-/* The sum over the lanes: sixteen bytes at a time, which the compiler keeps in registers. */
-static inline REAL S(add_lanes)(VF x) {
-    union { VF whole; S(quarter) part[PARTS]; } u = {.whole = x};
-#if PARTS == 4
-    S(quarter) sum = (u.part[0] + u.part[2]) + (u.part[1] + u.part[3]);
-#elif PARTS == 2
-    S(quarter) sum = u.part[0] + u.part[1];
-#else
-    S(quarter) sum = u.part[0];
-#endif
-#if PRECISION == 32
-    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
-#else
-    return sum[0] + sum[1];
-#endif
-}
+#include "lanes.h"
 
 /* score[j] = scale q . k_j for `count` keys. */
 static void S(meet)(const REAL *restrict q, const REAL *restrict k, int64_t count, int64_t d, REAL scale, REAL *restrict score) {

@@ -1,0 +1,115 @@
+"""A linear map: torch's own, and for the few rows of a step of generation a kernel that reads the weights once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from fnattn_kernels import crossovers
+from fnattn_kernels.native import linear as native
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._door import Kernel, choose, native_reason
+
+# b batch, n rows, k width of the input, m of the result
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+    """x weight^T + bias, in time n m k.
+
+    Args:
+        x: [..., k], floating point.
+        weight: [m, k], rows as in torch.nn.Linear. bias: [m], or None for none.
+        impl: "reference" is torch's own; "native" insists on the C kernel for few rows (CPU); "auto" chooses: the kernel for a few
+            rows with large weights where nothing maps, traces or differentiates. See `ops.report()`.
+    Returns:
+        [..., m] in x's dtype.
+    Raises:
+        ValueError: shapes disagree. TypeError: not floating tensors. KernelUnavailable: the named kernel cannot serve the call.
+
+    Differentiable any number of times in both modes; batches under vmap without a loop; compiles and exports.
+    """
+    _check(x, weight, bias)
+    kernel = choose("linear", impl, KERNELS, x, weight, bias)
+    return (reference if kernel is None else kernel.run)(x, weight, bias)
+
+
+reference = F.linear
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, t in (("x", x), ("weight", weight)):
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"linear: {name} must be a floating point tensor; got {got}.\n  Convert it: torch.as_tensor({name}).float().")
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(f"linear: expected x [..., k], weight [m, k] and bias [m] or None; got {list(x.shape)}, {list(weight.shape)} "
+                         f"and {None if bias is None else list(bias.shape)}.\n  weight has a row for each result, as in torch.nn.Linear.")
+
+
+# ------------------------------------------------------------------------------------------------ the native kernel
+
+
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(1, _rows(x), x.shape[-1])
+    out = native.linear(rows, weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0))
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _rows(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    if x.dtype not in (torch.float32, torch.float64) or x.dtype != weight.dtype or bias is not None and x.dtype != bias.dtype:
+        return f"needs float32 or float64, the same for all, got {x.dtype}, {weight.dtype}{'' if bias is None else f', {bias.dtype}'}"
+    if not torch.compiler.is_compiling() and torch.is_autocast_enabled("cpu"):
+        return "autocast wants such products in a narrower dtype"
+    return native_reason("linear", x, weight, bias)
+
+
+def _worth(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return _rows(x) <= FEW and weight.numel() >= LARGE and native.linear.straight((x, weight, bias)) is not None
+
+
+_LIMITS = crossovers.limits("linear", "native")
+FEW, LARGE = _LIMITS["rows"], _LIMITS["weights"]
+
+
+def _vjp(needs, args, outs, cotangents):
+    (x, weight, bias), (g,) = args, cotangents
+    return (g @ weight if needs[0] else None,
+            (g.mT @ x).sum_to_size(weight.shape) if needs[1] else None,
+            g.sum(1).sum_to_size(bias.shape) if needs[2] else None)
+
+
+def _jvp(args, outs, tangents):
+    (x, weight, _), (t_x, t_weight, t_bias) = args, tangents
+    parts = [] if t_x is None else [native.linear(t_x, weight, None)]
+    if t_weight is not None:
+        parts.append(x @ t_weight.mT)
+    if t_bias is not None:
+        parts.append(t_bias.unsqueeze(1).expand_as(outs[0]))
+    return sum(parts[1:], parts[0])
+
+
+def _batch(info, in_dims, x, weight, bias):
+    """The mapped axis becomes part of the batch axis; weights that all members share are not repeated."""
+    size = info.batch_size
+    x = x.unsqueeze(0).expand(size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+    b = x.shape[1]
+
+    def shared(t, dim):
+        if t is None or dim is None and t.shape[0] == 1:
+            return t
+        t = t.unsqueeze(0) if dim is None else t.movedim(dim, 0)
+        return t.expand(size, b, *t.shape[2:]).flatten(0, 1)
+
+    out = native.linear(x.flatten(0, 1), shared(weight, in_dims[1]), shared(bias, in_dims[2]))
+    return out.unflatten(0, (size, b)), 0
+
+
+native.linear.derive(vjp=_vjp, jvp=_jvp, batch=_batch)
+
+KERNELS = (Kernel("native", _native, _why_not, _worth),)

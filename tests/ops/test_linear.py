@@ -1,0 +1,66 @@
+"""Linear maps: the kernel for few rows gives what torch gives, whatever the sizes, and is taken where it is worth it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fnattn_kernels import crossovers
+
+from fnattn import ops
+from fnattn.core import KernelUnavailable
+from fnattn.ops.linear import KERNELS
+
+LIMITS = crossovers.limits("linear", "native")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("rows", [(1,), (2, 1), (3, 1), (2, 2), (5,), (2, 3, 3), (0,), (2, 0), ()])
+@pytest.mark.parametrize("m, k", [(1, 1), (7, 5), (13, 37), (6, 128), (3, 0), (0, 3)])
+def test_the_kernel_agrees_with_torch(rows, m, k, dtype, tolerance):
+    draw = torch.Generator().manual_seed(1)
+    x, weight, bias = (torch.randn(*shape, generator=draw, dtype=dtype) for shape in ((*rows, k), (m, k), (m,)))
+    for b in (None, bias):
+        out, expected = ops.linear(x, weight, b, impl="native"), ops.linear(x, weight, b, impl="reference")
+        assert out.shape == expected.shape and out.dtype == dtype
+        torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance * max(k, 1) ** 0.5)
+
+
+def test_rows_and_weights_may_lie_anywhere():
+    x, weight = torch.randn(5, 3, 37, dtype=torch.float64), torch.randn(37, 11, dtype=torch.float64)
+    for part in (x[:, 1], x.transpose(0, 1), x[..., ::2], x[:1].expand(4, 3, 37)):
+        w = weight[:part.shape[-1]].T
+        torch.testing.assert_close(ops.linear(part, w, impl="native"), part @ w.T)
+
+
+def taken(x, weight):
+    return KERNELS[0].worth(x, weight, None)
+
+
+def test_few_rows_with_large_weights_are_worth_the_kernel():
+    large = torch.zeros(LIMITS["weights"] // 64, 64)
+    assert taken(torch.zeros(LIMITS["rows"], 1, 64), large)
+    assert not taken(torch.zeros(LIMITS["rows"] + 1, 1, 64), large)
+    assert not taken(torch.zeros(1, 1, 64), large[1:])
+
+
+def test_what_is_differentiated_or_mapped_is_torch_s():
+    large = torch.zeros(LIMITS["weights"] // 64, 64)
+    assert not taken(torch.zeros(1, 64, requires_grad=True), large)
+    seen = []
+    torch.vmap(lambda x: seen.append(taken(x, large)) or x)(torch.zeros(2, 1, 64))
+    torch.func.grad(lambda x: seen.append(taken(x, large)) or x.sum())(torch.zeros(1, 64))
+    assert seen == [False, False]
+
+
+def test_what_the_kernel_cannot_serve_it_names():
+    x, weight = torch.zeros(1, 3), torch.zeros(2, 3)
+    with pytest.raises(KernelUnavailable, match="float32 or float64"):
+        ops.linear(x.bfloat16(), weight.bfloat16(), impl="native")
+    with pytest.raises(KernelUnavailable, match="the same for all"):
+        ops.linear(x.double(), weight, impl="native")
+    with torch.autocast("cpu"), pytest.raises(KernelUnavailable, match="autocast"):
+        ops.linear(x, weight, impl="native")
+    with pytest.raises(ValueError, match=r"weight \[m, k\]"):
+        ops.linear(x, weight.T)
+    with pytest.raises(TypeError, match="weight must be a floating point tensor"):
+        ops.linear(x, weight.long())
