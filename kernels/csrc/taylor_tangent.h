@@ -7,7 +7,7 @@
 typedef struct {
     const REAL *q, *k, *v, *keep, *sums0, *tq, *tk, *tv, *tkeep, *tsums0;
     REAL *out, *den, *tout, *tden, *tsums, *sums; /* sums NULL: out and den are given, else they are made */
-    int64_t queries, n, m, e;
+    int64_t queries, n, m, e, near;
     int hard, causal;
     REAL scale, eps;
 } S(tangent);
@@ -48,8 +48,29 @@ static void S(write_tangent)(S(work) *w, const S(tangent) *a, int64_t at, int64_
     S(transpose)(along, CHUNK, a->tout + at * e, e, e, n);
 }
 
-/* tout and tden of one chunk of queries, from the chunk of keys (if causal) and from the states. */
-static void S(tangent_chunk)(S(work) *w, const S(tangent) *a, int64_t r, int64_t i, int64_t n, int64_t keys, int past) {
+static void S(tangent_keys)(S(work) *w, const S(tangent) *a, int64_t j, int64_t size) {
+    const REAL *hard = a->hard ? a->keep + j : NULL;
+    S(load_rows)(w->kk, a->k + j * w->d, size, w->d, 1, hard, CHUNK);
+    S(load_values)(w->v1, w->ldv, a->v + j * a->e, size, a->e, AT(a->keep, j), a->hard, CHUNK);
+    if (a->tk) S(load_rows)(w->dkk, a->tk + j * w->d, size, w->d, 1, hard, CHUNK);
+    if (a->tv || a->tkeep) S(load_value_tangents)(w, a, j, size);
+}
+
+/* What the queries in the lanes take from the loaded chunk of keys. */
+static void S(tangent_pairs)(S(work) *w, const S(tangent) *a, REAL *along, int64_t keys, int64_t L, int side) {
+    int64_t d = w->d, values = a->tv || a->tkeep;
+    S(meet)(w->s, w->qT, w->kk, 2 * d, keys, d, L, side, 1);
+    if (a->tq) S(meet)(w->ds, w->dqT, w->kk, 2 * d, keys, d, L, side, 1);
+    if (a->tk) S(meet)(w->ds, w->qT, w->dkk, 2 * d, keys, d, L, side, !a->tq);
+    if (!a->tq && !a->tk) memset(w->ds, 0, (size_t)(keys * CHUNK) * sizeof(REAL));
+    S(score_gradient)(w->s, w->ds, keys, L, side);
+    if (a->tq || a->tk) S(gather)(along, w->ds, w->v1, w->ldv, w->e1, keys, L, side);
+    if (a->sums) S(gather)(w->acc, w->s, w->v1, w->ldv, values ? 2 * w->e1 : w->e1, keys, L, side);
+    else if (values) S(gather)(along, w->s, w->dv1, w->ldv, w->e1, keys, L, side);
+}
+
+/* tout and tden of the chunk of queries from i on: from the states of the keys before (`past`) and the chunks of keys j0 to j1. */
+static void S(tangent_chunk)(S(work) *w, const S(tangent) *a, int64_t r, int64_t i, int64_t n, int past, int64_t j0, int64_t j1) {
     int64_t L = S(lanes)(n), d = w->d, at = r * a->n + i;
     S(load_lanes)(w->qT, w->qq, a->q + at * d, n, d, a->scale);
     if (a->tq) S(load_lanes)(w->dqT, w->qq, a->tq + at * d, n, d, a->scale);
@@ -62,15 +83,10 @@ static void S(tangent_chunk)(S(work) *w, const S(tangent) *a, int64_t r, int64_t
         else if (values || a->tk || a->tsums0) S(read_state)(along, w->qT, NULL, w->dS, w->stride, d, w->e1, L, w->phi);
         if (a->tq) S(read_state)(along, w->qT, w->dqT, w->S, w->stride, d, w->e1, L, w->phi);
     }
-    if (keys) {
-        S(meet)(w->s, w->qT, w->kk, 2 * d, keys, d, L, 1, 1);
-        if (a->tq) S(meet)(w->ds, w->dqT, w->kk, 2 * d, keys, d, L, 1, 1);
-        if (a->tk) S(meet)(w->ds, w->qT, w->dkk, 2 * d, keys, d, L, 1, !a->tq);
-        if (!a->tq && !a->tk) memset(w->ds, 0, (size_t)(keys * CHUNK) * sizeof(REAL));
-        S(score_gradient)(w->s, w->ds, keys, L, 1);
-        if (a->tq || a->tk) S(gather)(along, w->ds, w->v1, w->ldv, w->e1, keys, L, 1);
-        if (both) S(gather)(w->acc, w->s, w->v1, w->ldv, values ? 2 * w->e1 : w->e1, keys, L, 1);
-        else if (values) S(gather)(along, w->s, w->dv1, w->ldv, w->e1, keys, L, 1);
+    for (int64_t j = j0; j < j1; j += CHUNK) { /* its own chunk last: it stays loaded */
+        int64_t size = min64(CHUNK, j1 - j);
+        if (j1 - j0 > CHUNK) S(tangent_keys)(w, a, j, size);
+        S(tangent_pairs)(w, a, along, size, L, j == i);
     }
     S(write_tangent)(w, a, at, n);
 }
@@ -82,18 +98,15 @@ static void S(group_tangent)(S(work) *w, const S(tangent) *a) {
     S(to_state)(w->dS, w->stride, w->lost, a->tsums0, d, w->e1, 1);
     for (int64_t j = 0; j < a->m; j += CHUNK) {
         int64_t size = min64(CHUNK, a->m - j);
-        const REAL *hard = a->hard ? a->keep + j : NULL;
-        S(load_rows)(w->kk, a->k + j * d, size, d, 1, hard, CHUNK);
-        S(load_values)(w->v1, w->ldv, a->v + j * a->e, size, a->e, a->keep ? a->keep + j : NULL, a->hard, CHUNK);
-        if (a->tk) S(load_rows)(w->dkk, a->tk + j * d, size, d, 1, hard, CHUNK);
-        if (values) S(load_value_tangents)(w, a, j, size);
+        S(tangent_keys)(w, a, j, size);
+        int carried = a->sums0 || a->tsums0, pairs = j < a->near && !carried;
         for (int64_t r = 0; r < a->queries && a->causal; r++)
-            S(tangent_chunk)(w, a, r, j, size, size, j || a->sums0 || a->tsums0);
+            S(tangent_chunk)(w, a, r, j, size, !pairs && (j || carried), pairs ? 0 : j, j + size);
         S(add_state)(w->S, w->stride, w->lost, w->kk, NULL, w->v1, w->ldv, size, d, values ? 2 * w->e1 : w->e1, w->phi);
         if (a->tk) S(add_state)(w->dS, w->stride, w->lost, w->kk, w->dkk, w->v1, w->ldv, size, d, w->e1, w->phi);
     }
     for (int64_t r = 0; r < a->queries && !a->causal; r++)
-        for (int64_t i = 0; i < a->n; i += CHUNK) S(tangent_chunk)(w, a, r, i, min64(CHUNK, a->n - i), 0, 1);
+        for (int64_t i = 0; i < a->n; i += CHUNK) S(tangent_chunk)(w, a, r, i, min64(CHUNK, a->n - i), 1, 0, 0);
     S(from_state)(a->tsums, w->dS, w->stride, d, w->e1, 1);
     if (a->sums) S(from_state)(a->sums, w->S, w->stride, d, w->e1, 1);
 }
@@ -102,7 +115,7 @@ int S(try_taylor_tangent)(const REAL *q, const REAL *k, const REAL *v, const REA
                           REAL *den, const REAL *tq, const REAL *tk, const REAL *tv, const REAL *tkeep,
                           const REAL *tsums0,
                           REAL *tout, REAL *tden, REAL *tsums, REAL *sums, int64_t b, int64_t h, int64_t g, int64_t n, int64_t m, int64_t d,
-                          int64_t e, int64_t hard, int64_t causal, double scale, double eps, int64_t threads) {
+                          int64_t e, int64_t near, int64_t hard, int64_t causal, double scale, double eps, int64_t threads) {
     int64_t queries = g ? h / g : 0, entries = (1 + d + d * (d + 1) / 2) * (e + 1);
     int failed = 0;
 #pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
@@ -118,7 +131,7 @@ int S(try_taylor_tangent)(const REAL *q, const REAL *k, const REAL *v, const REA
             int64_t x = i * queries * n, y = i * m;
             S(tangent) a = {q + x * d, k + y * d, v + y * e, AT(keep, i / g * m), AT(sums0, i * entries), AT(tq, x * d),
                             AT(tk, y * d), AT(tv, y * e), AT(tkeep, i / g * m), AT(tsums0, i * entries), out + x * e, den + x,
-                            tout + x * e, tden + x, tsums + i * entries, AT(sums, i * entries), queries, n, m, e, (int)hard,
+                            tout + x * e, tden + x, tsums + i * entries, AT(sums, i * entries), queries, n, m, e, near, (int)hard,
                             (int)causal, (REAL)scale, (REAL)eps};
             if (!bad) S(group_tangent)(&w, &a);
         }

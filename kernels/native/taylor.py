@@ -32,7 +32,7 @@ def _near(name: str, n: int, d: int, e: int) -> int:
     That is about d^2 / 4. A gradient that does so for a whole sequence keeps no states, and gains by that up to about d^2.
     """
     pairs = features(d) * (e + 1) / (d + e + 1)
-    if name == "forward":
+    if name != "backward":
         return int(_QUADRATIC["value"] * pairs)
     return n if n <= _QUADRATIC["whole"] * pairs else int(_QUADRATIC["gradient"] * pairs)
 
@@ -41,7 +41,7 @@ def _run(name: str, tensors: list[Tensor | None], hard: bool, causal: bool, scal
     q, k, v = tensors[:3]
     (b, h, n, d), (_, g, m, e) = q.shape, v.shape
     work = b * max(h * n, g * m) * features(d) * (e + 1)
-    sizes = (b, h, g, n, m, d, e) + ((_near(name, n, d, e),) if name in ("forward", "backward") else ())
+    sizes = (b, h, g, n, m, d, e) + (() if name == "second" else (_near(name, n, d, e),))
     call = function("taylor", f"try_taylor_{name}", q.dtype, "p" * len(tensors) + "i" * (len(sizes) + 2) + "ddi")
     if call(*map(address, tensors), *sizes, int(hard), int(causal), scale, eps, threads(work)):
         raise MemoryError(f"taylor: no memory for the native kernel's workspace (d={d}, e={e})")

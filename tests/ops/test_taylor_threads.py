@@ -28,6 +28,26 @@ def test_pairs_and_states_agree_at_every_length(kind, n):
         assert_close(a, x)
 
 
+@pytest.mark.parametrize("n", [33, 97, 131])
+@pytest.mark.parametrize("kind", [None, "mask", "weights", "sums"])
+def test_pairs_and_states_agree_in_tangents_too(kind, n):
+    args = inputs(1, 4, 2, n, 16, 16)
+    past = earlier(1, 2, 16, 16) if kind == "sums" else None
+    keep = weights_of(kind, 1, n)
+    along = tuple(t.cos() for t in args)
+
+    def tangents_of(fn, moved):
+        def part(*some):
+            return fn(*[some[moved.index(i)] if i in moved else t for i, t in enumerate(args)], keep=keep, sums=past)
+
+        return torch.func.jvp(part, tuple(args[i] for i in moved), tuple(along[i] for i in moved))
+
+    for moved in ((0, 1, 2), (0,), (1,), (2,)):
+        for found, true in zip(tangents_of(taylor, moved), tangents_of(dense, moved)):  # the values, then their tangents
+            for a, x in zip(found, true):
+                assert_close(a, x)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("kind", [None, "mask", "weights", "sums"])
 def test_a_head_that_threads_share_gives_the_same_to_rounding(kind, threads):
