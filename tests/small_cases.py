@@ -15,6 +15,8 @@ import torch_triton
 from torch import Tensor
 
 from fnattn.testing.cases import CASES, Case, kernels
+from fnattn.testing.operators import _apart_worker
+from fnattn.testing.subject import subject
 
 torch_triton.install()
 
@@ -55,3 +57,11 @@ def run(fn: Callable, *tensors: Tensor):
 def call(case: Case) -> Callable:
     """The case by Triton, as a function that travels to another process."""
     return functools.partial(run, case.call("triton"))
+
+
+def apart(_, name: str) -> str | None:
+    """The answer of one check "case: check" of compilation or export; see testing.apart, whose worker this is."""
+    of, _, check = name.partition(": ")
+    case = SMALL[of]
+    tested = subject(call(case), case.args(), like=case.brute(), diff=case.diff)
+    return _apart_worker((tested, tested._replace(fn=case.brute()), 1e-8), check)

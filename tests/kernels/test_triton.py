@@ -113,7 +113,7 @@ def test_the_kernel_of_deepspeed_compiles_for_a_gpu():
 
 @needs_triton
 @pytest.mark.skipif(lang.INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("n, dtype", [(100, "fp32"), (2048, "fp64")])
+@pytest.mark.parametrize("n, dtype", [(100, "fp32"), (2048, "fp32"), (2048, "fp64")])
 def test_coor_descent_compiles_for_a_gpu(n, dtype):
     from fnattn_kernels.triton import coor_descent, coor_descent_device
 
@@ -128,7 +128,7 @@ def test_coor_descent_compiles_for_a_gpu(n, dtype):
 
 @needs_triton
 @pytest.mark.skipif(lang.INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("width", [16, 128])
+@pytest.mark.parametrize("width", [16, 64, 128])
 def test_softmax_attention_compiles_for_a_gpu(width):
     from fnattn_kernels.triton import softmax, softmax_device
 

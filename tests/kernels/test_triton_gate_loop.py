@@ -50,12 +50,11 @@ def test_one_real_number_per_channel(ones):
         build(device, name, ones, REVERSE=not ones, START=not ones, OUT=True, FINISH=True, **shape)
 
 
-@pytest.mark.parametrize("ones", [False, True])
-def test_a_complex_number_per_head(ones):
+@pytest.mark.parametrize("ones, width", [(False, 64), (False, heads.WIDTH), (True, 1)])
+def test_a_complex_number_per_head(ones, width):
     from fnattn_kernels.triton import gate_loop_heads_device as forward
     from fnattn_kernels.triton import gate_loop_heads_grad_device as grad
 
-    width = 1 if ones else heads.WIDTH
     kinds = heads.kinds(width, width, kind(ones))
     build(forward, "gates", ones, TANGENT=True, M=heads.CHUNK)
     build(forward, "sums", ones, BACK=ones, **kinds["sums"])
