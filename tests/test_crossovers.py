@@ -77,3 +77,14 @@ def test_rows_name_what_auto_takes_and_what_is_fastest(monkeypatch):
 def test_what_was_never_measured_is_taken_only_when_it_is_asked_for():
     unmeasured = [row for row in crossovers.TABLE if row.measured == crossovers.UNMEASURED]
     assert len(unmeasured) >= 10 and all(row.takes == crossovers.NEVER for row in unmeasured)
+
+
+def test_a_build_for_sse2_leaves_wide_axial_attention_to_a_torch_with_wider_vectors(monkeypatch):
+    kernels = [k for name, k in KERNELS if name == "axial_attention"]
+    narrow, wide = torch.zeros(1, 1, 8, 16), torch.zeros(1, 1, 8, 64)
+    for capability, taken in (("AVX512", None), ("DEFAULT", "native")):
+        monkeypatch.setenv("FNATTN_ISA", "baseline")
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        assert choose("axial_attention", "auto", kernels, narrow, narrow, narrow).name == "native"
+        found = choose("axial_attention", "auto", kernels, wide, wide, wide)
+        assert (found and found.name) == taken

@@ -12,6 +12,8 @@ Source: SparseAxialCausalAttention of dalle-pytorch 1.6.6; Ho et al. 2019, arXiv
 from __future__ import annotations
 
 import torch
+from fnattn_kernels import crossovers
+from fnattn_kernels.native.build import narrower_than_torch
 from torch import Tensor
 
 from . import _segment_kernel
@@ -79,4 +81,14 @@ def _line(q: Tensor, text_len: int, image_size: int, axis: int) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
 
 
-KERNELS = (*_segment_kernel.kernels(_segment_kernel.axial), Kernel("bands", _bands, bands_reason))
+_WIDTH = crossovers.limits("axial_attention", "native")["width"]
+
+
+def _wide_enough(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether C is as fast as torch's own matrix products."""
+    *_, width = q.shape
+    return width < _WIDTH or not narrower_than_torch()
+
+
+_native, _triton = _segment_kernel.kernels(_segment_kernel.axial)
+KERNELS = (_native._replace(worth=_wide_enough), _triton, Kernel("bands", _bands, bands_reason, _wide_enough))

@@ -26,6 +26,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import torch
+
 from ..contracts import KernelUnavailable
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
@@ -54,6 +56,14 @@ def why_not(source: str) -> str | None:
 
 # Tracers call this with a constant and must take the answer as one: they cannot look into a compiler run.
 why_not._dynamo_marked_constant = True
+
+
+def narrower_than_torch() -> bool:
+    """Whether kernels are built for SSE2 alone while torch's own use wider vectors of this processor."""
+    return _switches()[1] == "baseline" and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+
+
+narrower_than_torch._dynamo_marked_constant = True
 
 
 def _switches() -> tuple[str, str]:
