@@ -31,6 +31,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
     Differentiable any number of times in both modes; batches under vmap without a loop; compiles and exports.
     """
     _check(x, weight, bias)
+    return unchecked(x, weight, bias, impl)
+
+
+def unchecked(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+    """The same for callers that have looked at shapes and dtypes: a step of a model makes many small products."""
     kernel = choose("linear", impl, KERNELS, x, weight, bias)
     return (reference if kernel is None else kernel.run)(x, weight, bias)
 
@@ -70,7 +75,7 @@ def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
 
 def _worth(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return _rows(x) <= FEW and weight.numel() >= LARGE and native.linear.straight((x, weight, bias)) is not None
+    return weight.numel() >= LARGE and _rows(x) <= FEW and native.linear.straight((x, weight, bias)) is not None
 
 
 _LIMITS = crossovers.limits("linear", "native")
