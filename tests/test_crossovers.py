@@ -84,7 +84,7 @@ def test_a_build_for_sse2_leaves_wide_axial_attention_to_a_torch_with_wider_vect
     narrow, wide = torch.zeros(1, 1, 8, 16), torch.zeros(1, 1, 8, 64)
     for capability, taken in (("AVX512", None), ("DEFAULT", "native")):
         monkeypatch.setenv("FNATTN_ISA", "baseline")
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda said=capability: said)
         assert choose("axial_attention", "auto", kernels, narrow, narrow, narrow).name == "native"
         found = choose("axial_attention", "auto", kernels, wide, wide, wide)
         assert (found and found.name) == taken
