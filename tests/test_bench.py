@@ -202,6 +202,10 @@ def test_a_scaling_case_gives_a_cost_per_length(monkeypatch):
     monkeypatch.setattr(scaling, "QUICK", (300, 350))
     row = table.scaling_row(scaling.CASES["scaling conv"], OPTIONS)
     assert row["n"] == [257 + 36, 257 + 81] and len(row["ns_per_token"]) == 2 and "ns per token" in report.line(row)
+    row = table.scaling_row(scaling.CASES["scaling axial"], OPTIONS)
+    keys = [work.axial_pairs(257, side) / n for side, n in zip((6, 9), row["n"])]
+    costs = [cost / count for cost, count in zip(row["ns_per_token"], keys)]
+    assert row["growth"] == pytest.approx(costs[1] / costs[0]) and "growth per key" in report.line(row)
 
 
 # ------------------------------------------------------------------------------------------------ the command

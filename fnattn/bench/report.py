@@ -65,7 +65,7 @@ def line(row: dict[str, Any]) -> str:
     if row["kind"] == "scaling":
         costs = " ".join(f"{cost:.3g}" for cost in row["ns_per_token"])
         flat = "flat" if row["growth"] <= scaling.FLAT else "NOT flat"
-        return f"{head}ns per token: {costs}; growth {row['growth']:.2f}, {flat}"
+        return f"{head}ns per token: {costs}; growth per {row['per']} {row['growth']:.2f}, {flat}"
     mark = {True: "ok", False: "MISS", None: ""}[met(row)]
     if row["kind"] == "transform":
         sign = ">=" if row["more"] else "<="

@@ -120,7 +120,7 @@ def multiple_row(case: transforms.Transform, options: Options) -> dict:
 
 
 def scaling_row(case: scaling.Scaling, options: Options) -> dict:
-    """Forward cost per token at growing lengths."""
+    """Forward cost per token at growing lengths; "per" says whose growth is told."""
     lengths, costs = [], []
     for n in scaling.QUICK if options.quick else scaling.LENGTHS:
         side, tokens = case.build(n, options.device)
@@ -128,8 +128,10 @@ def scaling_row(case: scaling.Scaling, options: Options) -> dict:
         lengths.append(tokens)
         costs.append(1e6 * times.ours / tokens)
         del side
+    told = costs if case.pairs is None else [cost * n / case.pairs(n) for cost, n in zip(costs, lengths, strict=True)]
     return {"case": case.name, "kind": "scaling", "shape": f"n{lengths[0]} to n{lengths[-1]}", "pass": "forward", "n": lengths,
-            "ns_per_token": costs, "growth": max(later / min(costs[:i]) for i, later in enumerate(costs) if i)}
+            "ns_per_token": costs, "per": "token" if case.pairs is None else "key",
+            "growth": max(later / min(told[:i]) for i, later in enumerate(told) if i)}
 
 
 def failed(row: dict) -> bool:
