@@ -169,6 +169,9 @@ static void S(pack_or_zero)(const REAL *from, int64_t stride, REAL *to, int64_t 
 
 #define TANGENT_AT(x, i, start) ((x) ? (x) + PLACE(x, i, start) : NULL)
 
+/* Asks for the next chunk of an operand: between products, so that it comes while they are made. */
+#define FETCH(x, width) if (x) S(fetch)(x + PLACE(x, i, start + m), x##_row, later, width)
+
 /* out, last, product: what the forward pass gives, or NULL. tout lies in memory as out does. If they are given, logs receives the
  * tangent of the product, else that of its logarithm. */
 void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, const REAL *a, const REAL *h0, const REAL *tq,
@@ -185,9 +188,10 @@ void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
     {
         REAL *state = scratch((size_t)(2 * size + CHUNK * (8 * dp + 3 * ep + 2 * CHUNK)) * sizeof(REAL));
         if (!state) abort();
-        REAL *t_state = state + size, *qc = t_state + size, *kc = qc + CHUNK * dp, *tqc = kc + CHUNK * dp, *tkc = tqc + CHUNK * dp;
-        REAL *kt = tkc + CHUNK * dp, *tkt = kt + CHUNK * dp, *two = tkt + CHUNK * dp, *vc = two + CHUNK * 2 * dp;
-        REAL *tvc = vc + CHUNK * ep, *oc = tvc + CHUNK * ep, *scores = oc + CHUNK * ep, *t_scores = scores + CHUNK * CHUNK;
+        REAL *t_state = state + size, *q_room = t_state + size, *k_room = q_room + CHUNK * dp, *tq_room = k_room + CHUNK * dp;
+        REAL *tk_room = tq_room + CHUNK * dp, *kt = tk_room + CHUNK * dp, *tkt = kt + CHUNK * dp, *two = tkt + CHUNK * dp;
+        REAL *v_room = two + CHUNK * 2 * dp, *tv_room = v_room + CHUNK * ep, *oc = tv_room + CHUNK * ep;
+        REAL *scores = oc + CHUNK * ep, *t_scores = scores + CHUNK * CHUNK;
         S(gates) g;
         S(gate_tangents) tg;
 #pragma omp for schedule(static)
@@ -199,30 +203,35 @@ void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
                 int64_t m = min64(s.m, n - start), rows = up(m, PAD);
                 S(chunk_gates)(AT(a, i) + start * a_row, a_row, m, &g, gates);
                 S(chunk_gate_tangents)(TANGENT_AT(ta, i, start), ta_row, m, &g, &tg, whole);
-                S(pack)(AT(q, i) + start * q_row, q_row, qc, dp, m, d, rows);
-                S(pack)(AT(k, i) + start * k_row, k_row, kc, dp, m, d, rows);
-                S(pack)(AT(v, i) + start * v_row, v_row, vc, ep, m, e, rows);
-                S(pack_or_zero)(TANGENT_AT(tq, i, start), tq_row, tqc, dp, m, d, rows);
-                S(pack_or_zero)(TANGENT_AT(tk, i, start), tk_row, tkc, dp, m, d, rows);
-                S(pack_or_zero)(TANGENT_AT(tv, i, start), tv_row, tvc, ep, m, e, rows);
+                int64_t later = min64(s.m, n - start - m), past = start || h0 || th0; /* whether there is a state to read */
+                const REAL *qc = S(packed)(q + PLACE(q, i, start), q_row, q_room, dp, m, d, rows);
+                const REAL *kc = S(packed)(k + PLACE(k, i, start), k_row, k_room, dp, m, d, rows);
+                const REAL *vc = S(packed)(v + PLACE(v, i, start), v_row, v_room, ep, m, e, rows);
+                const REAL *tqc = S(packed)(TANGENT_AT(tq, i, start), tq_row, tq_room, dp, m, d, rows);
+                const REAL *tkc = S(packed)(TANGENT_AT(tk, i, start), tk_row, tk_room, dp, m, d, rows);
+                const REAL *tvc = S(packed)(TANGENT_AT(tv, i, start), tv_row, tv_room, ep, m, e, rows);
                 S(transpose)(kc, dp, kt, CHUNK, rows, dp);
                 S(times)(qc, dp, kt, CHUNK, scores, CHUNK, rows, rows, d, 0, RESULT_LOWER);
+                FETCH(q, d);
                 S(times)(tqc, dp, kt, CHUNK, t_scores, CHUNK, rows, rows, d, 0, RESULT_LOWER);
                 if (tk) {
                     S(transpose)(tkc, dp, tkt, CHUNK, rows, dp);
                     S(times)(qc, dp, tkt, CHUNK, t_scores, CHUNK, rows, rows, d, 1, RESULT_LOWER);
                 }
+                FETCH(k, d);
                 S(decay_tangent)(scores, t_scores, &g, &tg, rows);
                 S(double_rows_twice)(tqc, g.pr, g.pi, qc, tg.pr, tg.pi, -1, two, dp, rows);
-                S(times)(two, 2 * dp, state, ep, oc, ep, rows, ep, 2 * dp, 0, FULL);
+                if (past) S(times)(two, 2 * dp, state, ep, oc, ep, rows, ep, 2 * dp, 0, FULL);
+                FETCH(v, e);
                 S(double_rows)(qc, g.pr, g.pi, -1, two, dp, rows);
-                S(times)(two, 2 * dp, t_state, ep, oc, ep, rows, ep, 2 * dp, 1, FULL);
-                S(times)(t_scores, CHUNK, vc, ep, oc, ep, rows, ep, rows, 1, LEFT_LOWER);
+                if (past) S(times)(two, 2 * dp, t_state, ep, oc, ep, rows, ep, 2 * dp, 1, FULL);
+                FETCH(tq, d);
+                S(times)(t_scores, CHUNK, vc, ep, oc, ep, rows, ep, rows, past, LEFT_LOWER);
                 if (tv) S(times)(scores, CHUNK, tvc, ep, oc, ep, rows, ep, rows, 1, LEFT_LOWER);
                 S(unpack)(oc, ep, tout + PLACE(out, i, start), out_row, m, e);
                 if (out) {
-                    S(times)(two, 2 * dp, state, ep, oc, ep, rows, ep, 2 * dp, 0, FULL);
-                    S(times)(scores, CHUNK, vc, ep, oc, ep, rows, ep, rows, 1, LEFT_LOWER);
+                    if (past) S(times)(two, 2 * dp, state, ep, oc, ep, rows, ep, 2 * dp, 0, FULL);
+                    S(times)(scores, CHUNK, vc, ep, oc, ep, rows, ep, rows, past, LEFT_LOWER);
                     S(unpack)(oc, ep, out + PLACE(out, i, start), out_row, m, e);
                 }
 
@@ -232,9 +241,11 @@ void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
                     S(store)(t_state + j, tr * g.er - ti * g.ei + re * tg.er - im * tg.ei, LANES);
                     S(store)(t_state + dp * ep + j, tr * g.ei + ti * g.er + re * tg.ei + im * tg.er, LANES);
                 }
+                FETCH(tk, d);
                 S(turn)(state, 1, 0, dp * ep, dp * ep, g.er, g.ei);
                 S(double_rows_twice)(tkc, g.zr, g.zi, kc, tg.zr, tg.zi, 1, two, dp, rows);
                 S(times_left_transposed)(two, 2 * dp, vc, ep, t_state, ep, 2 * dp, ep, m, 1, FULL);
+                FETCH(tv, e);
                 S(double_rows)(kc, g.zr, g.zi, 1, two, dp, rows);
                 if (tv) S(times_left_transposed)(two, 2 * dp, tvc, ep, t_state, ep, 2 * dp, ep, m, 1, FULL);
                 S(times_left_transposed)(two, 2 * dp, vc, ep, state, ep, 2 * dp, ep, m, 1, FULL);
@@ -255,3 +266,5 @@ void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
         free(state);
     }
 }
+
+#undef FETCH

@@ -109,6 +109,20 @@ static void S(pack)(const REAL *from, int64_t stride, REAL *to, int64_t ld, int6
     if (padded_rows > rows) memset(to + rows * ld, 0, (size_t)((padded_rows - rows) * ld) * sizeof(REAL));
 }
 
+/* The same rows where they are if they lie side by side and need no padding, else packed into `room`; NULL counts as zeros. */
+static const REAL *S(packed)(const REAL *from, int64_t stride, REAL *room, int64_t ld, int64_t rows, int64_t width, int64_t padded_rows) {
+    if (from && stride == ld && width == ld && rows == padded_rows) return from;
+    if (from) S(pack)(from, stride, room, ld, rows, width, padded_rows);
+    else memset(room, 0, (size_t)(padded_rows * ld) * sizeof(REAL));
+    return room;
+}
+
+/* Asks for rows that will be wanted soon. */
+static void S(fetch)(const REAL *from, int64_t stride, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < width; j += 64 / (int64_t)sizeof(REAL)) __builtin_prefetch(from + r * stride + j, 0, 2);
+}
+
 /* And `rows` rows of a result back. */
 static void S(unpack)(const REAL *from, int64_t ld, REAL *to, int64_t stride, int64_t rows, int64_t width) {
     for (int64_t r = 0; r < rows; r++) memcpy(to + r * stride, from + r * ld, (size_t)width * sizeof(REAL));
