@@ -24,9 +24,13 @@ def wrapped(scores, mask):
     return masked_softmax(scores.float(), mask, impl="deepspeed").double()
 
 
+# The terms of this gradient cancel: in float32 plain torch errs by 1e-2 of it on these numbers, DeepSpeed by 5e-3.
+CANCELS = "grad(vmap(grad(f)))"
+
+
 def test_every_check_but_numeric_differences_is_right():
-    args = tuple(t[:2, :3] for t in case("masked_softmax").args())
-    report = check_operator(wrapped, args, reference=brute.masked_softmax, rtol=1e-4, compile=False, only=ROUNDED).require()
+    args, names = case("masked_softmax").args(), [name for name in ROUNDED if name != CANCELS]
+    report = check_operator(wrapped, args, reference=brute.masked_softmax, rtol=1e-4, compile=False, only=names).require()
     assert {row.check for row in report.rows if row.status != "ok"} == {"grad(checkpoint(f))"}  # torch itself cannot do this
 
 
