@@ -42,23 +42,25 @@ static void S(meet)(const REAL *restrict q, const REAL *restrict k, int64_t coun
     }
 }
 
-/* out += sum_j p_j v_j */
+/* out += sum_j p_j v_j, the sum by itself first: what is added to out are few large parts. */
 static void S(gather)(REAL *restrict out, const REAL *restrict p, const REAL *restrict v, int64_t count, int64_t e) {
     int64_t c = 0;
 #define CHANNELS(X)                                                                                    \
     for (; c + X * LANES <= e; c += X * LANES) {                                                       \
-        VF sum[X];                                                                                     \
-        for (int x = 0; x < X; x++) sum[x] = *(VF *)(out + c + x * LANES);                             \
+        VF sum[X] = {{0}};                                                                             \
         for (int64_t j = 0; j < count; j++)                                                            \
             for (int x = 0; x < X; x++) sum[x] += p[j] * *(const VF *)(v + j * e + c + x * LANES);     \
-        for (int x = 0; x < X; x++) *(VF *)(out + c + x * LANES) = sum[x];                             \
+        for (int x = 0; x < X; x++) *(VF *)(out + c + x * LANES) += sum[x];                            \
     }
     CHANNELS(8)
     CHANNELS(4)
     CHANNELS(1)
 #undef CHANNELS
-    for (; c < e; c++)
-        for (int64_t j = 0; j < count; j++) out[c] += p[j] * v[j * e + c];
+    for (; c < e; c++) {
+        REAL sum = 0;
+        for (int64_t j = 0; j < count; j++) sum += p[j] * v[j * e + c];
+        out[c] += sum;
+    }
 }
 
 /* Scores to weights that add up to 1, or all 0 if none is above -infinity. `count` is a multiple of LANES. */
@@ -71,7 +73,11 @@ static void S(normalise)(REAL *p, int64_t count) {
         memset(p, 0, (size_t)count * sizeof(REAL));
         return;
     }
-    for (int64_t j = 0; j < count; j += LANES) total += *(VF *)(p + j) = S(exponential)(*(VF *)(p + j) - top);
+    for (int64_t j = 0; j < count;) {
+        VF sum = {0};
+        for (int64_t stop = min64(count, j + KEYS); j < stop; j += LANES) sum += *(VF *)(p + j) = S(exponential)(*(VF *)(p + j) - top);
+        total += sum;
+    }
     const REAL part = (REAL)1 / S(add_lanes)(total);
     for (int64_t j = 0; j < count; j += LANES) *(VF *)(p + j) *= part;
 }
