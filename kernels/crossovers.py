@@ -80,6 +80,8 @@ TABLE = (
               f"{EPYC}: 1536 x 512 weights, 2 rows 117 us against 148, 4 rows 167 against 189, 6 rows 227 against 253, 8 rows equal; "
               "384 x 512 weights, 2 rows 43 against 33", {"rows": 6, "weights": 1 << 19}),
     # Under a compiler plain torch is fused with what surrounds it.
+    # A compiler fuses plain torch with what surrounds it.
+    Crossover("rms_norm", "native", "not while torch.compile traces", EPYC),
     Crossover("rotary", "native", "not while torch.compile traces", EPYC),
     Crossover("rotary", "rotary_embedding_torch", NEVER, EPYC),
     Crossover("coor_descent", "native", ALWAYS, EPYC),

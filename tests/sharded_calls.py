@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from fnattn_kernels.native import linear as native_linear
+from fnattn_kernels.native import rms_norm as native_rms_norm
 from torch import Tensor
 
 from fnattn import ops
@@ -63,6 +65,10 @@ CALLS = {
         lambda: (torch.ones(6, 6, dtype=torch.bool).tril().expand(1, 4, 6, 6).clone().index_fill_(1, torch.tensor([2]), True),)),
     "cached_attention": Call(lambda q, *kv: ops.cached_attention(q, *kv, first=5, length=6, impl="native"),
                              ((2, 4, 1, 4), (2, 2, 5, 4), (2, 2, 5, 2), (2, 2, 1, 4), (2, 2, 1, 2))),
+    "linear": Call(lambda x, weight, bias: ops.linear(x, weight, bias, impl="native"), ((2, 6, 4), (8, 4), (8,))),
+    "linear, weights for each sequence": Call(native_linear.linear, ((2, 6, 4), (2, 8, 4), (2, 8))),
+    "rms_norm, gamma for each sequence": Call(native_rms_norm.norm, ((2, 6, 4), (2, 4))),
+    "rms_norm": Call(lambda x, gamma: ops.rms_norm(x, gamma, impl="native"), ((2, 6, 4), (4,))),
     "rotary": Call(lambda x, positions, freqs: ops.rotary(x, positions, freqs, impl="native"), _qkv()[:1],
                    lambda: (torch.arange(6), torch.tensor([1.0, 0.1]))),
     "coor_descent": Call(lambda s, k: ops.coor_descent(s, k.square() + 1, **_SOLVER, impl="native"), ((2, 4, 6), (2, 4))),

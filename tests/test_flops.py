@@ -31,6 +31,8 @@ BY_HAND = {
     "softmax_attention": (lambda *x: ops.softmax_attention(*x, impl="native"), (Q, K, V), PAIRS * (2 * 4 + 2 * 7)),
     # Two products with cosines and two with sines, two sums, per pair of channels.
     "rotary": (lambda x: ops.rotary(x, torch.arange(5), torch.ones(2), impl="native"), (Q,), ROWS * 2 * 6),
+    # A square, a sum, two products.
+    "rms_norm": (lambda *x: ops.rms_norm(*x, impl="native"), ((2, 3, 5), (5,)), 2 * 3 * 5 * 4),
     # Per entry and iteration six operations, and as many for the result.
     "coor_descent": (lambda s: ops.coor_descent(s, 2.0, **SOLVER, impl="native"), ((2, 3, 5),), 2 * 3 * 5 * 6 * 4),
     "coor_descent, exact": (lambda s: ops.coor_descent(s, 2.0, solver="exact", impl="native"), ((2, 3, 5),), 2 * 3 * 5 * 6 * 2),

@@ -33,6 +33,7 @@ CALLS = {
     "cached_attention": lambda: (ops.cached_attention(draw(64, 8, 1, 4), *(draw(64, 4, n, 4) for n in (LONG, LONG, 7, 7)), first=LONG,
                                                       length=LONG + 7), (64, 8, 1, 4)),
     "linear": lambda: (ops.linear(draw(2, LONG, 8), draw(16, 8)), (2, LONG, 16)),
+    "rms_norm": lambda: (ops.rms_norm(draw(2, LONG, 16), draw(16)), (2, LONG, 16)),
     "masked_softmax": lambda: (ops.masked_softmax(draw(17, LONG)), (17, LONG)),
     "rotary": lambda: (ops.rotary(draw(2, 8, LONG, 4), torch.arange(LONG, device="meta"), draw(2, dtype=torch.float32)), (2, 8, LONG, 4)),
     "coor_descent": lambda: (ops.coor_descent(draw(17, LONG), 2.0), (17, LONG)),

@@ -126,8 +126,8 @@ def test_any_memory_will_do(name, kernel, dtype, poisoned_empty):
 @pytest.mark.parametrize("name, kernel", PAIRS, ids=lambda p: getattr(p, "name", p))
 def test_nothing_gives_nothing(name, kernel):
     able(name, kernel)
-    if name == "cached_attention":
-        pytest.skip("needs at least one query and the keys up to it")
+    if name in ("cached_attention", "linear"):
+        pytest.skip("the case has a row whatever n")
     args = [a.float() if a.is_floating_point() else a for a in inputs(name, 0, False, torch.float32)]
     for given, found in zip([None, *[a for a in args if a.is_floating_point()]], value_and_gradients(name, kernel.name, 0, args)):
         assert found.isfinite().all() and (given is None or (found.shape == given.shape and not found.any()))

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import random
 from ..ops._door import REFERENCE
-from ..ops.linear import unchecked
+from ..ops.linear import unchecked as _linear
+from ..ops.rms_norm import unchecked as _rms_norm
 
 # b batch, h heads, n positions, d width of one head
 
@@ -35,7 +36,12 @@ def ones_init(shape: tuple[int, ...], *, dtype: torch.dtype, device: object = No
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tensor:
     """x weight^T + bias; plain torch where that is asked for, else as `ops.linear` chooses. impl names kernels of an attention."""
-    return unchecked(x, weight, bias, impl if impl == REFERENCE else "auto")
+    return _linear(x, weight, bias, impl if impl == REFERENCE else "auto")
+
+
+def rms_norm(x: Tensor, gamma: Tensor, impl: str = "auto") -> Tensor:
+    """gamma times x by its root mean square; plain torch where that is asked for, else as `ops.rms_norm` chooses."""
+    return _rms_norm(x, gamma, impl if impl == REFERENCE else "auto")
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -47,16 +53,6 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """[b, h, n, d] -> [b, n, h d]."""
     return x.transpose(1, 2).flatten(2)
-
-
-def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """gamma sqrt(d) x / max(|x|, 1e-12) over the last axis: x by its root mean square. 0 stays 0, with gradient 0."""
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    # As F.normalize(eps=1e-12), but on the square, so that the gradient at x = 0 is 0 and not 0/0. Not the mean of squares, whose
-    # gradient divides numbers as many as x has.
-    scale = (wide.square().sum(-1, keepdim=True) / max(x.shape[-1], 1)).clamp(min=1e-24 / max(x.shape[-1], 1)).rsqrt()
-    normed = wide * scale
-    return (normed if normed.dtype == x.dtype else normed.to(x.dtype)) * gamma
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         refuse("simple_gate_loop.apply", "A reversed layer begins at the last position.",
                "Use Config(reverse=False, ...), or call apply(params, x) on the whole sequence.", state=state)
     streaming = not isinstance(state, Empty)
-    normed = rms_norm(x, params.norm) if cfg.prenorm else x
+    normed = rms_norm(x, params.norm, impl) if cfg.prenorm else x
     q, kv, a = linear(normed, params.to_qkva, impl=impl).chunk(3, -1)
     q, kv, a = taps.tap("q", q), taps.tap("kv", kv), taps.tap("a", a)
     h0 = state.h if streaming else None

@@ -141,7 +141,7 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     streaming = not isinstance(state, Empty)
 
     shifted = shift_tokens(x, state.last if streaming else None) if cfg.shift_tokens else x
-    normed = rms_norm(shifted, params.norm) if cfg.prenorm else shifted
+    normed = rms_norm(shifted, params.norm, impl) if cfg.prenorm else shifted
     q = split_heads(linear(normed, params.to_q, impl=impl), cfg.heads)
     k, v = linear(normed if context is None else context, params.to_kv, impl=impl).chunk(2, -1)
     kv_heads = 1 if cfg.one_headed_kv else cfg.heads

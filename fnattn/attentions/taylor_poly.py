@@ -123,11 +123,11 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
            "Use the family taylor with causal=False for cross attention.", context=context)
     check(impl in ("auto", "reference"), "taylor_poly.apply: this family is plain torch; got impl={!r}.", impl,
           remedy='Use impl="auto" or impl="reference".')
-    q1, *gates = F.linear(rms_norm(x, params.norm) if cfg.prenorm else x, params.to_q).split(cfg.heads * cfg.dim_head, -1)
+    q1, *gates = F.linear(rms_norm(x, params.norm, impl) if cfg.prenorm else x, params.to_q).split(cfg.heads * cfg.dim_head, -1)
     q2, *roots = F.linear(x, params.to_kv1).split(cfg.heads * cfg.dim_head, -1)
     q3, v = F.linear(x, params.to_kv2).chunk(2, -1)
     q1, q2, q3, v = (split_heads(t, cfg.heads) for t in (q1, q2, q3, v))
-    q1, q2, q3 = (rms_norm(q, gamma) for q, gamma in zip((q1, q2, q3), params.q_norms))
+    q1, q2, q3 = (rms_norm(q, gamma, impl) for q, gamma in zip((q1, q2, q3), params.q_norms))
     if cfg.use_rotary_embed:
         positions, freqs = torch.arange(x.shape[1], device=x.device), ops.lang_freqs(cfg.dim_head, device=x.device)
         q1, q2, q3 = (ops.rotary(q, positions, freqs) for q in (q1, q2, q3))

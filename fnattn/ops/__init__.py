@@ -15,6 +15,7 @@ from .heinsen import heinsen_gate_loop as heinsen_gate_loop
 from .linear import linear as linear
 from .masked_softmax import masked_softmax as masked_softmax
 from .report import report as report
+from .rms_norm import rms_norm as rms_norm
 from .rotary import lang_freqs as lang_freqs
 from .rotary import pixel_freqs as pixel_freqs
 from .rotary import rotary as rotary

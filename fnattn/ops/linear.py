@@ -10,7 +10,7 @@ from fnattn_kernels.native import linear as native
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._door import Kernel, choose, native_reason
+from ._door import Kernel, cast, choose, compute_dtype, native_reason, widen
 
 # b batch, n rows, k width of the input, m of the result
 
@@ -58,8 +58,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(1, _rows(x), x.shape[-1])
-    out = native.linear(rows, weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0))
-    return out.view(*x.shape[:-1], weight.shape[0])
+    out = native.linear(*widen(rows, weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0)))
+    return cast(out.view(*x.shape[:-1], weight.shape[0]), x.dtype)
 
 
 def _rows(x: Tensor) -> int:
@@ -67,15 +67,16 @@ def _rows(x: Tensor) -> int:
 
 
 def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    if x.dtype not in (torch.float32, torch.float64) or x.dtype != weight.dtype or bias is not None and x.dtype != bias.dtype:
-        return f"needs float32 or float64, the same for all, got {x.dtype}, {weight.dtype}{'' if bias is None else f', {bias.dtype}'}"
+    if x.dtype != weight.dtype or bias is not None and x.dtype != bias.dtype:
+        return f"needs one dtype for all, got {x.dtype}, {weight.dtype}{'' if bias is None else f', {bias.dtype}'}"
     if not torch.compiler.is_compiling() and torch.is_autocast_enabled("cpu"):
         return "autocast wants such products in a narrower dtype"
     return native_reason("linear", x, weight, bias)
 
 
 def _worth(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return weight.numel() >= LARGE and _rows(x) <= FEW and native.linear.straight((x, weight, bias)) is not None
+    # Weights of another dtype are converted as a whole.
+    return weight.numel() >= LARGE and _rows(x) <= FEW and x.dtype == compute_dtype(x) and native.linear.straight((x, weight, bias)) is not None
 
 
 _LIMITS = crossovers.limits("linear", "native")

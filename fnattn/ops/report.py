@@ -103,6 +103,7 @@ CASES = {
     "cached_attention": Case("cached_attention", _cached, lambda s: {"first": s["n"] - s["n"] // 4, "length": s["n"]},
                              asked=lambda q, k, v, *late: (q, k, v)),
     "linear": Case("linear", _linear, asked=lambda x, weight: (x, weight, None)),
+    "rms_norm": Case("rms_norm", lambda draw, s: (draw(s["b"], s["n"], s["h"] * s["d"]), draw(s["h"] * s["d"]))),
     "masked_softmax": Case("masked_softmax", lambda draw, s: (draw(s["b"], s["h"], s["n"], s["n"]),)),
     "rotary": Case("rotary", _rotary, asked=lambda x, positions, freqs: (x, freqs)),
     "coor_descent": Case("coor_descent", lambda draw, s: (draw(s["b"], s["h"], s["n"]),), lambda s: {"k": 2.0},

@@ -161,7 +161,7 @@ def run_triton(a: Tensor, x: Tensor, h0: Tensor | None, reverse: bool, pairs: bo
 
 def run_higher_order(a: Tensor, x: Tensor, h0: Tensor | None, reverse: bool, pairs: bool) -> Tensor:
     """torch's scan over pairs (product of the gates, state): plain operations to every transform."""
-    if a.shape[1] < 2:
+    if a.shape[1] < 2 or 0 in a.shape:  # what torch's operator refuses, or gets wrong
         return reference(a, x, h0, reverse, pairs)
     if reverse:
         return run_higher_order(a.flip(1), x.flip(1), h0, False, pairs).flip(1)

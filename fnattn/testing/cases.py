@@ -156,6 +156,7 @@ CASES = (
     # Two axes: for more, what torch records of its own linear's gradient under make_fx with symbolic sizes does not run.
     Case("linear", "linear", "linear", {"x": ((3, 5), "normal"), "weight": ((7, 5), "normal"), "bias": ((7,), "normal")},
          dynamic=({0: "b"}, {}, {})),
+    Case("rms_norm", "rms_norm", "rms_norm", {"x": ((2, 3, 5), "normal"), "gamma": ((5,), "normal")}, dynamic=({0: "b", 1: "n"}, {})),
     Case("masked_softmax", "masked_softmax", "masked_softmax", {"scores": ((3, 7), "normal"), "mask": ((3, 7), "mask")},
          dynamic=({0: "b"}, {0: "b"})),
     Case("rotary", "rotary", "rotary",

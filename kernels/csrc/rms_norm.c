@@ -1,0 +1,115 @@
+/* y = gamma x s, s = 1 / sqrt(max(mean of x^2, 1e-24 / d)), along rows, and its gradient.
+ *
+ * x, y, g, dx [b, n, d], gamma [1 or b, d] (a stride of 0 between batch entries: the same for all), dgamma [b, d]; contiguous.
+ * With u = g gamma, whose part along x the norm takes away:
+ *
+ *     dx = s (u - x s^2 mean(x u)), or s u where s does not move        dgamma = sum over rows of g x s
+ *
+ * One task is a strip of STRIP rows of a batch entry. Sums over rows are those of GROUP rows, added up in double, strip by strip:
+ * no bit depends on the number of threads. */
+#ifndef PRECISION
+#define PRECISION 32
+#include "rms_norm.c"
+#undef PRECISION
+#define PRECISION 64
+#include "rms_norm.c"
+#else
+#include "common.h"
+
+#undef REAL
+#undef S
+#undef VF
+#undef LANES
+#if PRECISION == 32
+#define REAL float
+#define S(x) PASTE(fnattn_, x, _, f32)
+#define VF vf32
+#define LANES LANES_f32
+#else
+#define REAL double
+#define S(x) PASTE(fnattn_, x, _, f64)
+#define VF vf64
+#define LANES LANES_f64
+#endif
+#define STRIP 1024
+#define GROUP 32
+#include "lanes.h"
+
+/* sum_c x_c y_c, and with z not NULL sum_c x_c y_c z_c */
+static inline REAL S(dot)(const REAL *x, const REAL *y, const REAL *z, int64_t d) {
+    VF a = {0}, b = {0};
+    int64_t c = 0;
+    for (; c + 2 * LANES <= d; c += 2 * LANES) {
+        VF left = *(const VF *)(x + c) * *(const VF *)(y + c), right = *(const VF *)(x + c + LANES) * *(const VF *)(y + c + LANES);
+        a += z ? left * *(const VF *)(z + c) : left, b += z ? right * *(const VF *)(z + c + LANES) : right;
+    }
+    REAL sum = S(add_lanes)(a + b);
+    for (; c < d; c++) sum += x[c] * y[c] * (z ? z[c] : 1);
+    return sum;
+}
+
+/* s of a row; *moves: whether it depends on it. */
+static inline REAL S(scale)(const REAL *x, int64_t d, int *moves) {
+    const double mean = (double)S(dot)(x, x, NULL, d) / (double)d, least = 1e-24 / (double)d;
+    *moves = mean >= least;
+    return (REAL)(1 / sqrt(mean < least ? least : mean)); /* so written, NaN stays NaN */
+}
+
+void S(rms_norm)(const REAL *x, const REAL *gamma, REAL *y, int64_t b, int64_t n, int64_t d, int64_t gamma_batch, int64_t threads) {
+#pragma omp parallel for num_threads((int)threads) if (threads > 1) schedule(static)
+    for (int64_t i = 0; i < b * n; i++) {
+        const REAL *x_i = x + i * d, *gamma_i = gamma + i / n * gamma_batch;
+        int moves;
+        const REAL s = S(scale)(x_i, d, &moves);
+        REAL *y_i = y + i * d;
+        int64_t c = 0;
+        for (; c + LANES <= d; c += LANES) *(VF *)(y_i + c) = *(const VF *)(x_i + c) * s * *(const VF *)(gamma_i + c);
+        for (; c < d; c++) y_i[c] = x_i[c] * s * gamma_i[c];
+    }
+}
+
+/* sums: [b, strips, d] doubles, one row for each strip; `part` [d] is scratch. */
+static void S(strip_back)(const REAL *x, const REAL *gamma, const REAL *g, REAL *dx, double *sums, REAL *part, int64_t rows, int64_t d) {
+    memset(sums, 0, (size_t)d * sizeof(double));
+    for (int64_t i = 0; i < rows; i++, x += d, g += d, dx += d) {
+        int moves;
+        if (i % GROUP == 0) memset(part, 0, (size_t)d * sizeof(REAL));
+        const REAL s = S(scale)(x, d, &moves);
+        const REAL along = moves ? s * s * S(dot)(x, g, gamma, d) / (REAL)d : 0;
+        int64_t c = 0;
+        for (; c + LANES <= d; c += LANES) {
+            const VF x_c = *(const VF *)(x + c), g_c = *(const VF *)(g + c);
+            *(VF *)(dx + c) = s * (g_c * *(const VF *)(gamma + c) - x_c * along);
+            *(VF *)(part + c) += g_c * (x_c * s);
+        }
+        for (; c < d; c++) dx[c] = s * (g[c] * gamma[c] - x[c] * along), part[c] += g[c] * (x[c] * s);
+        if (i % GROUP == GROUP - 1 || i == rows - 1)
+            for (c = 0; c < d; c++) sums[c] += part[c];
+    }
+}
+
+/* Returns 1 if there is no memory. */
+int S(try_rms_norm_back)(const REAL *x, const REAL *gamma, const REAL *g, REAL *dx, REAL *dgamma, int64_t b, int64_t n, int64_t d,
+                         int64_t gamma_batch, int64_t threads) {
+    const int64_t strips = (n + STRIP - 1) / STRIP;
+    double *sums = scratch((size_t)(b * strips * d) * sizeof(double));
+    REAL *parts = scratch((size_t)(b * strips * d) * sizeof(REAL));
+    if (!sums || !parts) {
+        free(sums), free(parts);
+        return 1;
+    }
+#pragma omp parallel for num_threads((int)threads) if (threads > 1) schedule(static)
+    for (int64_t task = 0; task < b * strips; task++) {
+        const int64_t entry = task / strips, first = task % strips * STRIP, at = (entry * n + first) * d;
+        S(strip_back)(x + at, gamma + entry * gamma_batch, g + at, dx + at, sums + task * d, parts + task * d, min64(STRIP, n - first), d);
+    }
+    for (int64_t entry = 0; entry < b; entry++)
+        for (int64_t c = 0; c < d; c++) {
+            double sum = 0;
+            for (int64_t strip = 0; strip < strips; strip++) sum += sums[(entry * strips + strip) * d + c];
+            dgamma[entry * d + c] = (REAL)sum;
+        }
+    free(sums), free(parts);
+    return 0;
+}
+#endif
