@@ -75,8 +75,8 @@ def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
 
 def _worth(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    # Weights of another dtype are converted as a whole.
-    return weight.numel() >= LARGE and _rows(x) <= FEW and x.dtype == compute_dtype(x) and native.linear.straight((x, weight, bias)) is not None
+    large = weight.numel() >= LARGE and x.dtype == compute_dtype(x)  # weights of another dtype would be converted as a whole
+    return large and _rows(x) <= FEW and native.linear.straight((x, weight, bias)) is not None
 
 
 _LIMITS = crossovers.limits("linear", "native")
