@@ -1,7 +1,8 @@
 """Writes the figures of the kept benchmark runs into the tables that quote them: python docs/figures.py
 
-In docs/which_attention.md a row whose first cell is the name of a case in backticks gets that case's figures; in README.md the
-three tables of measured figures are made anew. Everything else stays. The run is the first file that a page names.
+In docs/which_attention.md a row of a table of cases gets the figures of the case that its first cell names; in README.md the
+three tables of measured figures are made anew. Everything else stays. The run is the first file that a page names; the README also
+names one on two threads.
 """
 
 from __future__ import annotations
@@ -13,20 +14,25 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PAGE, README = HERE / "which_attention.md", HERE.parent / "README.md"
-RATIOS = "| against upstream, times as fast | shape | forward | forward + backward |"
+RATIOS = "| against upstream, times as fast | shape | forward | forward + backward | two threads: forward | forward + backward |"
 STEPS = "| whole training step, times as fast | against | shape | ratio |"
 MULTIPLES = "| derivative | shape | costs | goal |"
 
 
-def run_of(text: str) -> list[dict[str, Any]]:
-    """The rows of the run that a page names first."""
-    return json.loads((HERE.parent / re.search(r"`(benchmarks/results/[^`]+\.json)`", text)[1]).read_text())["results"]
+def runs_of(text: str) -> list[list[dict[str, Any]]]:
+    """The rows of the runs that a page names, in its order."""
+    paths = dict.fromkeys(re.findall(r"`(benchmarks/results/[^`]+\.json)`", text))
+    return [json.loads((HERE.parent / path).read_text())["results"] for path in paths]
 
 
 def fill(text: str) -> str:
     """docs/which_attention.md with the figures of the run that it names."""
-    rows = {(row["case"], row["pass"]): row for row in run_of(text)}
-    return re.sub(r"^\| `([\w -]+)` \|.*$", lambda m: line(m[1], rows) if (m[1], "forward") in rows else m[0], text, flags=re.M)
+    rows = {(row["case"], row["pass"]): row for row in runs_of(text)[0]}
+
+    def filled(table: re.Match) -> str:
+        return re.sub(r"^\| `([^`]+)` \|.*$", lambda m: line(m[1], rows), table[0], flags=re.M)
+
+    return re.sub(r"^\| case \|.*\n(?:\|.*\n)+", filled, text, flags=re.M)
 
 
 def line(case: str, rows: dict) -> str:
@@ -42,28 +48,40 @@ def line(case: str, rows: dict) -> str:
 
 
 def fill_readme(text: str) -> str:
-    """README.md with its tables made from the run that it names."""
-    for head, rows in tables(run_of(text)).items():
+    """README.md with its tables made from the runs that it names: on one thread, and on two."""
+    for head, rows in tables(*runs_of(text)).items():
         before, after = text.split(head, 1)
         rule = "|" + "---|" * (head.count("|") - 1)
         text = before + "\n".join([head, rule, *rows]) + "\n\n" + after.split("\n\n", 1)[1]
     return text
 
 
-def tables(results: list[dict[str, Any]]) -> dict[str, list[str]]:
+def tables(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Rows of each table by its head."""
-    every: dict[tuple[str, str], dict[str, Any]] = {}
+    alone, together = ratios(one), ratios(two)
+    against = [f"| {' | '.join((case, shape, *map(number, (*pair, *together.get((case, shape), (None, None))))))} |"
+               for (case, shape), pair in alone.items()]
+    steps = [f"| {row['case'].removeprefix('training ')} | {row['peer']} | {row['shape']} | {row['ratio']:.2f} |"
+             for row in one if row["kind"] == "training" and row.get("ratio") is not None]
+    units = {"forward": "forwards", "forward+backward": "forward + backward", "loop": "times as fast as a loop"}
+    told = [row for row in one if row["kind"] == "transform" and "multiple" in row]
+    multiples = [f"| {row['case']} | {row['shape']} | {row['multiple']:.1f} {units[row['pass']]} | {goal(row)} |"
+                 for row in told if row["pass"] in units]
+    narrow = [row for row in told if row["pass"] == "float32"]
+    if narrow:
+        least, most = (f"{end(row['multiple'] for row in narrow):.1f}" for end in (min, max))
+        multiples.append(f"| bfloat16, {len(narrow) // 2} operators, value and gradient | {narrow[0]['shape']} | {least} to {most} times as fast "
+                         f"as float32 | {goal(narrow[0])} |")
+    return {RATIOS: against, STEPS: steps, MULTIPLES: multiples}
+
+
+def ratios(results: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[float | None, float | None]]:
+    """Forward, and forward with gradients, of each (case, shape) with an other side."""
+    found: dict[tuple[str, str], dict[str, float | None]] = {}
     for row in results:
         if row["kind"] in ("operator", "layer", "decode"):
-            every.setdefault((row["case"], row["shape"]), {})[row["pass"]] = row.get("ratio")
-    ratios = [f"| {case} | {shape} | {number(found.get('forward'))} | {number(found.get('forward+backward'))} |"
-              for (case, shape), found in every.items()]
-    steps = [f"| {row['case'].removeprefix('training ')} | {row['peer']} | {row['shape']} | {row['ratio']:.2f} |"
-             for row in results if row["kind"] == "training" and row.get("ratio") is not None]
-    units = {"forward": "forwards", "forward+backward": "forward + backward", "loop": "times as fast as a loop"}
-    multiples = [f"| {row['case']} | {row['shape']} | {row['multiple']:.1f} {units[row['pass']]} | {goal(row)} |"
-                 for row in results if row["kind"] == "transform" and "multiple" in row]
-    return {RATIOS: ratios, STEPS: steps, MULTIPLES: multiples}
+            found.setdefault((row["case"], row["shape"]), {})[row["pass"]] = row.get("ratio")
+    return {key: (passes.get("forward"), passes.get("forward+backward")) for key, passes in found.items()}
 
 
 def goal(row: dict[str, Any]) -> str:
