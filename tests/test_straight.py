@@ -69,7 +69,7 @@ def test_a_parameter_does_where_gradients_are_off():
     pytest.param(lambda: (Listening(), x()), id="function mode"),
     pytest.param(lambda: (fwad.dual_level(), x()), id="forward mode"),
     pytest.param(lambda: (recording(), x()), id="recording"),
-    pytest.param(lambda: (torch.profiler.profile(), x()), id="profiler"),
+    pytest.param(lambda: (torch.profiler.profile(acc_events=True), x()), id="profiler"),
 ])
 def test_what_somebody_watches_does_not(watched):
     context, argument = watched()
@@ -91,7 +91,7 @@ def test_no_transform_is_passed_by(transform):
 
 
 def test_a_profiler_sees_the_operator_by_its_name():
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         scaled(x(), None, 2.0)
     assert any(scaled.qualified in event.key for event in profile.key_averages())
 
