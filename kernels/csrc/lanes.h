@@ -1,4 +1,19 @@
-/* The sum over the lanes of a vector; included once per precision, with REAL, S(name), VF and PRECISION defined. */
+/* The names of one precision, and the sum over the lanes of a vector; included once per precision with PRECISION 32 or 64. */
+#undef REAL
+#undef S
+#undef VF
+#undef LANES
+#if PRECISION == 32
+#define REAL float
+#define S(x) PASTE(fnattn_, x, _, f32)
+#define VF vf32
+#define LANES LANES_f32
+#else
+#define REAL double
+#define S(x) PASTE(fnattn_, x, _, f64)
+#define VF vf64
+#define LANES LANES_f64
+#endif
 #undef PARTS
 #define PARTS (VECTOR_BYTES / 16)
 typedef REAL S(quarter) __attribute__((vector_size(16)));

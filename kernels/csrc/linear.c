@@ -12,22 +12,6 @@
 #include "linear.c"
 #else
 #include "common.h"
-
-#undef REAL
-#undef S
-#undef VF
-#undef LANES
-#if PRECISION == 32
-#define REAL float
-#define S(x) PASTE(fnattn_, x, _, f32)
-#define VF vf32
-#define LANES LANES_f32
-#else
-#define REAL double
-#define S(x) PASTE(fnattn_, x, _, f64)
-#define VF vf64
-#define LANES LANES_f64
-#endif
 #include "lanes.h"
 
 /* Outputs and rows of a tile: all its sums stay in registers, of which there are 32 with AVX-512 and 16 without. */

@@ -15,25 +15,10 @@
 #include "rms_norm.c"
 #else
 #include "common.h"
+#include "lanes.h"
 
-#undef REAL
-#undef S
-#undef VF
-#undef LANES
-#if PRECISION == 32
-#define REAL float
-#define S(x) PASTE(fnattn_, x, _, f32)
-#define VF vf32
-#define LANES LANES_f32
-#else
-#define REAL double
-#define S(x) PASTE(fnattn_, x, _, f64)
-#define VF vf64
-#define LANES LANES_f64
-#endif
 #define STRIP 1024
 #define GROUP 32
-#include "lanes.h"
 
 /* sum_c x_c y_c, and with z not NULL sum_c x_c y_c z_c */
 static inline REAL S(dot)(const REAL *x, const REAL *y, const REAL *z, int64_t d) {
