@@ -13,6 +13,7 @@ Each function here takes theirs as its first argument, so that its plain-torch o
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -63,6 +64,8 @@ def peer(operator: str, name: str) -> Callable:
     """
     adapter, module, function = PEERS[operator][name]
     try:
-        return partial(adapter, getattr(importlib.import_module(f"fla.ops.{module}"), function))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what else it would like to have; that is not ours to fix
+            return partial(adapter, getattr(importlib.import_module(f"fla.ops.{module}"), function))
     except Exception as error:  # whatever an optional package raises, the table goes on without it
         raise Missing(f"fla-core: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error

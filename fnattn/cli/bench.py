@@ -4,7 +4,7 @@
   fnattn bench --case "taylor d16" "decode"     some of it; a word takes every case that contains it
   fnattn bench --quick                          small shapes, three rounds: does everything run?
   fnattn bench --op taylor --n 1024 4096        each implementation of an operator against plain torch
-  fnattn bench --device cuda --out FILE.json    all of it at the sizes of a GPU, with every kernel checked first; under 8 minutes
+  fnattn bench --device cuda --out FILE.json    all of it at the sizes of a GPU, with every kernel checked first, within --seconds
   fnattn bench --crossovers                     where one implementation overtakes another, and the table of what is taken
 
 Before a number is printed, value and gradients must agree with float64; a case that does not is reported as WRONG and the
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit code."""
-    for name, least in (("b", 1), ("h", 1), ("d", 2), ("repeats", 1), ("threads", 1), ("rounds", 1)):
+    for name, least in (("b", 1), ("h", 1), ("d", 2), ("repeats", 1), ("threads", 1), ("rounds", 1), ("seconds", 1)):
         value = getattr(args, name)
         check(value is None or value >= least, "bench: --{} must be at least {}; got {}.", name, least, value,
               remedy="Give a larger number.")

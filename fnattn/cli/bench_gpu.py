@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> in
             torch.cuda.empty_cache()
     wrong = sum("wrong" in row for kind in ("numbers", "verdicts", "results") for row in results[kind])
     about["seconds"] = round(time.perf_counter() - began)
-    print(f"\nwrong: {wrong}; {about['seconds']} s")
+    print(f"\nwrong, or not checked to the end: {wrong}; {about['seconds']} s")
     write(results)
     return 1 if wrong else 0
 
