@@ -64,6 +64,7 @@ class Family(NamedTuple):
     combine:    combine(state_a, state_b) -> state of both segments one after the other, or None. state_b must have been
                 grown from resume(state_a).
     resume:     resume(state) -> a state that stands at the same position and has seen nothing; with combine.
+    step:       one new position in a single call, where nothing watches, or None; see `attentions/_step.py`.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Family(NamedTuple):
     examples: tuple
     combine: Callable | None = None
     resume: Callable | None = None
+    step: Callable | None = None
 
 
 def check(ok: bool, message: str, *values: Any, remedy: str = "", error: type[Exception] = ValueError) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
-from . import _cache
+from . import _cache, _step
 from ._cache import Rows
 from ._heads import dropout, linear, linear_init, merge_heads, split_heads, uniform_init
 
@@ -150,6 +150,8 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
     cfg, n = params.cfg, x.shape[1]
     used = _check(cfg, x, state, mask, context, angles)
+    if angles is None and _step.asked_for(x, state, mask, dropout_key, impl) and (done := _step.layer(step, params, x, state, cfg.dim)):
+        return done
     pos = state.pos if isinstance(state, State) else torch.zeros((), dtype=torch.int64, device=x.device)
 
     turn = impl if impl == "reference" else "auto"
@@ -176,6 +178,22 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
     if seen is not None:
         out = torch.where(seen[..., None], out, torch.zeros_like(out))
     return dropout(dropout_key, "out", out, cfg.dropout), state
+
+
+def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
+    """What `apply` does for one position of few sequences, as instructions."""
+    cfg = params.cfg
+    _step.fits(cfg.causal and cfg.static_mask is None and isinstance(state, State))
+    pos, d = _step.position(state.pos), cfg.dim_head
+    end = pos + 1
+    h, g = cfg.heads * d, cfg.key_heads * d
+    q, k, v = steps.parts(x, params.to_qkv, h, g, g)
+    if cfg.rotary_emb:
+        for turned in (q, k):
+            steps.turn(turned, _step.lang_freqs(d), d, pos)
+    keys, values = Rows(*steps.append(*state.k, k, pos)), Rows(*steps.append(*state.v, v, pos))
+    heads = steps.decode(q, keys, values, state.visible, end - end % keys.late.shape[2], end, d ** -0.5)
+    return steps.linear(heads, params.to_out, params.to_out_bias, out=out), State(keys, values, state.visible, state.pos + 1)
 
 
 def _project(params: Params, x: Tensor, context: Tensor | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,4 +281,5 @@ FAMILY = Family(
         Config(dim=5, seq_len=13, heads=2, dim_head=3, dropout=0.25,
                static_mask=tuple("".join("01"[(i - j) % 3 != 1] for j in range(13)) for i in range(13))),
         Config(dim=11, seq_len=13, causal=False, heads=3, dim_head=5),
-    ))
+    ),
+    step=step)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
+from . import _step
 from ._heads import layer_norm, linear, linear_init, merge_heads, ones_init, scale_gradient, split_heads, uniform_init
 
 # b batch, h heads, n positions, d width of a head
@@ -139,6 +140,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
            "Leave padding at the end of the sequence and ignore its outputs, or choose a family that masks: full, taylor.",
            mask=mask, context=context)
     streaming = not isinstance(state, Empty)
+    if _step.asked_for(x, state, None, None, impl) and (done := _step.layer(step, params, x, state, cfg.dim)):
+        return done
 
     q, k, v = (split_heads(t, cfg.head_count) for t in linear(x, params.to_qkv, impl=impl).chunk(3, -1))
     q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
@@ -157,6 +160,22 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     if cfg.add_swish_gating:
         out = F.silu(linear(x, params.to_gates, impl=impl)) * out
     return (linear(out, params.to_out, impl=impl) if cfg.projects_out else out), after
+
+
+def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
+    """What `apply` does for one position of few sequences, as instructions."""
+    cfg = params.cfg
+    _step.fits(not cfg.ablate_state_transition and not cfg.ablate_complex and isinstance(state, State))
+    q, k, v = steps.parts(x, params.to_qkv, cfg.inner, cfg.inner, cfg.inner)
+    a = steps.linear(x, params.to_a, params.to_a_bias)
+    heads, h, product = steps.gate_loop(q, k, v, a, state.h, state.a, None if cfg.sub_ln or cfg.projects_out else out)
+    if cfg.sub_ln:
+        heads = steps.layer_norm(heads, params.sub_ln, params.sub_ln_bias, None if cfg.projects_out else out)
+    if cfg.add_swish_gating:
+        steps.multiply(heads, steps.linear(x, params.to_gates, act=steps.SILU))
+    if cfg.projects_out:
+        heads = steps.linear(heads, params.to_out, out=out)
+    return heads, State(h, product)
 
 
 def _sum_without_decay(q: Tensor, k: Tensor, v: Tensor, state: State | Empty, impl: str) -> tuple[Tensor, State | Empty]:
@@ -194,4 +213,4 @@ FAMILY = Family(
         Config(dim=5, heads=3, dim_inner=9, add_swish_gating=False, ablate_complex=True),
         Config(dim=5, add_swish_gating=False, ablate_state_transition=True),
     ),
-    combine=combine, resume=resume)
+    combine=combine, resume=resume, step=step)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
+from . import _step
 from ._heads import layer_norm, linear, linear_init, ones_init, rms_norm
 
 # b batch, n positions, c channels (dim)
@@ -107,6 +108,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         refuse("simple_gate_loop.apply", "A reversed layer begins at the last position.",
                "Use Config(reverse=False, ...), or call apply(params, x) on the whole sequence.", state=state)
     streaming = not isinstance(state, Empty)
+    if _step.asked_for(x, state, None, None, impl) and (done := _step.layer(step, params, x, state, cfg.dim)):
+        return done
     normed = rms_norm(x, params.norm, impl) if cfg.prenorm else x
     q, kv, a = linear(normed, params.to_qkva, impl=impl).chunk(3, -1)
     q, kv, a = taps.tap("q", q), taps.tap("kv", kv), taps.tap("a", a)
@@ -122,7 +125,18 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     return out, State(h) if streaming else EMPTY
 
 
+def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
+    """What `apply` does for one position of few sequences, as instructions."""
+    cfg = params.cfg
+    _step.fits(not cfg.reverse and not cfg.use_heinsen and isinstance(state, State))
+    normed = steps.norm(x, params.norm) if cfg.prenorm else x
+    q, kv, a = steps.parts(normed, params.to_qkva, cfg.dim, cfg.dim, cfg.dim)
+    mixed, h = steps.simple_gate_loop(q, kv, a, state.h, None if cfg.post_ln else out)
+    return (steps.layer_norm(mixed, params.post_ln, params.post_ln_bias, out) if cfg.post_ln else mixed), State(h)
+
+
 FAMILY = Family(
     name="simple_gate_loop", config=Config, init=init, init_state=init_state, apply=apply, streams=True, masks=False,
     contexts=False, source="gateloop-transformer 0.2.5, SimpleGateLoopLayer",
-    examples=(Config(dim=7), Config(dim=5, prenorm=False, post_ln=True), Config(dim=3, reverse=True)))
+    examples=(Config(dim=7), Config(dim=5, prenorm=False, post_ln=True), Config(dim=3, reverse=True)),
+    step=step)

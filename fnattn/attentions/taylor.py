@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
+from ..ops.taylor.reference import EPS
+from . import _step
 from ._heads import dropout, linear, linear_init, merge_heads, ones_init, rms_norm, shift_tokens, split_heads
 
 # b batch, h query heads, g key heads (h, or 1 if one-headed), n positions, d width of a head, f features
@@ -139,6 +141,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         refuse("taylor.apply", "Rotary positions of x say nothing about positions of a context.",
                "Use Config(rotary_emb=False, ...) for cross attention.", context=context)
     streaming = not isinstance(state, Empty)
+    if _step.asked_for(x, state, mask, dropout_key, impl) and (done := _step.layer(step, params, x, state, cfg.dim)):
+        return done
 
     shifted = shift_tokens(x, state.last if streaming else None) if cfg.shift_tokens else x
     normed = rms_norm(shifted, params.norm, impl) if cfg.prenorm else shifted
@@ -166,6 +170,29 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     return out, State(sums, last, state.pos + x.shape[1])
 
 
+def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
+    """What `apply` does for one position of few sequences, as instructions."""
+    cfg = params.cfg
+    _step.fits(cfg.causal and cfg.combine_heads and isinstance(state, State))
+    width, last, shifted = (1 if cfg.one_headed_kv else cfg.heads) * cfg.dim_head, EMPTY, x
+    if cfg.shift_tokens:
+        _step.fits(state.last.shape == (steps.rows, 1, x.width))
+        shifted, last, stay = steps.room(x.width), torch.empty_like(state.last), (x.width + 1) // 2
+        steps.copy(x, shifted, stay)
+        steps.copy(steps.given(state.last), shifted, x.width - stay, skip=stay)
+        steps.copy(x, steps.given(last), x.width)
+    normed = steps.norm(shifted, params.norm) if cfg.prenorm else shifted
+    q = steps.linear(normed, params.to_q)
+    k, v = steps.parts(normed, params.to_kv, width, width)
+    if cfg.rotary_emb:
+        for turned in (q, k):
+            steps.turn(turned, _step.lang_freqs(cfg.dim_head), cfg.dim_head, _step.position(state.pos))
+    heads, sums = steps.taylor(q, k, v, state.sums, cfg.dim_head ** -0.5, EPS)
+    if cfg.gate_value_heads:
+        steps.gate(heads, steps.linear(shifted, params.to_v_gates))
+    return steps.linear(heads, params.to_out, out=out), State(sums, last, state.pos + 1)
+
+
 def resume(state: State) -> State:
     """A state at the same position that has seen no keys: the start of a segment whose sums are added by `combine`."""
     return state._replace(sums=torch.zeros_like(state.sums))
@@ -187,4 +214,4 @@ FAMILY = Family(
         Config(dim=5, dim_head=2, heads=3, one_headed_kv=True, combine_heads=False, gate_value_heads=True, prenorm=True,
                remove_even_power_dups=True),
     ),
-    combine=combine, resume=resume)
+    combine=combine, resume=resume, step=step)

@@ -107,11 +107,13 @@ def _step(cfg: Any, theirs, s: dict, device: torch.device, state_bytes: float | 
         _, state = fnattn.apply(params, x[:, :-steps], fnattn.init_state(params, s["b"], capacity=s.get("room", s["n"])))
 
     def ours(params, tokens, state, x, impl="auto"):
+        if steps == 1:
+            return fnattn.apply(params, tokens, state, impl=impl)[0]
         outs = []
         for token in tokens.split(1, 1):
             out, state = fnattn.apply(params, token, state, impl=impl)
             outs.append(out)
-        return outs[0] if steps == 1 else torch.cat(outs, 1)
+        return torch.cat(outs, 1)
 
     def truth(params, tokens, state, x, impl="reference"):
         return fnattn.apply(params, x, impl=impl)[0][:, -steps:]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops, random, tree
-from ..attentions import taylor
+from ..attentions import full, gate_loop, simple_gate_loop, taylor
 from ..models import lm
 from .case import cast, normal, weights
 
@@ -115,6 +115,29 @@ def _ensemble(s: dict, device: torch.device) -> Multiple:
     return Multiple(lambda: [step(one) for one in members], lambda: tree.vmap(step)(stacked), check)
 
 
+ATTENTIONS = {"taylor": lambda dim, h: taylor.Config(dim=dim, heads=h, dim_head=dim // h, causal=True),
+              "full": lambda dim, h: full.Config(dim=dim, seq_len=256, heads=h, dim_head=dim // h),
+              "gate_loop": lambda dim, h: gate_loop.Config(dim=dim, heads=h),
+              "simple_gate_loop": lambda dim, h: simple_gate_loop.Config(dim=dim)}
+
+
+def _token(family: str, s: dict, device: torch.device) -> Multiple:
+    """A token through a language model: all of it in one call, against a kernel at a time."""
+    params = lm.init(random.key(0, device=device), lm.Config(attention=ATTENTIONS[family](s["dim"], s["h"]), depth=s["depth"]))
+    ids = random.randint(random.key(1, device=device), (s["b"], s["n"]), 0, 256)
+    with torch.no_grad():
+        _, state = lm.apply(params, ids[:, :-1], lm.init_state(params, s["b"], capacity=s["n"]))
+
+    def step(impl="auto"):
+        with torch.no_grad():
+            return lm.apply(params, ids[:, -1:], state, impl=impl)[0]
+
+    def check():
+        return [step()], [lm.apply(cast(params, torch.float64), ids, impl="reference")[0][:, -1:]]
+
+    return Multiple(partial(step, "native"), step, check)
+
+
 T16, T64 = {"b": 2, "h": 8, "n": 1024, "d": 16}, {"b": 1, "h": 4, "n": 1024, "d": 64}
 SMALL = {"b": 1, "h": 2, "n": 64, "d": 16}
 
@@ -125,4 +148,6 @@ CASES: dict[str, Transform] = {case.name: case for case in (
       for family, sizes in (("taylor", T16), ("gate_loop", T64), ("full", T64))),
     Transform("vmap ensemble", _ensemble, {"members": 8, "b": 2, "n": 32, "dim": 32}, {"members": 3, "b": 1, "n": 8, "dim": 16},
               2.0, "loop", True),
+    *(Transform(f"decode lm {family}", partial(_token, family), {"b": 1, "n": 120, "dim": 64, "h": 4, "depth": 2},
+                {"b": 1, "n": 8, "dim": 16, "h": 2, "depth": 1}, 2.0, "kernel by kernel", True) for family in ATTENTIONS),
 )}

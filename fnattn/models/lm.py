@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from .. import attentions, random, taps, tree
 from ..attentions._heads import linear, linear_init, uniform_init
+from ..attentions._step import asked_for
 from ..core import EMPTY, Empty, check, config, peek_int
+from . import _step
 from .block import ACTIVATIONS, Block, Gelu, LayerNorm, RmsNorm, block, block_init, check_norm, drop, norm, norm_init
 
 # b batch, n positions of this call, v num_tokens
@@ -159,6 +161,9 @@ def apply(params: Params, ids: Tensor, state: State | Empty = EMPTY, *, mask: Te
     Returns:
         logits [b, n, num_tokens] in the params' dtype; the state after ids, or EMPTY.
     """
+    _check_ids("lm.apply", ids, mask)
+    if asked_for(ids, state, mask, dropout_key, impl) and (done := _step.model(params, ids, state)):
+        return done[0], State(state.pos + 1, done[1])
     x, state = hidden(params, ids, state, mask=mask, dropout_key=dropout_key, impl=impl)
     return logits(params, x), state
 

@@ -27,6 +27,13 @@ typedef double vf64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
 #define LANES_f32 (VECTOR_BYTES / 4)
 #define LANES_f64 (VECTOR_BYTES / 8)
 
+/* Lanes of two vectors by number; VI: the type of the numbers where they must be a vector. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(VI, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(VI, a, b, ...) __builtin_shuffle(a, b, (VI){__VA_ARGS__})
+#endif
+
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 

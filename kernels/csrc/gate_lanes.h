@@ -8,12 +8,6 @@
 typedef int32_t vi32 __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
 typedef int64_t vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(VI, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(VI, a, b, ...) __builtin_shuffle(a, b, (VI){__VA_ARGS__})
-#endif
-
 /* Lane numbers for: the even and odd lanes of two vectors, and the lower and upper halves of two vectors interleaved. */
 #define EVEN_2 0, 2
 #define ODD_2 1, 3

@@ -16,41 +16,14 @@
 #else
 #include "common.h"
 #include "lanes.h"
+#include "rms_row.h"
 
 #define STRIP 1024
 #define GROUP 32
 
-/* sum_c x_c y_c, and with z not NULL sum_c x_c y_c z_c */
-static inline REAL S(dot)(const REAL *x, const REAL *y, const REAL *z, int64_t d) {
-    VF a = {0}, b = {0};
-    int64_t c = 0;
-    for (; c + 2 * LANES <= d; c += 2 * LANES) {
-        VF left = *(const VF *)(x + c) * *(const VF *)(y + c), right = *(const VF *)(x + c + LANES) * *(const VF *)(y + c + LANES);
-        a += z ? left * *(const VF *)(z + c) : left, b += z ? right * *(const VF *)(z + c + LANES) : right;
-    }
-    REAL sum = S(add_lanes)(a + b);
-    for (; c < d; c++) sum += x[c] * y[c] * (z ? z[c] : 1);
-    return sum;
-}
-
-/* s of a row; *moves: whether it depends on it. */
-static inline REAL S(scale)(const REAL *x, int64_t d, int *moves) {
-    const double mean = (double)S(dot)(x, x, NULL, d) / (double)d, least = 1e-24 / (double)d;
-    *moves = mean >= least;
-    return (REAL)(1 / sqrt(mean < least ? least : mean)); /* so written, NaN stays NaN */
-}
-
 void S(rms_norm)(const REAL *x, const REAL *gamma, REAL *y, int64_t b, int64_t n, int64_t d, int64_t gamma_batch, int64_t threads) {
 #pragma omp parallel for num_threads((int)threads) if (threads > 1) schedule(static)
-    for (int64_t i = 0; i < b * n; i++) {
-        const REAL *x_i = x + i * d, *gamma_i = gamma + i / n * gamma_batch;
-        int moves;
-        const REAL s = S(scale)(x_i, d, &moves);
-        REAL *y_i = y + i * d;
-        int64_t c = 0;
-        for (; c + LANES <= d; c += LANES) *(VF *)(y_i + c) = *(const VF *)(x_i + c) * s * *(const VF *)(gamma_i + c);
-        for (; c < d; c++) y_i[c] = x_i[c] * s * gamma_i[c];
-    }
+    for (int64_t i = 0; i < b * n; i++) S(norm_row)(x + i * d, gamma + i / n * gamma_batch, y + i * d, d);
 }
 
 /* sums: [b, strips, d] doubles, one row for each strip; `part` [d] is scratch. */

@@ -3,6 +3,9 @@
  * Works on the sums in their public order, row by row: each row takes in the new key and is read by the queries while it is
  * in a register. Turning a state round first would cost more than the step itself. */
 
+#undef MOST_WIDE
+#define MOST_WIDE 4
+
 /* row[c] = from[c] + psi v1[c], and acc[r][c] += phi_r row[c] for every query head; `from` NULL means zero. */
 static inline void S(step_row)(REAL *row, const REAL *from, const REAL *v1, REAL psi, REAL *acc, const REAL *phi,
                                int64_t queries, int64_t e1, int64_t ldv) {
@@ -20,9 +23,40 @@ static inline void S(step_row)(REAL *row, const REAL *from, const REAL *v1, REAL
     }
 }
 
+/* The same for one query head, all features in one sweep with acc in registers: `wide` vectors, the last of which ends with the
+ * row and may overlap the one before it. All of a row is read before any of it is written, so `from` may be `row`. */
+static inline __attribute__((always_inline)) void S(step_narrow)(REAL *row, const REAL *from, const REAL *k, const REAL *q, const REAL *v1,
+                                                                 REAL *acc, int64_t d, int64_t e1, const int wide) {
+    VF sum[MOST_WIDE] = {{0}}, v[MOST_WIDE];
+    int64_t at[MOST_WIDE];
+    for (int i = 0; i < wide; i++) at[i] = i < wide - 1 ? i * LANES : e1 - LANES, v[i] = *(const VF *)(v1 + at[i]);
+#define TAKE(psi, phi)                                                                                      \
+    do {                                                                                                    \
+        const VF weight = (VF){0} + (psi), read = (VF){0} + (phi);                                          \
+        VF x[MOST_WIDE];                                                                                    \
+        for (int u = 0; u < wide; u++) x[u] = weight * v[u] + *(const VF *)(from + at[u]);                  \
+        for (int u = 0; u < wide; u++) *(VF *)(row + at[u]) = x[u], sum[u] += read * x[u];                  \
+        row += e1, from += e1;                                                                              \
+    } while (0)
+    TAKE((REAL)1, (REAL)1);
+    for (int64_t i = 0; i < d; i++) TAKE(k[i], q[i]);
+    for (int64_t i = 0; i < d; i++) {
+        TAKE(k[i] * k[i] * (REAL)0.5, q[i] * q[i]);
+        for (int64_t j = i + 1; j < d; j++) TAKE(k[i] * k[j], q[i] * q[j]);
+    }
+#undef TAKE
+    for (int i = 0; i < wide; i++) *(VF *)(acc + at[i]) = sum[i];
+}
+
 /* One position: k [d], qs [queries][d] scaled, v1 = keep [v, 1]. */
 static void S(step)(REAL *sums, const REAL *from, const REAL *k, const REAL *qs, const REAL *v1, REAL *acc, REAL *phi,
                     int64_t queries, int64_t d, int64_t e1, int64_t ldv) {
+    if (queries == 1 && from && e1 >= LANES && e1 <= MOST_WIDE * LANES) switch ((e1 + LANES - 1) / LANES) {
+        case 1: S(step_narrow)(sums, from, k, qs, v1, acc, d, e1, 1); return;
+        case 2: S(step_narrow)(sums, from, k, qs, v1, acc, d, e1, 2); return;
+        case 3: S(step_narrow)(sums, from, k, qs, v1, acc, d, e1, 3); return;
+        default: S(step_narrow)(sums, from, k, qs, v1, acc, d, e1, MOST_WIDE); return;
+    }
     memset(acc, 0, (size_t)(queries * ldv) * sizeof(REAL));
     for (int64_t r = 0; r < queries; r++) phi[r] = 1;
     S(step_row)(sums, from, v1, 1, acc, phi, queries, e1, ldv);

@@ -1,0 +1,79 @@
+"""One new position of a few sequences in a single call, where nothing watches: what `apply` tries first when it generates.
+
+A family that can write its step as instructions (`fnattn_kernels.native.steps`) has a function
+
+    step(steps, params, x, state, out) -> (rows of the result, state after it)
+
+with x and out as `Row`s, `Unfit` raised for what it cannot write. The results are those of `apply`, to rounding. Under any
+transform, mode, profiler or harvest, with gradients, masks, dropout, a named kernel, or more than a few sequences, `apply`
+goes its ordinary way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fnattn_kernels.contracts import KernelUnavailable
+from fnattn_kernels.native.steps import Row, Steps, Unfit, begin
+from torch import Tensor
+
+from .. import ops, taps
+from ..core import Empty, peek_int
+
+Step = Callable[[Steps, Any, Row, Any, "Row | None"], "tuple[Row, Any]"]
+
+
+def asked_for(x: Tensor, state: Any, mask: Tensor | None, dropout_key: Tensor | None, impl: str) -> bool:
+    """Whether a call is one new position without options."""
+    plain = mask is None and dropout_key is None and impl == "auto" and not taps.in_use()
+    return plain and isinstance(state, tuple) and not isinstance(state, Empty) and x.ndim > 1 and x.shape[1] == 1
+
+
+def layer(step: Step, params: Any, x: Tensor, state: Any, width: int) -> tuple[Tensor, Any] | None:
+    """`apply` by a family's step: out [b, 1, width] and the state after it; None where that cannot be."""
+    steps = begin(x.shape[0], x, tensors(params, state))
+    if steps is None:
+        return None
+    try:
+        out, row = steps.result(width)
+        _, after = step(steps, params, steps.given(x), state, row)
+    except (Unfit, KernelUnavailable):
+        return None
+    steps.run()
+    return out, after
+
+
+def tensors(*trees: Any) -> list[Tensor]:
+    """The tensors of params and states, which are nested tuples."""
+    found: list[Tensor] = []
+    for part in trees:
+        for item in part:
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, tuple):
+                found += tensors(item)
+    return found
+
+
+def fits(so: bool) -> None:
+    """Raises Unfit unless so."""
+    if not so:
+        raise Unfit
+
+
+def position(pos: Tensor) -> int:
+    """The number of positions seen, which Python may look at here."""
+    seen = peek_int(pos)
+    if seen is None:
+        raise Unfit
+    return seen
+
+
+@functools.cache
+def lang_freqs(dim: int) -> Tensor:
+    """`ops.lang_freqs`, kept: making them takes longer than a step."""
+    with torch.inference_mode(False):
+        return ops.lang_freqs(dim, device="cpu")

@@ -1,0 +1,52 @@
+"""One new token of a few sequences through a whole language model in a single call; see `attentions/_step.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fnattn_kernels.contracts import KernelUnavailable
+from fnattn_kernels.native.steps import Row, Steps, Unfit, begin
+from torch import Tensor
+
+from .. import attentions
+from ..attentions._step import fits, tensors
+from ..core import Empty
+from .block import Block, Gelu, LayerNorm, RmsNorm
+
+
+def model(params: Any, ids: Tensor, state: Any) -> tuple[Tensor, tuple] | None:
+    """Logits [b, 1, num_tokens] of `lm.apply` for ids [b, 1], and the blocks' states; None where that cannot be."""
+    cfg = params.cfg
+    if cfg.seq_len or not isinstance(cfg.ff, Gelu):
+        return None
+    steps = begin(ids.shape[0], ids, tensors(params, state))
+    if steps is None:
+        return None
+    head = params.embed if isinstance(params.to_logits, Empty) else params.to_logits
+    try:
+        out, row = steps.result(head.shape[0])
+        x, after = steps.embed(ids, params.embed), []
+        for one, before in zip(params.blocks, state.blocks, strict=True):
+            x, new = _block(steps, one, x, before, cfg.post_norm)
+            after.append(new)
+        steps.linear(_norm(steps, params.norm, x), head, None if isinstance(params.logits_bias, Empty) else params.logits_bias, out=row)
+    except (Unfit, KernelUnavailable):
+        return None
+    return (out, tuple(after)) if steps.run() else None
+
+
+def _block(steps: Steps, params: Block, x: Row, state: Any, post_norm: bool) -> tuple[Row, Any]:
+    family = attentions.find(params.attn)
+    fits(family.step is not None)
+    out, state = family.step(steps, params.attn, x if post_norm else _norm(steps, params.attn_norm, x), state)
+    x = _norm(steps, params.attn_norm, steps.add(out, x)) if post_norm else steps.add(out, x)
+    ff, hidden = params.ff, x if post_norm else _norm(steps, params.ff_norm, x)
+    hidden = steps.linear(hidden, ff.w_in, ff.b_in, act=steps.GELU)
+    x = steps.linear(hidden, ff.w_out, ff.b_out, add=x)
+    return (_norm(steps, params.ff_norm, x) if post_norm else x), state
+
+
+def _norm(steps: Steps, params: RmsNorm | LayerNorm | Empty, x: Row) -> Row:
+    if isinstance(params, RmsNorm):
+        return steps.norm(x, params.gamma)
+    return steps.layer_norm(x, *params) if isinstance(params, LayerNorm) else x

@@ -1,0 +1,231 @@
+/* A layer, or a whole model, for one new position of a few sequences: a list of instructions, carried out one after the other.
+ *
+ * A step of generation is a dozen small products and one recurrence. Called one by one from Python each costs more than it
+ * computes; here the list is one call. `code` holds instructions, each an opcode and its arguments as 64-bit numbers: counts,
+ * strides in numbers, and places. A place is an address, 0 for nothing, or -1 - i for the i-th number of the scratch that this
+ * function allocates. Rows are those of different sequences; a row's numbers lie side by side. Kernels of other files are
+ * called by their address: instructions that begin with CALL. kernels/native/steps.py writes such lists, and says what each
+ * instruction means. */
+#ifndef PRECISION
+#include <stdint.h>
+enum { NORM, LAYER_NORM, LINEAR, EMBED, COPY, ADD, MULTIPLY, GATE, TURN, APPEND, FLUSH, COMPLEX_PRODUCT, CALL_TAYLOR, CALL_DECODE, CALL_SIMPLE,
+       CALL_NARROW, CALL_WIDE };
+enum { IDENTITY, GELU, SILU };           /* what LINEAR does to its results */
+enum { DONE, NO_MEMORY, OUT_OF_RANGE };  /* what the function returns */
+#define PARALLEL_FROM (1 << 17)          /* multiply-adds below which a second thread is not worth waking */
+#define PRECISION 32
+#include "steps.c"
+#undef PRECISION
+#define PRECISION 64
+#include "steps.c"
+#else
+#include "common.h"
+#include "lanes.h"
+#include "linear_rows.h"
+#include "rms_row.h"
+#undef ERF
+#undef EXP
+#undef COS
+#undef SIN
+#if PRECISION == 32
+#define ERF erff
+#define EXP expf
+#define COS cosf
+#define SIN sinf
+#else
+#define ERF erf
+#define EXP exp
+#define COS cos
+#define SIN sin
+#endif
+
+typedef int (*S(taylor_fn))(const REAL *, const REAL *, const REAL *, const REAL *, const REAL *, REAL *, REAL *, REAL *, int64_t, int64_t,
+                            int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, int64_t);
+typedef int (*S(decode_fn))(const REAL *, const REAL *, const REAL *, const REAL *, const REAL *, const uint8_t *, REAL *, int64_t,
+                            int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                            int64_t, int64_t, double);
+typedef void (*S(simple_fn))(const REAL *, const REAL *, const REAL *, const REAL *, REAL *, REAL *, REAL *, int64_t, int64_t, int64_t,
+                             int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+typedef void (*S(narrow_fn))(const REAL *, const REAL *, const REAL *, const REAL *, const REAL *, REAL *, REAL *, REAL *, REAL *,
+                             int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+typedef void (*S(wide_fn))(const REAL *, const REAL *, const REAL *, const REAL *, const REAL *, REAL *, REAL *, REAL *, int64_t, int64_t,
+                           int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                           int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+
+/* weight (x - mean) / std + bias, eps 1e-5, with the variance about the mean. */
+static void S(layer_norm_row)(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, int64_t k) {
+    double sum = 0, squares = 0;
+    for (int64_t c = 0; c < k; c++) sum += x[c];
+    const REAL mean = (REAL)(sum / (double)k);
+    for (int64_t c = 0; c < k; c++) squares += (double)(x[c] - mean) * (x[c] - mean);
+    const REAL inverse = (REAL)(1 / sqrt(squares / (double)k + 1e-5));
+    for (int64_t c = 0; c < k; c++) y[c] = (x[c] - mean) * inverse * weight[c] + bias[c];
+}
+
+static inline REAL S(logistic)(REAL x) { return 1 / (1 + EXP(-x)); }
+
+/* y = act(y) + add, rows of m numbers */
+static void S(finish)(REAL *y, const REAL *add, int64_t ldadd, int64_t rows, int64_t m, int64_t act) {
+    for (int64_t i = 0; i < rows * m && act; i++)
+        y[i] = act == GELU ? (REAL)0.5 * y[i] * (1 + ERF(y[i] * (REAL)0.70710678118654752440)) : y[i] * S(logistic)(y[i]);
+    for (int64_t r = 0; r < rows && add; r++)
+        for (int64_t c = 0; c < m; c++) y[r * m + c] += add[r * ldadd + c];
+}
+
+/* Turns the pairs of the first 2 f channels of every head by position times frequency; angles are floats in both precisions. */
+static void S(turn)(REAL *x, const float *freqs, int64_t rows, int64_t heads, int64_t d, int64_t f, int64_t position) {
+    for (int64_t c = 0; c < f; c++) {
+        const float angle = (float)position * freqs[c];
+        const REAL cosine = COS((REAL)angle), sine = SIN((REAL)angle);
+        for (int64_t i = 0; i < rows * heads; i++) {
+            REAL *pair = x + i * d + 2 * c, even = pair[0], odd = pair[1];
+            pair[0] = even * cosine - odd * sine, pair[1] = odd * cosine + even * sine;
+        }
+    }
+}
+
+int S(try_steps)(const int64_t *code, int64_t length, int64_t space, int64_t threads) {
+    REAL *const scratch_at = scratch((size_t)space * sizeof(REAL));
+    if (!scratch_at) return NO_MEMORY;
+    int failed = DONE;
+#define AT(i) (code[i] < 0 ? scratch_at + (-1 - code[i]) : (REAL *)(intptr_t)code[i])
+#define KERNEL(kind) ((S(kind##_fn))(intptr_t)code[1])
+    for (const int64_t *end = code + length; code < end && !failed;) switch (code[0]) {
+        case NORM: { /* x, ldx, gamma, y, rows, k */
+            for (int64_t r = 0; r < code[5]; r++) S(norm_row)(AT(1) + r * code[2], AT(3), AT(4) + r * code[6], code[6]);
+            code += 7;
+            break;
+        }
+        case LAYER_NORM: { /* x, ldx, weight, bias, y, rows, k */
+            for (int64_t r = 0; r < code[6]; r++) S(layer_norm_row)(AT(1) + r * code[2], AT(3), AT(4), AT(5) + r * code[7], code[7]);
+            code += 8;
+            break;
+        }
+        case LINEAR: { /* x, ldx, w, bias, add, ldadd, y, rows, parts, m, k, act: parts [rows, m] of y follow each other, as do those of w */
+            const int64_t rows = code[8], parts = code[9], m = code[10], k = code[11];
+            for (int64_t p = 0; p < parts; p++)
+                S(products)(AT(1), AT(3) + p * m * k, AT(4), AT(7) + p * rows * m, 1, rows, m, k, 0, code[2], 0, 0,
+                            rows * m * k < PARALLEL_FROM ? 1 : threads);
+            S(finish)(AT(7), AT(5), code[6], rows, m, code[12]);
+            code += 13;
+            break;
+        }
+        case EMBED: { /* ids: int64, their stride, table, its rows, y, rows, k */
+            const int64_t *ids = (const int64_t *)(intptr_t)code[1];
+            for (int64_t r = 0; r < code[6]; r++) {
+                const int64_t id = ids[r * code[2]];
+                if (id < 0 || id >= code[4]) failed = OUT_OF_RANGE;
+                else memcpy(AT(5) + r * code[7], AT(3) + id * code[7], (size_t)code[7] * sizeof(REAL));
+            }
+            code += 8;
+            break;
+        }
+        case COPY: { /* x, ldx, y, ldy, rows, k */
+            for (int64_t r = 0; r < code[5]; r++) memcpy(AT(3) + r * code[4], AT(1) + r * code[2], (size_t)code[6] * sizeof(REAL));
+            code += 7;
+            break;
+        }
+        case ADD: { /* y, x, ldx, rows, k */
+            S(finish)(AT(1), AT(2), code[3], code[4], code[5], IDENTITY);
+            code += 6;
+            break;
+        }
+        case MULTIPLY: { /* y, by, count */
+            REAL *y = AT(1);
+            const REAL *by = AT(2);
+            for (int64_t i = 0; i < code[3]; i++) y[i] *= by[i];
+            code += 4;
+            break;
+        }
+        case GATE: { /* y, gates, heads of all rows, d */
+            REAL *y = AT(1);
+            for (int64_t i = 0; i < code[3]; i++) {
+                const REAL open = S(logistic)(AT(2)[i]);
+                for (int64_t c = 0; c < code[4]; c++) y[i * code[4] + c] *= open;
+            }
+            code += 5;
+            break;
+        }
+        case TURN: { /* x, freqs, rows, heads, d, f, position */
+            S(turn)(AT(1), (const float *)(intptr_t)code[2], code[3], code[4], code[5], code[6], code[7]);
+            code += 8;
+            break;
+        }
+        case APPEND: { /* late, x, y, heads of all rows, w, d, at: y is late [heads, w, d] with x [heads, d] as row `at` of each */
+            const int64_t w = code[5], d = code[6];
+            memcpy(AT(3), AT(1), (size_t)(code[4] * w * d) * sizeof(REAL));
+            for (int64_t i = 0; i < code[4]; i++) memcpy(AT(3) + (i * w + code[7]) * d, AT(2) + i * d, (size_t)d * sizeof(REAL));
+            code += 8;
+            break;
+        }
+        case FLUSH: { /* main, late, x, y, heads of all rows, room, w, d, first: y is main with late, its last row x, from row `first` on */
+            const int64_t room = code[6], w = code[7], d = code[8], first = code[9];
+            const size_t row = (size_t)d * sizeof(REAL);
+            for (int64_t i = 0; i < code[5]; i++) {
+                REAL *y = AT(4) + i * room * d;
+                const REAL *main = AT(1) + i * room * d;
+                memcpy(y, main, (size_t)first * row);
+                memcpy(y + first * d, AT(2) + i * w * d, (size_t)(w - 1) * row);
+                memcpy(y + (first + w - 1) * d, AT(3) + i * d, row);
+                memcpy(y + (first + w) * d, main + (first + w) * d, (size_t)(room - first - w) * row);
+            }
+            code += 10;
+            break;
+        }
+        case COMPLEX_PRODUCT: { /* y, by, count: pairs */
+            REAL *y = AT(1);
+            const REAL *by = AT(2);
+            for (int64_t i = 0; i < 2 * code[3]; i += 2) {
+                const REAL re = y[i] * by[i] - y[i + 1] * by[i + 1], im = y[i] * by[i + 1] + y[i + 1] * by[i];
+                y[i] = re, y[i + 1] = im;
+            }
+            code += 4;
+            break;
+        }
+        case CALL_TAYLOR: { /* kernel, q, k, v, sums, out, den, new sums, b, h, g, d, scale, eps as bits */
+            double scale, eps;
+            memcpy(&scale, code + 13, sizeof scale), memcpy(&eps, code + 14, sizeof eps);
+            const int64_t b = code[9], h = code[10], g = code[11], d = code[12];
+            const int64_t work = b * max64(h, g) * (1 + d + d * (d + 1) / 2) * (d + 1);
+            failed = KERNEL(taylor)(AT(2), AT(3), AT(4), NULL, AT(5), AT(6), AT(7), AT(8), b, h, g, 1, 1, d, d, 0, 0, 1, scale, eps,
+                                    work < PARALLEL_FROM ? 1 : threads);
+            code += 15;
+            break;
+        }
+        case CALL_DECODE: { /* kernel, q, k, v, k late, v late, visible, its stride, out, b, h, g, d, room, late, first, m, scale as bits */
+            double scale;
+            memcpy(&scale, code + 18, sizeof scale);
+            const int64_t b = code[10], h = code[11], d = code[13], m = code[17];
+            failed = KERNEL(decode)(AT(2), AT(3), AT(4), AT(5), AT(6), (const uint8_t *)(intptr_t)code[7], AT(9), b, h, code[12], 1, d, d,
+                                    code[14], code[15], code[16], m, code[8], 0, 0, m - 1, b * h * m * 2 * d < PARALLEL_FROM ? 1 : threads,
+                                    scale);
+            code += 19;
+            break;
+        }
+        case CALL_SIMPLE: { /* kernel, q, x, a, h0, out, last, marks, rows, c */
+            const int64_t c = code[10];
+            KERNEL(simple)(AT(2), AT(3), AT(4), AT(5), AT(6), AT(7), AT(8), code[9], 1, c, c, c, c, c, c, c, 0, 1);
+            code += 11;
+            break;
+        }
+        case CALL_NARROW: { /* kernel, q, k, v, a, h0, out, last, product, marks, rows, c */
+            const int64_t c = code[12];
+            KERNEL(narrow)(AT(2), AT(3), AT(4), AT(5), AT(6), AT(7), AT(8), AT(9), AT(10), code[11], 1, c, c, c, c, c, c, c, 2 * c, 2 * c, 1);
+            code += 13;
+            break;
+        }
+        case CALL_WIDE: { /* kernel, q, k, v, a, h0, out, last, product, rows, h, d */
+            const int64_t h = code[11], d = code[12], row = h * d, b = code[10];
+            KERNEL(wide)(AT(2), AT(3), AT(4), AT(5), AT(6), AT(7), AT(8), AT(9), b, h, 1, d, d, row, d, d, row, d, d, row, d, d, 2 * h, 2, 2,
+                         row, d, row, b * h * d * d * 4 < PARALLEL_FROM ? 1 : threads);
+            code += 13;
+            break;
+        }
+        default: failed = NO_MEMORY; /* not written by steps.py */
+    }
+#undef AT
+#undef KERNEL
+    free(scratch_at);
+    return failed;
+}
+#endif

@@ -1,0 +1,264 @@
+"""A step of generation as a list of instructions that one C call carries out: csrc/steps.c.
+
+A dozen small products and a recurrence cost more to call than to compute. `begin` says whether a step can be done so: plain
+CPU tensors in one precision, which no transform, mode or profiler watches and nothing differentiates. Then attentions and
+models write their instructions one after the other, on rows (one per sequence) that live in the call's scratch, and `run`
+does them. Shapes that do not fit raise `Unfit`, whereupon the ordinary way says what is wrong with them.
+
+Nothing here has a derivative or a batching rule: whoever needs one takes the ordinary way, which computes the same.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import functools
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import crossovers
+from .build import load, why_not
+from .call import SUFFIX, function
+from .gate_loop import EVERY
+from .linear import linear
+from .taylor import features
+
+(NORM, LAYER_NORM, LINEAR, EMBED, COPY, ADD, MULTIPLY, GATE, TURN, APPEND, FLUSH, COMPLEX_PRODUCT, CALL_TAYLOR, CALL_DECODE, CALL_SIMPLE,
+ CALL_NARROW, CALL_WIDE) = range(17)
+DONE, NO_MEMORY, OUT_OF_RANGE = range(3)
+ROWS = crossovers.limits("linear", "native")["rows"]
+_LINE = 16  # numbers of a cache line, at least
+_MARKS = 1 // EVERY + 2  # states that the gated loops keep for a backward pass
+
+
+class Unfit(Exception):
+    """Tensors that this step cannot be written for."""
+
+
+class Row(NamedTuple):
+    """One row of numbers per sequence. `at`: an address, or -1 - i for the i-th number of the scratch."""
+
+    at: int
+    width: int
+    stride: int  # from one row to the next
+
+
+def begin(rows: int, x: Tensor, tensors: Sequence[Tensor]) -> Steps | None:
+    """An empty list for a step of `rows` sequences that reads x and all of `tensors`, if it can be done so, else None."""
+    if not 0 < rows <= ROWS or why_not("steps") is not None or linear.straight((x, *tensors)) is None:
+        return None
+    dtype = tensors[0].dtype
+    if dtype not in (torch.float32, torch.float64) or x.is_floating_point() and x.dtype is not dtype:
+        return None
+    for t in tensors:
+        if not t.is_contiguous() or t.dtype is not dtype and t.is_floating_point():
+            return None
+    return Steps(rows, dtype)
+
+
+class Steps:
+    """The instructions so far, on `rows` rows of numbers of one dtype. Rows in the scratch follow each other without a gap."""
+
+    IDENTITY, GELU, SILU = range(3)
+
+    def __init__(self, rows: int, dtype: torch.dtype):
+        self.rows, self.dtype = rows, dtype
+        self.size = 4 if dtype == torch.float32 else 8
+        self.code: list[int] = []
+        self.space = 0
+
+    def room(self, width: int) -> Row:
+        """Rows in the scratch."""
+        at = self.space
+        self.space = at + -(-self.rows * width // _LINE) * _LINE
+        return Row(-1 - at, width, width)
+
+    def result(self, width: int) -> tuple[Tensor, Row]:
+        """Rows that outlive the call, as a tensor [b, 1, width] too."""
+        out = torch.empty((self.rows, 1, width), dtype=self.dtype)
+        return out, Row(out.data_ptr(), width, width)
+
+    def given(self, x: Tensor) -> Row:
+        """The rows of x [b, 1, width], where they lie."""
+        _fits(x.ndim == 3 and x.shape[:2] == (self.rows, 1) and (x.stride(2) == 1 or x.shape[2] == 1))
+        return Row(x.data_ptr(), x.shape[2], x.stride(0))
+
+    # -------------------------------------------------------------------------------------------- instructions
+
+    def norm(self, x: Row, gamma: Tensor) -> Row:
+        """gamma x / root mean square of x."""
+        _fits(gamma.shape == (x.width,))
+        y = self.room(x.width)
+        self.code += (NORM, x.at, x.stride, gamma.data_ptr(), y.at, self.rows, x.width)
+        return y
+
+    def layer_norm(self, x: Row, weight: Tensor, bias: Tensor, out: Row | None = None) -> Row:
+        """weight (x - mean) / std + bias, eps 1e-5."""
+        y = out or self.room(x.width)
+        _fits(weight.shape == bias.shape == (x.width,) and y.width == y.stride == x.width)
+        self.code += (LAYER_NORM, x.at, x.stride, weight.data_ptr(), bias.data_ptr(), y.at, self.rows, x.width)
+        return y
+
+    def linear(self, x: Row, weight: Tensor, bias: Tensor | None = None, *, act: int = 0, add: Row | None = None,
+               out: Row | None = None) -> Row:
+        """act(x weight^T + bias) + add; into `out` if given."""
+        m, k = shape = weight.shape
+        out = out or self.room(m)
+        if len(shape) != 2 or k != x.width or out.width != m or out.stride != m:
+            raise Unfit
+        code, places = (LINEAR, x.at, x.stride, weight.data_ptr()), (out.at, self.rows, 1, m, k, act)
+        if bias is None and add is None:
+            self.code += (*code, 0, 0, 0, *places)
+        else:
+            _fits((bias is None or bias.shape == (m,)) and (add is None or add.width == m))
+            self.code += (*code, 0 if bias is None else bias.data_ptr(), *((add.at, add.stride) if add else (0, 0)), *places)
+        return out
+
+    def parts(self, x: Row, weight: Tensor, *widths: int) -> list[Row]:
+        """x weight^T in parts that lie one after the other, as queries, keys and values are wanted. Equal ones are best together."""
+        m, k = shape = weight.shape
+        _fits(len(shape) == 2 and k == x.width and sum(widths) == m)
+        rows, first = [self.room(width) for width in widths], 0
+        together = len(set(widths)) == 1 and self.rows * widths[0] % _LINE == 0
+        for row in rows[:1] if together else rows:
+            self.code += (LINEAR, x.at, x.stride, weight.data_ptr() + first * k * self.size, 0, 0, 0, row.at, self.rows,
+                          len(rows) if together else 1, row.width, k, 0)
+            first += row.width
+        return rows
+
+    def embed(self, ids: Tensor, table: Tensor) -> Row:
+        """Rows of a table; ids int64 [b, 1]. `run` says if one is not in it."""
+        _fits(table.ndim == 2 and ids.dtype == torch.int64 and ids.shape == (self.rows, 1))
+        count, k = table.shape
+        y = self.room(k)
+        self.code += (EMBED, ids.data_ptr(), ids.stride(0), table.data_ptr(), count, y.at, self.rows, k)
+        return y
+
+    def copy(self, x: Row, y: Row, width: int, skip: int = 0) -> None:
+        """y = x, `width` numbers of every row after the first `skip`."""
+        _fits(skip + width <= min(x.width, y.width))
+        self.code += (COPY, self._behind(x.at, skip), x.stride, self._behind(y.at, skip), y.stride, self.rows, width)
+
+    def _behind(self, at: int, count: int) -> int:
+        return at - count if at < 0 else at + count * self.size
+
+    def add(self, y: Row, x: Row) -> Row:
+        """y += x, in place"""
+        _fits(y.width == x.width and y.stride == y.width)
+        self.code += (ADD, y.at, x.at, x.stride, self.rows, y.width)
+        return y
+
+    def multiply(self, y: Row, by: Row) -> None:
+        """y *= by"""
+        _fits(y.width == by.width == y.stride == by.stride)
+        self.code += (MULTIPLY, y.at, by.at, self.rows * y.width)
+
+    def gate(self, y: Row, gates: Row) -> None:
+        """y *= sigmoid(gates), one gate per head of y."""
+        _fits(y.stride == y.width and gates.stride == gates.width and y.width % gates.width == 0)
+        self.code += (GATE, y.at, gates.at, self.rows * gates.width, y.width // gates.width)
+
+    def turn(self, x: Row, freqs: Tensor, d: int, position: int) -> None:
+        """Rotary positions, in place, for heads of d numbers; float32 frequencies for up to d / 2 pairs."""
+        _fits(x.stride == x.width and x.width % d == 0 and 2 * freqs.shape[0] <= d)
+        self.code += (TURN, x.at, freqs.data_ptr(), self.rows, x.width // d, d, freqs.shape[0], position)
+
+    def append(self, main: Tensor, late: Tensor, x: Row, position: int) -> tuple[Tensor, Tensor]:
+        """Both parts of a cache, main [b, g, c, d] and late [b, g, w, d], after the heads of x at `position`: attentions/_cache.py.
+
+        The late part, which begins at the last multiple of w, is copied; when it is full it goes into a copy of the main part.
+        """
+        _fits(main.ndim == late.ndim == 4)
+        (b, g, w, d), room, at = late.shape, main.shape[2], position % late.shape[2]
+        _fits(b == self.rows and x.width == x.stride == g * d and main.shape == (b, g, room, d) and 0 <= position < room)
+        if at + 1 < w:
+            out = torch.empty_like(late)
+            self.code += (APPEND, late.data_ptr(), x.at, out.data_ptr(), b * g, w, d, at)
+            return main, out
+        whole, out = torch.empty_like(main), torch.zeros_like(late)
+        self.code += (FLUSH, main.data_ptr(), late.data_ptr(), x.at, whole.data_ptr(), b * g, room, w, d, position - at)
+        return whole, out
+
+    def taylor(self, q: Row, k: Row, v: Row, sums: Tensor, scale: float, eps: float) -> tuple[Row, Tensor]:
+        """Rows of the result, and the new sums; as `fnattn.ops.taylor` for one causal position. Values as wide as keys."""
+        _fits(sums.ndim == 4)
+        b, g, f, e1 = sums.shape
+        d = e1 - 1
+        _fits(b == self.rows and f == features(d) and k.width == v.width == g * d and q.width % k.width == 0)
+        heads, out, new = q.width // d, self.room(q.width), torch.empty_like(sums)
+        self.code += (CALL_TAYLOR, _kernel("taylor", "try_taylor_forward", self.dtype), q.at, k.at, v.at, sums.data_ptr(), out.at,
+                      self.room(heads).at, new.data_ptr(), b, heads, g, d, _bits(scale), _bits(eps))
+        return out, new
+
+    def decode(self, q: Row, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], visible: Tensor, first: int, length: int,
+               scale: float) -> Row:
+        """One query per head over a cache in two parts, of which the mask [b, capacity] hides some: `fnattn.ops.cached_attention`."""
+        _fits(k[0].ndim == k[1].ndim == 4 and visible.ndim == 2)
+        (b, g, room, d), late = k[0].shape, k[1].shape[2]
+        _fits(b == self.rows and v[0].shape == k[0].shape and k[1].shape == v[1].shape == (b, g, late, d) and q.width % (g * d) == 0
+              and visible.dtype == torch.bool and visible.shape[0] == b and visible.shape[1] >= length
+              and 0 <= first <= room and max(first, 1) <= length <= first + late)
+        out = self.room(q.width)
+        self.code += (CALL_DECODE, _kernel("decode", "try_decode", self.dtype), q.at, k[0].data_ptr(), v[0].data_ptr(), k[1].data_ptr(),
+                      v[1].data_ptr(), visible.data_ptr(), visible.shape[1], out.at, b, q.width // d, g, d, room, late, first, length,
+                      _bits(scale))
+        return out
+
+    def simple_gate_loop(self, q: Row, x: Row, a: Row, h: Tensor, out: Row | None = None) -> tuple[Row, Tensor]:
+        """Rows of the result, and the new state [b, c]: `fnattn.ops.simple_gate_loop`."""
+        c = q.width
+        out = out or self.room(c)
+        _fits(h.shape == (self.rows, c) and x.width == a.width == out.width == c)
+        new = torch.empty_like(h)
+        self.code += (CALL_SIMPLE, _kernel("gate_loop", "simple_gate_loop", self.dtype), q.at, x.at, a.at, h.data_ptr(), out.at,
+                      new.data_ptr(), self.room(_MARKS * c).at, self.rows, c)
+        return out, new
+
+    def gate_loop(self, q: Row, k: Row, v: Row, a: Row, h: Tensor, product: Tensor, out: Row | None = None) -> tuple[Row, Tensor, Tensor]:
+        """Rows of the result, and the new state [b, h, d, d, 2] and product of gates [b, h, 2]: `fnattn.ops.gate_loop`."""
+        _fits(h.ndim == 5)
+        b, heads, d, e, _ = h.shape
+        out = out or self.room(q.width)
+        _fits(b == self.rows and d == e and q.width == k.width == v.width == out.width == heads * d and a.width == 2 * heads
+              and h.shape[4:] == (2,) and product.shape == (b, heads, 2))
+        new, after = torch.empty_like(h), torch.empty_like(product)
+        rows = (q.at, k.at, v.at, a.at, h.data_ptr(), out.at, new.data_ptr(), after.data_ptr())
+        if d == 1:
+            marks = self.room(_MARKS * 2 * heads).at
+            self.code += (CALL_NARROW, _kernel("gate_loop", "gate_loop_narrow", self.dtype), *rows, marks, b, heads)
+        else:
+            self.code += (CALL_WIDE, _kernel("gate_loop", "gate_loop_wide", self.dtype), *rows, b, heads, d)
+        self.code += (COMPLEX_PRODUCT, after.data_ptr(), product.data_ptr(), b * heads)
+        return out, new, after
+
+    def run(self) -> bool:
+        """Carries the instructions out; False if an id was not in its table, so that nothing was computed.
+
+        Raises:
+            MemoryError: there is none for the scratch.
+        """
+        place, length = (code := array.array("q", self.code)).buffer_info()
+        outcome = function("steps", "try_steps", self.dtype, "piii")(place, length, self.space + _LINE, torch.get_num_threads())
+        if outcome == NO_MEMORY:
+            raise MemoryError(f"fnattn: no memory for the scratch of a step ({self.space * self.size} bytes)")
+        return outcome == DONE
+
+
+def _fits(so: bool) -> None:
+    if not so:
+        raise Unfit
+
+
+@functools.cache
+def _kernel(source: str, name: str, dtype: torch.dtype) -> int:
+    """The address of a C function."""
+    return ctypes.cast(getattr(load(source), f"fnattn_{name}_{SUFFIX[dtype]}"), ctypes.c_void_p).value
+
+
+def _bits(number: float) -> int:
+    """A double as an integer with the same bits."""
+    return struct.unpack("q", struct.pack("d", number))[0]
