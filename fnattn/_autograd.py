@@ -14,6 +14,7 @@ import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
 _CALLS = itertools.count()
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def usable(tensors: Sequence[Tensor]) -> bool:
@@ -23,9 +24,13 @@ def usable(tensors: Sequence[Tensor]) -> bool:
     if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
     # Autocast remembers what it cast, leaves too: fresh ones in each step would pile up there.
-    if not tensors or any(torch.is_autocast_enabled(device) for device in {"cpu", *(t.device.type for t in tensors)}):
+    devices = {"cpu", *(t.device.type for t in tensors if not t.is_cpu)}
+    if not tensors or any(torch.is_autocast_enabled(device) for device in devices) or torch._C._any_requires_grad(*tensors):
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) and not t.requires_grad and not t.is_inference() for t in tensors)
+    for t in tensors:
+        if type(t) not in _PLAIN or t.is_inference():
+            return False
+    return True
 
 
 def value_and_grad(part: Callable, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]] | None:
@@ -82,11 +87,10 @@ def _reaches_outside(tensors: Sequence[Tensor], call: int) -> bool:
     """Whether a leaf takes part that was there before this call. Leaves of calls within it do not count."""
     if any(t.requires_grad and t.grad_fn is None and _older(t, call) for t in tensors):
         return True
-    seen = {t.grad_fn for t in tensors if t.grad_fn is not None}
-    todo = list(seen)
+    todo = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(todo)
     while todo:
-        node = todo.pop()
-        edges = node.next_functions
+        edges = (node := todo.pop()).next_functions
         if not edges and _older(getattr(node, "variable", None), call):
             return True
         for following, _ in edges:

@@ -27,8 +27,10 @@ def plain(lists: tuple[list, ...], *numbers: Any) -> bool:
         return False
     for part in lists:
         for x in part:
-            if type(x) not in _PLAIN or x.dtype is not dtype or not x.is_cpu or grad and x.requires_grad:
+            if type(x) not in _PLAIN or x.dtype is not dtype or not x.is_cpu:
                 return False
+        if grad and torch._C._any_requires_grad(*part):
+            return False
     return all(type(x) in _PLAIN and x.is_cpu and not (grad and x.requires_grad) for x in numbers if isinstance(x, Tensor))
 
 
@@ -38,8 +40,8 @@ def add(a: list, b: list) -> list:
 
 
 def scale(a: list, factor: float) -> list:
-    """a times a number"""
-    return torch._foreach_mul(a, factor)
+    """a times a number, which goes in as a tensor: from a Python number torch makes one for each tensor of the list."""
+    return torch._foreach_mul(a, torch.full((), factor, dtype=a[0].dtype))
 
 
 def norm(a: list) -> Tensor:
@@ -50,8 +52,8 @@ def norm(a: list) -> Tensor:
 def adamw(g: list, p: list, mu: list, nu: list, t: Tensor, b1: float, b2: float, eps: float, weight_decay: float,
           rate: float) -> tuple[list, list, list]:
     """Updates and new means of `optim.adamw` at the t-th update. Writes to what it makes only."""
-    change = list(torch._foreach_mul(p, -rate * weight_decay))
-    mu, nu = list(torch._foreach_mul(mu, 1.0)), list(torch._foreach_mul(nu, 1.0))  # copies; _foreach_clone came after torch 2.11
+    change = list(scale(p, -rate * weight_decay))
+    mu, nu = list(scale(mu, 1.0)), list(scale(nu, 1.0))  # copies; _foreach_clone came after torch 2.11
     g = [x if x.is_contiguous() else x.contiguous() for x in g]
     if all(x.is_contiguous() for part in (change, mu, nu) for x in part):  # the fused one reads memory from end to end
         torch._fused_adamw_(change, g, mu, nu, [], [t] * len(g), lr=rate, beta1=b1, beta2=b2, weight_decay=0.0, eps=eps,

@@ -67,8 +67,8 @@ class Operator:
 
     name:     operator and kernel, for example `causal_dot_native`.
     version:  counted up whenever a derivative rule changes: torch's compile caches on disk key on the name alone.
-    schema:   arguments and results in torch's schema language. Every tensor argument and result has one leading batch
-              axis, into which vmap folds the mapped axis (see `fold`), unless `batch` is given to `derive`.
+    schema:   arguments and results in torch's schema language, tensors first. Every tensor argument and result has one leading
+              batch axis, into which vmap folds the mapped axis (see `fold`), unless `batch` is given to `derive`.
     fake:     results' shapes and dtypes, for tracing.
     cpu, cuda, any_device: the functions that compute. They get plain tensors, of any strides.
     autocast: dtype that low-precision arguments are cast to under autocast; None leaves them alone.
@@ -96,7 +96,10 @@ class Operator:
         if autocast is not None:
             for device in ("cpu", "cuda"):
                 torch.library.register_autocast(self.qualified, device, autocast, lib=_LIB)
+        # How many arguments are tensors, or may be: all before the first that is none.
+        self.tensors = sum("Tensor" in str(a.type) for a in self.op._schema.arguments)
         self._node = _node(self)
+        self._reverse = _reverse(self)
         OPERATORS.append(self)
         sharding.add(self)
 
@@ -104,16 +107,22 @@ class Operator:
         return f"Operator({self.qualified})"
 
     def __call__(self, *args):
-        fn = self.straight(args)
+        fn = self._end(args)
         if fn is None:
             return self.packet(*args)
+        if _C.is_grad_enabled() and _C._any_requires_grad(*args):
+            return self.packet(*args) if self._vjp is None else self._reverse.apply(fn, *args)
         with _C._AutoDispatchBelowADInplaceOrView():
             return fn(*args)
 
     def straight(self, args: Sequence[Any]) -> Callable | None:
-        """The function that computes, if the dispatcher would do nothing but call it; else None.
+        """The function that computes, if the dispatcher would do nothing but call it; else None."""
+        return None if _C.is_grad_enabled() and _C._any_requires_grad(*args) else self._end(args)
 
-        Through Python kernels the dispatcher takes 30 microseconds for that, most of a small call. The same bits that it goes
+    def _end(self, args: Sequence[Any]) -> Callable | None:
+        """The function that computes, if nothing but plain reverse mode stands before it; else None.
+
+        Through Python kernels the dispatcher takes 30 microseconds to find it, most of a small call. The same bits that it goes
         by say that nothing stands before the backend: no transform, no mode, no autocast, no tensor that is not plain.
         """
         if torch.compiler.is_compiling():
@@ -128,9 +137,7 @@ class Operator:
         # Profilers and `recording` want to see the call. No level of forward mode, no tangent: outside of compiled programs,
         # which do not come this way, this global is right.
         seen = _RECORDED is not None or _C._autograd._profiler_enabled() or _C._len_torch_function_stack()
-        if fn is None or seen or fwad._current_level >= 0 or _C.is_grad_enabled() and _C._any_requires_grad(*args):
-            return None
-        return fn
+        return None if seen or fwad._current_level >= 0 else fn
 
     def derive(self, *, vjp: Callable, jvp: Callable, both: Callable | None = None, batch: Callable | None = None,
                save_outputs: bool = True) -> None:
@@ -293,6 +300,33 @@ def _node(operator: Operator) -> type:
 
     Node.__name__ = Node.__qualname__ = operator.name
     return Node
+
+
+def _reverse(operator: Operator) -> type:
+    """The same node where plain reverse mode is all there is: it calls the function that computes, and keeps no tangents."""
+    count = operator.tensors
+
+    class Reverse(operator._node):
+        @staticmethod
+        def forward(ctx, fn, *args):
+            with _C._AutoDispatchBelowADInplaceOrView():
+                out = fn(*args)
+            ctx.options = args[count:]
+            outs = () if not operator._save_outputs else out if isinstance(out, tuple) else (out,)
+            ctx.save_for_backward(*args[:count], *outs)
+            ctx.set_materialize_grads(False)
+            return out
+
+        @staticmethod
+        def backward(ctx, *cotangents):
+            args = ctx.saved_tensors
+            for c in cotangents:
+                if c is not None:
+                    return (None, *operator._vjp(ctx.needs_input_grad[1:], [*args[:count], *ctx.options], args[count:], cotangents))
+            return (None,) * (1 + count + len(ctx.options))
+
+    Reverse.__name__ = Reverse.__qualname__ = operator.name
+    return Reverse
 
 
 def _laid_out(tangent: Tensor | None, strides: Sequence[int]) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""Which calls of an Operator go straight to the function that computes, past the dispatcher: those that nothing watches."""
+"""Which calls of an Operator go straight to the function that computes, past the dispatcher: those that nothing watches.
+
+So do calls whose only watcher is plain reverse mode, in an autograd node.
+"""
 
 from __future__ import annotations
 
@@ -100,3 +103,115 @@ def test_a_dual_tensor_keeps_its_tangent():
     with fwad.dual_level():
         out = scaled(fwad.make_dual(x(), x() + 1), None, 2.0)
         torch.testing.assert_close(fwad.unpack_dual(out).tangent, x() + 1)
+
+
+# ------------------------------------------------------------------------------------------------ plain reverse mode
+
+
+def weighed(x, y, factor):
+    DISPATCHED.append("weighed")
+    return x * y * factor, x.sin()
+
+
+def weighed_vjp(needs, args, outs, cotangents):
+    (x, y, factor), (g, h) = args, cotangents
+    assert torch.equal(outs[1], x.sin())
+    dx = None if g is None else g * y * factor
+    if h is not None:
+        dx = h * x.cos() if dx is None else dx + h * x.cos()
+    return dx if needs[0] else None, g * x * factor if needs[1] and g is not None else None, None
+
+
+product = Operator("tests_weighed", 1, "(Tensor x, Tensor y, float factor) -> (Tensor, Tensor)", cpu=weighed,
+                   fake=lambda x, y, factor: (x.new_empty(x.shape), x.new_empty(x.shape)))
+product.derive(vjp=weighed_vjp, jvp=lambda args, outs, tangents: (
+    sum(t * a * args[2] for t, a in zip(tangents[:2], (args[1], args[0])) if t is not None),
+    torch.zeros_like(args[0]) if tangents[0] is None else tangents[0] * args[0].cos()))
+contracts.OPERATORS.remove(product)
+
+
+def plain(x, y, factor):
+    return x * y * factor, x.sin()
+
+
+def leaves():
+    return [x().double().add(1).requires_grad_(), x().double().cos().requires_grad_()]
+
+
+def test_plain_reverse_mode_passes_the_dispatcher_by(monkeypatch):
+    monkeypatch.setattr(product, "packet", None)
+    a, b = leaves()
+    out, _ = product(a, b, 3.0)
+    out.sum().backward()
+    torch.testing.assert_close([a.grad, b.grad], [3 * b.detach(), 3 * a.detach()])
+
+
+@pytest.mark.parametrize("context", [lambda: recording(), Listening, Watching, lambda: torch.autocast("cpu"), fwad.dual_level])
+def test_reverse_mode_that_somebody_watches_does_not(context, monkeypatch):
+    monkeypatch.setattr(product, "_reverse", None)
+    with context():
+        out, _ = product(*leaves(), 3.0)
+    assert out.requires_grad
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
+def test_derivatives_of_plain_reverse_mode_of_every_order(which):
+    def derivatives(fn):
+        args = leaves()
+        for i, a in enumerate(args):
+            a.requires_grad_(i in which)
+        some, found = [args[i] for i in which], []
+        value = sum(out.exp().sum() for out in fn(*args, 3.0))
+        for _ in range(3):
+            grads = torch.autograd.grad(value, some, create_graph=True)
+            found += [value, *grads]
+            value = sum(g.square().sum() for g in grads)
+        return [t.detach() for t in found]
+
+    torch.testing.assert_close(derivatives(product), derivatives(plain))
+
+
+def test_plain_reverse_mode_takes_part_in_what_autograd_offers():
+    def both(task):
+        return task(product), task(plain)
+
+    def one_output(fn):
+        args = leaves()
+        return torch.autograd.grad(fn(*args, 3.0)[1].sum(), args, allow_unused=True)
+
+    def batched(fn):
+        args = leaves()
+        out = fn(*args, 3.0)[0]
+        return torch.autograd.grad(out, args, torch.eye(3, dtype=torch.float64), is_grads_batched=True)
+
+    def recomputed(fn):
+        args = leaves()
+        out = torch.utils.checkpoint.checkpoint(lambda *a: sum(fn(*a, 3.0)).sum(), *args, use_reentrant=False)
+        return torch.autograd.grad(out, args)
+
+    def duals(fn):
+        args = leaves()
+        outs = fn(*args, 3.0)
+        with fwad.dual_level():
+            moved = torch.autograd.grad(outs[0], args, fwad.make_dual(torch.ones(3).double(), x().double()), create_graph=True)
+            return [fwad.unpack_dual(t).tangent.detach() for t in moved]
+
+    for task in (one_output, batched, recomputed, duals):
+        ours, theirs = both(task)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_plain_reverse_mode_keeps_its_arguments_from_being_overwritten():
+    a, b = leaves()
+    out, _ = product(a, b, 3.0)
+    with torch.no_grad():
+        b.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_an_operator_without_derivatives_refuses_plain_reverse_mode():
+    raw = Operator("tests_raw", 1, "(Tensor x) -> Tensor", cpu=lambda x: x + 1, fake=lambda x: x.new_empty(x.shape))
+    contracts.OPERATORS.remove(raw)
+    with pytest.raises(contracts.DerivativeUnsupported):
+        raw(x().requires_grad_())

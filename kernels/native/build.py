@@ -25,6 +25,7 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,12 @@ COMPILERS = ("cc", "gcc", "clang")
 BASE_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno")
 ISA_FLAGS = {"native": ("-march=native",), "avx2": ("-mavx2", "-mfma"), "baseline": ()}
 BUILD_SECONDS = 300
+_NAMES: tuple[Any, ...] = ("FNATTN_NATIVE", "FNATTN_ISA")
+_VARIABLES: Any = os.environ
+# Every call of a kernel reads these two, and os.environ decodes what it reads, in longer than the call of C takes. Python keeps
+# the variables as they are in a dict, which changes with os.environ.
+if hasattr(os.environ, "_data") and hasattr(os.environ, "encodekey"):
+    _NAMES, _VARIABLES = tuple(map(os.environ.encodekey, _NAMES)), os.environ._data
 
 
 def load(source: str) -> ctypes.CDLL:
@@ -67,7 +74,12 @@ narrower_than_torch._dynamo_marked_constant = True
 
 
 def _switches() -> tuple[str, str]:
-    return os.environ.get("FNATTN_NATIVE", "1"), os.environ.get("FNATTN_ISA", "native")
+    return _decoded(_VARIABLES.get(_NAMES[0]), _VARIABLES.get(_NAMES[1]))
+
+
+@functools.cache
+def _decoded(switch: str | bytes | None, isa: str | bytes | None) -> tuple[str, str]:
+    return "1" if switch is None else os.fsdecode(switch), "native" if isa is None else os.fsdecode(isa)
 
 
 @functools.cache

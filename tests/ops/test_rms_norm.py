@@ -30,7 +30,7 @@ def with_gradients(x, gamma, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("shape", [(5,), (3, 1), (2, 7, 16), (2, 3, 2, 67), (1025, 33), (2100, 8)])
+@pytest.mark.parametrize("shape", [(5,), (3, 1), (2, 7, 16), (3, 17, 5), (0, 17, 5), (2, 3, 2, 67), (1025, 33), (2100, 8)])
 def test_values_and_gradients_are_those_of_brute_force(shape, impl):
     x, gamma = numbers(*shape) * 3, numbers(shape[-1], seed=5)
     found, (a, b) = with_gradients(x, gamma, impl), (x.clone().requires_grad_(), gamma.clone().requires_grad_())
@@ -38,7 +38,22 @@ def test_values_and_gradients_are_those_of_brute_force(shape, impl):
     for ours, true in zip(found, (out, *torch.autograd.grad(out, (a, b), cotangent(out))), strict=True):
         torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-10)
     # A single channel is its sign: its gradient is 0.
-    assert found[1].abs().max() > 0 or shape[-1] == 1
+    assert not out.numel() or found[1].abs().max() > 0 or shape[-1] == 1
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_batch_entries_of_many_rows_are_right_under_transforms(impl):
+    x, gamma, along = numbers(2, 17, 5), numbers(5, seed=5), numbers(3, 2, 17, 5, seed=9)
+
+    def loss(fn, x, gamma):
+        return fn(x, gamma).sin().sum()
+
+    for which in (0, 1):
+        for transform in (lambda f, w=which: torch.func.grad(f, argnums=w), lambda f, w=which: torch.func.hessian(f, argnums=w),
+                          lambda f, w=which: lambda x, g: torch.vmap(torch.func.grad(f, argnums=w), (0, None))(x + along, g)):
+            ours, true = (transform(lambda x, g, fn=fn: loss(fn, x, g))(x, gamma)
+                          for fn in (lambda x, g: rms_norm(x, g, impl=impl), brute.rms_norm))
+            torch.testing.assert_close(ours, true, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
