@@ -63,15 +63,16 @@ def tables(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> dict[str, li
                for (case, shape), pair in alone.items()]
     steps = [f"| {row['case'].removeprefix('training ')} | {row['peer']} | {row['shape']} | {row['ratio']:.2f} |"
              for row in one if row["kind"] == "training" and row.get("ratio") is not None]
-    units = {"forward": "forwards", "forward+backward": "forward + backward", "loop": "times as fast as a loop"}
+    units = {"forward": "forwards", "forward+backward": "forward + backward", "loop": "times as fast as a loop",
+             "kernel by kernel": "times as fast as kernel by kernel"}
     told = [row for row in one if row["kind"] == "transform" and "multiple" in row]
     multiples = [f"| {row['case']} | {row['shape']} | {row['multiple']:.1f} {units[row['pass']]} | {goal(row)} |"
                  for row in told if row["pass"] in units]
     narrow = [row for row in told if row["pass"] == "float32"]
     if narrow:
         least, most = (f"{end(row['multiple'] for row in narrow):.1f}" for end in (min, max))
-        multiples.append(f"| bfloat16, {len(narrow) // 2} operators, value and gradient | {narrow[0]['shape']} | {least} to {most} times as fast "
-                         f"as float32 | {goal(narrow[0])} |")
+        multiples.append(f"| bfloat16, {len(narrow) // 2} operators, value and gradient | {narrow[0]['shape']} | {least} to {most} times "
+                         f"as fast as float32 | {goal(narrow[0])} |")
     return {RATIOS: against, STEPS: steps, MULTIPLES: multiples}
 
 

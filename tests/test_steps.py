@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fnattn
 import pytest
 import torch
+from fnattn_kernels.native import steps as native
+from fnattn_kernels.native.build import why_not
+
+import fnattn
 from fnattn import random, taps, tree
 from fnattn.attentions import FAMILIES, _step, full, gate_loop, simple_gate_loop, taylor
 from fnattn.models import _step as model_step
 from fnattn.models import lm
-from fnattn_kernels.native import steps as native
-from fnattn_kernels.native.build import why_not
 
 pytestmark = pytest.mark.skipif(why_not("steps") is not None, reason="needs a C compiler")
 
@@ -100,7 +101,8 @@ def test_steps_of_large_layers_with_more_threads(threads, taken):
 
 MODELS = (
     lm.Config(attention=taylor.Config(dim=16, heads=2, dim_head=8, causal=True), depth=2, num_tokens=19),
-    lm.Config(attention=full.Config(dim=16, seq_len=16, heads=2, dim_head=8, rotary_emb=True), depth=2, num_tokens=19, norm="layer", tied=True),
+    lm.Config(attention=full.Config(dim=16, seq_len=16, heads=2, dim_head=8, rotary_emb=True), depth=2, num_tokens=19, norm="layer",
+              tied=True),
     lm.Config(attention=gate_loop.Config(dim=16, heads=2), depth=2, num_tokens=19, norm="layer", post_norm=True, logits_bias=True),
     lm.Config(attention=simple_gate_loop.Config(dim=16), depth=1, num_tokens=19, norm_attention=False),
 )
@@ -206,7 +208,8 @@ def test_params_and_states_of_other_layouts_or_precisions_get_the_ordinary_way(t
     torch.testing.assert_close(fnattn.apply(turned, x[:, :1], state)[0], expected)
     slices = state._replace(sums=torch.cat((state.sums, state.sums), 3)[..., :state.sums.shape[3]])
     torch.testing.assert_close(fnattn.apply(params, x[:, :1], slices)[0], expected)
-    fnattn.apply(tree.map(lambda t: t.bfloat16(), params), x[:, :1].bfloat16(), tree.map(lambda t: t, state._replace(sums=state.sums.float())))
+    half = tree.map(lambda t: t.bfloat16(), params)
+    fnattn.apply(half, x[:, :1].bfloat16(), fnattn.init_state(half, 3, capacity=CAPACITY))
     assert not taken
 
 

@@ -34,13 +34,13 @@ def _taylor(s: dict, device: torch.device) -> Contest:
 
 def _gate_loop(s: dict, device: torch.device) -> Contest:
     b, h, n, d = s["b"], s["h"], s["n"], s["d"]
-    args = normal("qkv", b, n, 3 * h * d, device=device), normal("a", b, n, 2 * h, device=device)
+    args = (*(normal(name, b, n, h * d, device=device) for name in "qkv"), normal("a", b, n, 2 * h, device=device))
 
-    def ours(qkv, a, impl="auto"):
-        return _merge(ops.gate_loop(*_heads(qkv, h), a.unflatten(-1, (h, 2)).transpose(1, 2), impl=impl)[0])
+    def ours(q, k, v, a, impl="auto"):
+        return _merge(ops.gate_loop(*_heads((q, k, v), h), a.unflatten(-1, (h, 2)).transpose(1, 2), impl=impl)[0])
 
     counted = work.gate_loop_narrow(b, n, h) if d == 1 else work.gate_loop_wide(b, h, n, d, d)
-    return Contest(args, ours, partial(upstream.gate_loop, h), *counted, packed=True)
+    return Contest(args, ours, partial(upstream.gate_loop, h), *counted)
 
 
 def _simple(s: dict, device: torch.device) -> Contest:

@@ -98,9 +98,9 @@ def gate_loop(h: int) -> Opponent:
     operator = module("gateloop_transformer.gateloop_transformer").gate_loop_operator
     from torch.utils.checkpoint import checkpoint
 
-    def fn(qkv: Tensor, a: Tensor) -> Tensor:
+    def fn(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
         b, n, _ = a.shape
-        q, k, v = (t.unflatten(-1, (h, -1)).transpose(1, 2).flatten(0, 1) for t in qkv.chunk(3, -1))
+        q, k, v = (t.unflatten(-1, (h, -1)).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
         a = torch.view_as_complex(a.unflatten(-1, (h, 2)).transpose(1, 2).flatten(0, 1)[:, :, None, None].contiguous())
         a = torch.polar(a.abs().sigmoid(), a.angle())
         args = q, k, v, a

@@ -38,7 +38,7 @@ def sample(key: Tensor, logits: Tensor, *, temperature: float | Tensor = 1.0, to
     check(logits.ndim >= 1, "generate.sample: logits must be [..., vocabulary]; got {}.", list(logits.shape),
           remedy="Give one row of logits per draw.")
     _check_options("generate.sample", temperature, top_k, top_p)
-    if not isinstance(temperature, Tensor) and temperature == 0:
+    if _greedy(temperature):
         return logits.argmax(-1)
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     if 0 < top_k < scores.shape[-1]:
@@ -51,6 +51,10 @@ def sample(key: Tensor, logits: Tensor, *, temperature: float | Tensor = 1.0, to
         outside = (before >= top_p) & (before > 0)
         scores = scores.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
     return random.categorical(key, scores)
+
+
+def _greedy(temperature: float | Tensor) -> bool:
+    return not isinstance(temperature, Tensor) and temperature == 0
 
 
 def prefill(params: lm.Params, prompt: Tensor, *, capacity: int, impl: str = "auto") -> tuple[Tensor, lm.State]:
@@ -96,7 +100,8 @@ def _stream(params: lm.Params, prompt: Tensor, steps: int, key: Tensor, capacity
             else:
                 logits, state = lm.apply(params, token.unsqueeze(1), state, impl=impl)
                 logits = logits[:, -1]
-            token = sample(random.fold_in(key, i), logits, **options)
+            # The largest logit needs no key of its own, which costs as much as a small model's step.
+            token = sample(key if _greedy(options["temperature"]) else random.fold_in(key, i), logits, **options)
         yield token
 
 
