@@ -17,30 +17,35 @@ typedef struct {
     VF below, above; /* sum of the entries below low, number of those from high on */
 } S(window);
 
-/* For M, whose logarithm times eps moved from m[-2] over m[-1] to m[0]: as far as that leads if it slows down as it does, and the
- * same again. Inside an older window the entries between are all that is looked at. */
-static void S(window_make)(S(window) *w, const VF *E, VF *open, int64_t n, VF M, const VF *m, REAL eps) {
+/* Bounds of a window for M, whose logarithm times eps moved from m[-2] over m[-1] to m[0]: as far as that leads if it slows down as
+ * it does, and the same again. */
+static inline void S(window_bounds)(VF M, const VF *m, REAL eps, VF *low, VF *high) {
     VF zero = {0}, one = S(splat)(1), step = m[0] - m[-1], before = m[-1] - m[-2];
     VF slack = (REAL)2e-4 * eps + (REAL)0.25 * S(most)(step, -step);
     VF ratio = S(least)(S(most)(step / S(pick)(before == 0, one, before), zero), S(splat)(0.9));
     VF reach = 2 * step * ratio / (1 - ratio);
-    VF low = M * S(decay)(S(least)(reach, zero) - slack, (REAL)LOG2_E / eps);
-    VF high = M * S(decay)(S(most)(reach, zero) + slack, (REAL)LOG2_E / eps);
-    if (w->count < 0) {
-        w->below = zero, w->above = zero;
-    } else {
-        E = open, n = w->count;
+    *low = M * S(decay)(S(least)(reach, zero) - slack, (REAL)LOG2_E / eps);
+    *high = M * S(decay)(S(most)(reach, zero) + slack, (REAL)LOG2_E / eps);
+}
+
+/* A window for M. Inside an older window the entries between are all that is looked at. */
+static inline __attribute__((always_inline)) void S(window_make)(S(window) *w, const VF *E, VF *open, int64_t n, VF M, const VF *m,
+                                                                 REAL eps) {
+    VF one = S(splat)(1), below = {0}, above = {0}, low, high;
+    S(window_bounds)(M, m, eps, &low, &high);
+    if (w->count >= 0) {
+        E = open, n = w->count, below = w->below, above = w->above;
         low = S(most)(low, w->low), high = S(least)(high, w->high);
     }
     int64_t count = 0;
     for (int64_t j = 0; j < n; j++) {
         VF e = E[j];
         VI small = e < low, large = e >= high, between = ~(small | large);
-        w->below += S(keep)(small, e), w->above += S(keep)(large, one);
+        below += S(keep)(small, e), above += S(keep)(large, one);
         open[count] = S(keep)(between, e);
         count += S(any)(between);
     }
-    w->low = low, w->high = high, w->count = count;
+    w->low = low, w->high = high, w->below = below, w->above = above, w->count = count;
 }
 
 /* sum_j min(E_j, M) in iteration t of T. */

@@ -283,21 +283,23 @@ def test_choosing_one_is_a_softmax(impl):
         assert_close(coor_descent(s, 1, eps=2.0, impl=impl, **options), (s / 2).softmax(-1))
 
 
+@pytest.mark.parametrize("n", [7, 512])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_row_that_holds_nan_is_nan_and_spoils_no_other(impl):
-    s = scores((3, 7))
+def test_a_row_that_holds_nan_is_nan_and_spoils_no_other(impl, n):
+    s = scores((3, n))
     s[1, 2] = torch.nan
     for solver in ("iterate", "exact"):
-        y = coor_descent(s, 2, solver=solver, impl=impl)
-        assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+        y, ds = with_gradients(coor_descent, s, 2, solver=solver, impl=impl)
+        assert y[1].isnan().all() and y[[0, 2]].isfinite().all() and ds[[0, 2]].isfinite().all()
 
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
-def test_thresholds_that_wander_far_are_followed():
+@pytest.mark.parametrize("shape", [(17, 23), (9, 264)], ids=str)
+def test_thresholds_that_wander_far_are_followed(shape):
     # A tiny k moves the threshold by 46 eps in every step: the kernel has to take new reference points.
-    s = scores((17, 23)) * 30
-    for k, n_iters in itertools.product((1e-20, 1e-9, 0.5, 22.5), (3, 20, 200)):
-        k = torch.full((17,), k, dtype=torch.float64)
+    s = scores(shape) * 30
+    for k, n_iters in itertools.product((1e-20, 1e-9, 0.5, shape[1] - 0.5), (3, 20, 200)):
+        k = torch.full(shape[:1], k, dtype=torch.float64)
         a, b = ((*with_gradients(coor_descent, s, k, n_iters=n_iters, impl=impl),
                  jvp(lambda s: coor_descent(s, k, n_iters=n_iters, impl=impl), (s,), (s.sin(),))[1])  # noqa: B023
                 for impl in ("native", "reference"))
@@ -306,12 +308,38 @@ def test_thresholds_that_wander_far_are_followed():
 
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+@pytest.mark.parametrize("n", [128, 512])
+@pytest.mark.parametrize("schedule", [dict(n_iters=2), dict(n_iters=50), SCHEDULES[3], {**SCHEDULES[3], "n_iters": 9}], ids=str)
+def test_long_rows_are_as_precise_in_float32_as_plain_torch(schedule, n):
+    """Long rows are not transposed. A block of rows that is not full, an empty row, masks."""
+    s, k, mask = scores((35, n), torch.float32), levels((35,), high=12.0).float(), some((35, n))
+    exact = with_gradients(coor_descent, s.double(), k.double(), mask=mask, impl="reference", **schedule)
+    plain, mine = (with_gradients(coor_descent, s, k, mask=mask, impl=impl, **schedule) for impl in ("reference", "native"))
+    for x, other, right in zip(mine, plain, exact, strict=True):
+        assert (x - right).abs().max() <= 2 * (other - right).abs().max() + 2e-6
+        assert right.abs().max() > 0
+
+
+@pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+def test_results_too_many_for_caches_are_those_of_few_rows():
+    s = scores((2500, 512), torch.float32)
+    every = with_gradients(coor_descent, s, 3.0, n_iters=12)
+    grads = scores((2500, 512), torch.float32, seed=11)
+    for rows in (slice(0, 64), slice(2432, 2500)):
+        few = s[rows].clone().requires_grad_()
+        y = coor_descent(few, 3.0, n_iters=12)
+        slope, = torch.autograd.grad(y, few, grads[rows])
+        assert torch.equal(y, every[0][rows]) and torch.equal(slope, every[1][rows])
+
+
+@pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 @pytest.mark.parametrize("schedule", [dict(), dict(eps_init=4.0, eps_decay=0.7)], ids=str)
 @pytest.mark.parametrize("n_iters", [15, 50, 131])
 @pytest.mark.parametrize("size", [0.02, 0.2, 1.0, 5.0])
-def test_rows_whose_thresholds_settle_at_different_speeds_are_right_in_every_iteration(size, n_iters, schedule):
+@pytest.mark.parametrize("n", [131, 136])
+def test_rows_whose_thresholds_settle_at_different_speeds_are_right_in_every_iteration(n, size, n_iters, schedule):
     """Once thresholds settle, the kernel looks at few entries only; rows that share a register settle at different times."""
-    s, k = scores((33, 131)) * size, levels((33,), low=0.5, high=120.0)
+    s, k = scores((33, n)) * size, levels((33,), low=0.5, high=120.0)
     s[::5, ::3] = -torch.inf
     a, b = (with_gradients(coor_descent, s, k, n_iters=n_iters, impl=impl, **schedule) for impl in ("native", "reference"))
     for x, y in zip(a, b, strict=True):

@@ -1,0 +1,299 @@
+/* Coordinate descent on LANES rows as they lie in memory; included once per precision by coor_descent.c after coor_tile.h.
+ *
+ * The same mathematics as `iterate` and `iterate_back`, without transposing: a vector holds LANES entries of one row, and numbers
+ * of rows stay vectors with rows in lanes. What lies between thresholds is a list of each row's own, and lists do lie with
+ * rows in lanes, so that late iterations cost few instructions. Pays for rows of several vectors: each sum of a row ends in
+ * a sum across lanes.
+ *
+ * A row is `width` whole vectors. Rows that are not there (in the last block) act as rows without entries. */
+
+#define SOME_ROWS 4 /* rows that stay in the first cache for several iterations */
+
+#undef ABOVE
+#undef UP_TO
+#undef COMPARE
+#undef SQUEEZE
+#undef ADD_WHERE
+
+/* ------------------------------------------------------------------------------------------------- across lanes */
+
+static inline REAL S(total)(VF x) {
+#if defined(__AVX512F__)
+    return X86(_mm512_reduce_add)((XF)x);
+#else
+    for (int w = LANES / 2; w; w /= 2)
+        for (int l = 0; l < w; l++) x[l] += x[l + w];
+    return x[0];
+#endif
+}
+
+static inline REAL S(largest)(VF x) {
+#if defined(__AVX512F__)
+    return X86(_mm512_reduce_max)((XF)x);
+#else
+    REAL best = x[0];
+    for (int l = 1; l < LANES; l++) best = x[l] > best ? x[l] : best;
+    return best;
+#endif
+}
+
+#if defined(__AVX512F__)
+#define ABOVE(x, cap) COMPARE((XF)(x), (XF)(cap), _CMP_GT_OQ)
+#define UP_TO(x, cap) COMPARE((XF)(x), (XF)(cap), _CMP_LE_OQ)
+#define ADD_WHERE(a, where, x) (VF)X86(_mm512_mask_add)((XF)(a), where, (XF)(a), (XF)(x))
+#if WIDE
+#define COMPARE _mm512_cmp_pd_mask
+#define SQUEEZE _mm512_maskz_compress_epi64
+#else
+#define COMPARE _mm512_cmp_ps_mask
+#define SQUEEZE _mm512_maskz_compress_epi32
+#endif
+#else
+#define ABOVE(x, cap) ((x) > (cap))
+#define UP_TO(x, cap) ((x) <= (cap))
+#define ADD_WHERE(a, where, x) ((a) + S(keep)(where, x))
+#endif
+
+#if !defined(__AVX512F__) /* whose comparisons give bits */
+/* Bit l of the result: mask[l]. */
+static inline unsigned S(bits)(VI mask) {
+#if defined(__AVX__) && WIDE
+    return (unsigned)_mm256_movemask_pd((__m256d)mask);
+#elif defined(__AVX__)
+    return (unsigned)_mm256_movemask_ps((__m256)mask);
+#elif defined(__SSE2__) && WIDE
+    return (unsigned)_mm_movemask_pd((__m128d)mask);
+#elif defined(__SSE2__)
+    return (unsigned)_mm_movemask_ps((__m128)mask);
+#else
+    unsigned found = 0;
+    if (S(any)(mask))
+        for (int l = 0; l < LANES; l++) found |= mask[l] ? 1u << l : 0;
+    return found;
+#endif
+}
+#endif
+
+/* How many entries of a row exceed cap. */
+static inline REAL S(count_above)(const VF *x, int64_t width, VF cap) {
+    VF a = {0}, b = {0}, one = S(splat)(1);
+    int64_t i = 0;
+    for (; i + 2 <= width; i += 2) a = ADD_WHERE(a, ABOVE(x[i], cap), one), b = ADD_WHERE(b, ABOVE(x[i + 1], cap), one);
+    if (i < width) a = ADD_WHERE(a, ABOVE(x[i], cap), one);
+    return S(total)(a + b);
+}
+
+/* Places of the entries of a row with low < x <= high go to list [n + LANES]; returns their number, and in *above how many are
+ * higher. If below is not NULL, *below is the sum of the others. */
+static inline __attribute__((always_inline)) int64_t S(between)(const VF *x, int64_t width, REAL low, REAL high, INT *list,
+                                                                REAL *above, REAL *below) {
+    VF floor = S(splat)(low), ceiling = S(splat)(high), sum = {0};
+    int64_t count = 0, higher = 0;
+#if defined(__AVX512F__)
+    VI place = {0};
+    for (int l = 0; l < LANES; l++) place[l] = l;
+    for (int64_t i = 0; i < width; i++, place += LANES) {
+        unsigned up = ABOVE(x[i], floor), over = ABOVE(x[i], ceiling), found = up & ~over;
+        if (below) sum = ADD_WHERE(sum, ~up, x[i]);
+        *(VI *)(list + count) = (VI)SQUEEZE(found, (__m512i)place);
+        count += __builtin_popcount(found), higher += __builtin_popcount(over);
+    }
+#else
+    VI more = {0};
+    for (int64_t i = 0; i < width; i++) {
+        VI up = x[i] > floor, over = x[i] > ceiling;
+        if (below) sum += S(keep)(~up, x[i]);
+        more -= over;
+        for (unsigned found = S(bits)(up & ~over); found; found &= found - 1)
+            list[count++] = (INT)(i * LANES + __builtin_ctz(found));
+    }
+    for (int l = 0; l < LANES; l++) higher += more[l];
+#endif
+    *above = (REAL)higher;
+    if (below) *below = S(total)(sum);
+    return count;
+}
+
+/* ------------------------------------------------------------------------------------------------- forward */
+
+/* LANES rows of `step` numbers, of which `count` are there. */
+typedef struct {
+    const REAL *first;
+    int64_t step, count, width;
+} S(some);
+
+/* Asks for the same place of the rows after these, while there is work in registers. */
+#define SOON(s, row, i) __builtin_prefetch((row) + (s)->count * (s)->step / LANES + (i), 0, 2)
+
+/* Where results go. Results too many for caches bypass them if they can: what is written as a whole need not be read before. */
+typedef struct {
+    REAL *first;
+    int64_t step;
+    int bypass;
+} S(results);
+
+static inline void S(put)(VF *to, VF x, int bypass) {
+#if defined(__AVX512F__)
+    if (bypass) X86(_mm512_stream)((REAL *)to, (XF)x);
+    else *to = x;
+#elif defined(__AVX__)
+    if (bypass) X86(_mm256_stream)((REAL *)to, (XF)x);
+    else *to = x;
+#elif defined(__SSE2__)
+    if (bypass) _mm_stream_si128((__m128i *)to, (__m128i)x);
+    else *to = x;
+#else
+    (void)bypass, *to = x;
+#endif
+}
+
+/* After the last of a block: other threads see what bypassed caches. */
+static inline void S(settle)(const S(results) *of) {
+#if defined(__SSE2__)
+    if (of->bypass) _mm_sfence();
+#else
+    (void)of;
+#endif
+}
+
+static inline const VF *S(row_of)(const S(some) *of, int64_t r) { return (const VF *)(of->first + r * of->step); }
+
+static S(rows) S(look_rows)(const S(some) *s) {
+    VF low = S(splat)(-INFINITY), one = S(splat)(1), top = low, count = {0}, clean = one;
+    for (int64_t r = 0; r < s->count; r++) {
+        const VF *row = S(row_of)(s, r);
+        VF t = low, c = {0};
+        VI nan = {0};
+        for (int64_t i = 0; i < s->width; i++) {
+            VF x = row[i];
+            t = S(most)(x, t);
+            c += S(keep)(x != low, one);
+            nan |= x != x;
+        }
+        top[r] = S(largest)(t), count[r] = S(total)(c);
+        if (S(any)(nan)) clean[r] = NAN;
+    }
+    VI none = count == 0;
+    S(rows) found = {S(pick)(none, (VF){0}, top), S(pick)(none, one, count), S(keep)(none, one), clean};
+    return found;
+}
+
+/* Some iterations M <- (sum_j min(E_j, M) + none) / k, a few rows at a time: M [steps] with rows in lanes, from cap on. If
+ * s is not NULL, E is taken from it first. */
+static void S(sweep)(const S(some) *s, VF *E, int64_t count, int64_t width, VF c, REAL rate, VF cap, VF none, VF inverse_k, VF *M,
+                     int64_t steps) {
+    const REAL *start = (const REAL *)&cap, *ones = (const REAL *)&none, *factor = (const REAL *)&inverse_k;
+    for (int64_t i = 0; i < steps; i++) M[i] = none * inverse_k;
+    for (int64_t first = 0; first < count; first += SOME_ROWS) {
+        int64_t end = min64(count, first + SOME_ROWS), from = 0;
+        if (s)
+            for (int64_t r = first; r < end; r++) {
+                const VF *row = S(row_of)(s, r), at = S(splat)(c[r]), most = S(splat)(start[r]);
+                VF *e = E + r * width, a = {0}, b = {0};
+                int64_t i = 0;
+                for (; i + 2 <= width; i += 2) {
+                    SOON(s, row, i), SOON(s, row, i + 1);
+                    VF x = S(decay)(row[i] - at, rate), z = S(decay)(row[i + 1] - at, rate);
+                    e[i] = x, e[i + 1] = z;
+                    a += S(least)(x, most), b += S(least)(z, most);
+                }
+                for (; i < width; i++) e[i] = S(decay)(row[i] - at, rate), a += S(least)(e[i], most);
+                ((REAL *)M)[r] = (S(total)(a + b) + ones[r]) * factor[r];
+                from = 1;
+            }
+        for (int64_t k = from; k < steps; k++) {
+            const REAL *before = k ? (const REAL *)(M + k - 1) : start;
+            for (int64_t r = first; r < end; r++)
+                ((REAL *)(M + k))[r] = (S(total)(S(capped_sum)(E + r * width, width, S(splat)(before[r]))) + ones[r]) * factor[r];
+        }
+    }
+}
+
+/* A first window, from rows as they lie: `open` gets each row's own entries between low and high, rows in lanes. */
+static void S(window_rows)(S(window) *w, const VF *E, int64_t count, int64_t width, VF *open, INT *list, VF M, const VF *m, REAL eps) {
+    S(window_bounds)(M, m, eps, &w->low, &w->high);
+    w->below = w->above = (VF){0}, w->count = 0;
+    for (int64_t r = 0; r < count; r++) {
+        const REAL *e = (const REAL *)(E + r * width);
+        REAL above, below;
+        int64_t found = S(between)(E + r * width, width, w->low[r], w->high[r], list, &above, &below);
+        for (; w->count < found; w->count++) open[w->count] = (VF){0};
+        for (int64_t i = 0; i < found; i++) ((REAL *)(open + i))[r] = e[list[i]];
+        w->above[r] = above, w->below[r] = below;
+    }
+}
+
+/* y from s, as `iterate` has it. E [n], open [n] and list [n + LANES] are scratch. */
+static void S(iterate_rows)(const S(some) *s, const S(results) *y, VF *E, VF *open, INT *list, VF log_k, const double *eps,
+                            int64_t T, VF *m_out) {
+    int64_t width = s->width, count = s->count, raw = 1; /* from m_out[raw] on there is M while `fresh` */
+    S(rows) r = S(look_rows)(s);
+    VF m = (REAL)eps[0] * (S(logarithm)(r.count) - log_k), c = {0}, M = {0}, inverse_k = S(exponential)(-log_k), zero = {0};
+    const VF high = S(splat)(WIDE ? 1e150 : 1e18), low = S(splat)(WIDE ? 1e-150 : 1e-18), one = S(splat)(1);
+    S(window) w = {.next = WINDOW_AFTER, .wait = WINDOW_AFTER, .count = -1};
+    int fresh = 0;
+    m_out[0] = m;
+    for (int64_t t = 1; t < T;) {
+        REAL rate = (REAL)(LOG2_E / eps[t]), now = (REAL)eps[t];
+        int still = eps[t] == eps[t + 1], anew = still && !fresh;
+        if (!anew && !fresh) {
+            VF a = r.none, least = S(splat)((REAL)(EXP_LOW * eps[t]));
+            c = S(least)(r.top, m);
+            for (int64_t l = 0; l < count; l++) {
+                const VF *row = S(row_of)(s, l), cap = S(splat)(m[l]), at = S(splat)(c[l]);
+                VF p = zero, q = zero;
+                int64_t i = 0;
+                for (; i + 2 <= width; i += 2) {
+                    p += S(power)(S(most)(S(least)(row[i], cap) - at, least), rate);
+                    q += S(power)(S(most)(S(least)(row[i + 1], cap) - at, least), rate);
+                }
+                if (i < width) p += S(power)(S(most)(S(least)(row[i], cap) - at, least), rate);
+                a[l] += S(total)(p + q);
+            }
+            m_out[t++] = m = c + now * (S(logarithm)(a) - log_k);
+            continue;
+        }
+        int64_t steps = 1;
+        if (anew) {
+            c = S(least)(r.top, m), M = S(decay)(m - c, rate), raw = t, fresh = 1;
+            w.count = -1, w.next = max64(w.next, t + 2);
+        }
+        if (w.count >= 0 && S(any)((M < w.low) | (M > w.high))) w.count = -1, w.wait *= 2, w.next = t + w.wait / 4;
+        if (t >= w.next && T - t >= WINDOW_AFTER) {
+            for (; raw < t; raw++) m_out[raw] = c + now * S(logarithm)(m_out[raw]);
+            if (w.count < 0) S(window_rows)(&w, E, count, width, open, list, M, m_out + t - 1, now);
+            else S(window_make)(&w, E, open, 0, M, m_out + t - 1, now);
+            if (2 * w.count > width * LANES) w.wait *= 2;
+            w.next = 16 * w.count < width * LANES ? T : t + w.wait;
+        }
+        if (w.count >= 0) {
+            M = (w.below + w.above * M + S(capped_sum)(open, w.count, M) + r.none) * inverse_k;
+            m_out[t] = M;
+        } else {
+            int64_t end = t + 1;
+            while (end < T && eps[end] == eps[t] && (end < w.next || T - end < WINDOW_AFTER)) end++;
+            steps = end - t;
+            S(sweep)(anew ? s : NULL, E, count, width, c, rate, M, r.none, inverse_k, m_out + t, steps);
+        }
+        for (int64_t i = 0; i < steps && fresh; i++, t++) {
+            M = m_out[t];
+            fresh = eps[t] == eps[t + 1] && !S(any)((M > high) | (M < low));
+        }
+        if (!fresh || t == T) {
+            for (; raw < t; raw++) m_out[raw] = c + now * S(logarithm)(m_out[raw]);
+            m = m_out[t - 1];
+        }
+    }
+    if (T > 1 && fresh) m = m_out[T - 1];
+    m_out[T - 1] = m * r.clean;
+    VF inverse = r.clean / M;
+    REAL rate = (REAL)(LOG2_E / eps[T]);
+    for (int64_t l = 0; l < count; l++) {
+        const VF *row = fresh ? E + l * width : S(row_of)(s, l), at = S(splat)(fresh ? inverse[l] : m[l]), clean = S(splat)(r.clean[l]);
+        VF *out = (VF *)(y->first + l * y->step);
+        if (fresh)
+            for (int64_t i = 0; i < width; i++) S(put)(out + i, S(least)(one, row[i] * at), y->bypass);
+        else
+            for (int64_t i = 0; i < width; i++) S(put)(out + i, S(decay)(S(least)(zero, row[i] - at), rate) * clean, y->bypass);
+    }
+}
