@@ -38,14 +38,14 @@ def rms_norm(x: Tensor, gamma: Tensor, *, impl: str = "auto") -> Tensor:
         if not isinstance(t, Tensor) or not t.is_floating_point():
             got = t.dtype if isinstance(t, Tensor) else type(t).__name__
             raise TypeError(f"rms_norm: {name} must be a floating point tensor; got {got}.\n  Convert it: torch.as_tensor({name}).float().")
-    if x.ndim < 1 or gamma.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: expected x [..., d] and gamma [d]; got {list(x.shape)} and {list(gamma.shape)}.\n"
-                         f"  gamma has a number for each channel of x.")
     return unchecked(x, gamma, impl)
 
 
 def unchecked(x: Tensor, gamma: Tensor, impl: str = "auto") -> Tensor:
-    """The same for callers that have looked at shapes and dtypes."""
+    """The same for callers that have looked at dtypes."""
+    if x.ndim < 1 or gamma.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: expected x [..., d] and gamma [d]; got {list(x.shape)} and {list(gamma.shape)}.\n"
+                         f"  gamma has a number for each channel of x.")
     kernel = choose("rms_norm", impl, KERNELS, x, gamma)
     return (reference if kernel is None else kernel.run)(x, gamma)
 

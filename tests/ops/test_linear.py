@@ -62,3 +62,13 @@ def test_what_the_kernel_cannot_serve_it_names():
         ops.linear(x, weight.T)
     with pytest.raises(TypeError, match="weight must be a floating point tensor"):
         ops.linear(x, weight.long())
+
+
+def test_layers_with_weights_that_do_not_fit_are_errors_not_reads_beyond_the_end():
+    from fnattn.attentions._heads import linear, rms_norm
+    x = torch.zeros(2, 1, 1024)
+    for weight, bias in ((torch.zeros(1024, 1000), None), (torch.zeros(1024, 1024), torch.zeros(1000))):
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            linear(x, weight, bias)
+    with pytest.raises(ValueError, match="rms_norm: expected x"):
+        rms_norm(x, torch.zeros(1000))
