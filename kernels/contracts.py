@@ -128,11 +128,11 @@ class Operator:
         if torch.compiler.is_compiling():
             return None
         bits = _C._dispatch_tls_local_include_set().raw_repr()
-        for a in args:
-            if isinstance(a, Tensor):
-                if type(a) not in _PLAIN:
-                    return None
+        for a in args[:self.tensors]:
+            if type(a) in _PLAIN:
                 bits |= _C._dispatch_keys(a).raw_repr()
+            elif a is not None:
+                return None
         fn = self._ends.get(bits & ~_C._dispatch_tls_local_exclude_set().raw_repr() & ~_PASSED)
         # Profilers and `recording` want to see the call. No level of forward mode, no tangent: outside of compiled programs,
         # which do not come this way, this global is right.

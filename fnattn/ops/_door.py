@@ -113,7 +113,7 @@ def rows_as_they_are(rows: Sequence[Tensor], *states: Tensor | None) -> tuple[Te
 
 def no_autocast(t: Tensor) -> AbstractContextManager:
     """A context in which autocast leaves sums and products alone."""
-    device = t.device.type if t.device.type in ("cpu", "cuda") else "cpu"
+    device = "cuda" if t.is_cuda else "cpu"
     # Entering it costs as much as a small operator, so not for nothing.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -130,12 +130,11 @@ def check_heads(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         if t.ndim != 4:
             raise ValueError(f"{who}: {name} must be [batch, heads, seq, width]; got {list(t.shape)}.\n"
                              f"  Add the missing axes, for example {name}[None, None], or use vmap for further ones.")
-    b, h, _, d = q.shape
-    g = k.shape[1]
-    if k.shape[0] != b or k.shape[3] != d or v.shape[:3] != k.shape[:3] or (h % g if g else h):
+    (b, h, _, d), (b_k, g, m, d_k), (b_v, g_v, m_v, _) = q.shape, k.shape, v.shape
+    if b_k != b or d_k != d or b_v != b_k or g_v != g or m_v != m or (h % g if g else h):
         raise ValueError(f"{who}: expected q [b, h, n, d], k [b, g, m, d], v [b, g, m, e] with h a multiple of g; "
                          f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}.\n"
                          f"  Check the axes' order: heads come before the sequence.")
-    if not q.device == k.device == v.device:
+    if not (q.is_cpu and k.is_cpu and v.is_cpu) and not q.device == k.device == v.device:
         raise ValueError(f"{who}: q, k and v must be on one device; got {q.device}, {k.device}, {v.device}.\n"
                          f"  Move them: .to(q.device).")

@@ -77,13 +77,19 @@ def lists(b: int, h: int, n: int, layout: Tensor | None, pattern: tuple[int, ...
         return _lists(pattern, None, 0, 1, n)
     layout = layout.contiguous()
     values = ctypes.string_at(layout.data_ptr(), layout.numel()) if layout.numel() else b""
-    number, each = layout.shape[0] * layout.shape[1], layout.shape[2] ** 2
+    return _of_layouts(pattern, values, tuple(layout.shape[:3]), b, h, n)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_layouts(pattern: tuple[int, ...], values: bytes, shape: tuple[int, int, int], b: int, h: int, n: int) -> Lists:
+    """The lists for layouts [*shape, shape[-1]] whose bytes are `values`."""
+    number, each = shape[0] * shape[1], shape[2] ** 2
     if number == 1:
-        return _lists(pattern, values, layout.shape[2], 1, n)
+        return _lists(pattern, values, shape[2], 1, n)
     different: dict[bytes, int] = {}
     which = [different.setdefault(values[at * each:(at + 1) * each], len(different)) for at in range(number)]
-    found = _lists(pattern, b"".join(different), layout.shape[2], len(different), n)
-    group = torch.tensor(which, dtype=torch.int32, device="cpu").view(layout.shape[:2]).expand(b, h).contiguous()
+    found = _lists(pattern, b"".join(different), shape[2], len(different), n)
+    group = torch.tensor(which, dtype=torch.int32, device="cpu").view(shape[:2]).expand(b, h).contiguous()
     return found._replace(group=group)
 
 

@@ -34,8 +34,7 @@ def weights(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
         return scores
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
-    top = scores.detach().amax(-1, keepdim=True)
-    top = torch.where(top.isfinite(), top, torch.zeros_like(top))
+    top = scores.detach().amax(-1, keepdim=True).nan_to_num(0.0, 0.0, 0.0)
     p = (scores - top).exp()
     # The largest entry of a row is exp(0) = 1, so only the sum of an empty row is below 1; a half keeps its slope at zero.
     return p / p.sum(-1, keepdim=True).clamp_min(0.5)

@@ -62,7 +62,8 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, *, b
         raise ValueError(f"block_sparse_attention: layout must be [{q.shape[1]} or 1, nb, nb] with nb at least {blocks}, the blocks "
                          f"of {block} in {n} positions; got {list(layout.shape)}.\n"
                          f"  Make it for a longer sequence: layouts.make(cfg, seq_len).")
-    layout = layout[:, :blocks, :blocks]
+    if torch.compiler.is_compiling() or layout.shape[1] != blocks:
+        layout = layout[:, :blocks, :blocks]
     kernel = choose("block_sparse_attention", impl, KERNELS, q, k, v, layout)
     run = reference if kernel is None else kernel.run
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)

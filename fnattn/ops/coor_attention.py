@@ -16,7 +16,7 @@ from fnattn_kernels.native.coor_descent import SOURCE
 from torch import Tensor
 
 from . import _coor_math as math
-from ._door import Kernel, check_heads, choose, compute_dtype, native_reason, no_autocast
+from ._door import Kernel, cast, check_heads, choose, native_reason, no_autocast
 from .coor_descent import check_settings, settings, spread_k
 
 # b batch, h query heads, g key heads, n queries, m keys, d width of q and k, e width of v
@@ -64,7 +64,7 @@ def coor_descent_attention(q: Tensor, k: Tensor, v: Tensor, sparsity_k: float | 
     if not 0 <= nulls <= m:
         raise ValueError(f"{who}: nulls must lie in [0, {m}], the number of keys; got {nulls}.\n"
                          f"  Put the keys without a position first: torch.cat((null_k, k), 2).")
-    like = q.new_empty(0, dtype=compute_dtype(q, k, v))
+    like = k if k.dtype == torch.float64 else v if v.dtype == torch.float64 else q  # of these the widest
     log_or_k = spread_k(who, sparsity_k, q.shape[:3], like, solver)
     wide = log_or_k.dtype
     start = _start(who, offset, m - nulls - n if causal else m, b, q)
@@ -72,7 +72,7 @@ def coor_descent_attention(q: Tensor, k: Tensor, v: Tensor, sparsity_k: float | 
     kernel = choose(who, impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):
-        return run(q.to(wide), k.to(wide), v.to(wide), log_or_k, keep, start, *options).to(v.dtype)
+        return cast(run(cast(q, wide), cast(k, wide), cast(v, wide), log_or_k, keep, start, *options), v.dtype)
 
 
 def _check_mask(keep: Tensor | None, k: Tensor) -> None:

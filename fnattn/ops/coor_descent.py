@@ -12,6 +12,7 @@ Ainslie et al. 2023 (CoLT5), arXiv 2303.09752; epsilon scaling: Schmitzer 2016, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import log
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from fnattn_kernels.triton import coor_descent as triton
 from torch import Tensor
 
 from . import _coor_math as math
-from ._door import Kernel, choose, compute_dtype, native_reason, no_autocast
+from ._door import Kernel, cast, choose, compute_dtype, native_reason, no_autocast
 
 SOLVERS = ("iterate", "exact")
 # Below it log k would leave the range of numbers; upstream's bound.
@@ -67,12 +68,12 @@ def coor_descent(s: Tensor, k: float | Tensor, *, eps: float = 0.1, eps_init: fl
     s, log_or_k = _prepare(s, k, mask, eps, eps_init, eps_decay, n_iters, solver)
     kernel = choose("coor_descent", impl, KERNELS, s, log_or_k, solver)
     with no_autocast(s):
-        wide = s.to(log_or_k.dtype)
+        wide = cast(s, log_or_k.dtype)
         if solver == "exact":
             run = math.exact if kernel is None else kernel.run.exact
-            return run(wide, log_or_k, float(eps)).to(s.dtype)
+            return cast(run(wide, log_or_k, float(eps)), s.dtype)
         run = math.iterate if kernel is None else kernel.run.iterate
-        return run(wide, log_or_k, *settings(eps, eps_init, eps_decay, n_iters)).to(s.dtype)
+        return cast(run(wide, log_or_k, *settings(eps, eps_init, eps_decay, n_iters)), s.dtype)
 
 
 def settings(eps: float, eps_init: float | None, eps_decay: float, n_iters: int) -> tuple[float, float, float, int]:
@@ -101,6 +102,9 @@ def _prepare(s, k, mask, eps, eps_init, eps_decay, n_iters, solver) -> tuple[Ten
 
 def spread_k(who: str, k: float | Tensor, shape: torch.Size, like: Tensor, solver: str) -> Tensor:
     """log k (k itself for the exact solver) as a wide tensor of this shape."""
+    if not isinstance(k, Tensor) and not torch.compiler.is_compiling():  # one call of torch in place of five
+        least = max(float(k), LEAST_K)
+        return like.new_full(shape, least if solver == "exact" else log(least), dtype=compute_dtype(like))
     if not isinstance(k, Tensor):
         k = like.new_full((), float(k), dtype=torch.float64)  # of like's kind: a DTensor if it is one
         dtype = compute_dtype(like)
@@ -111,8 +115,10 @@ def spread_k(who: str, k: float | Tensor, shape: torch.Size, like: Tensor, solve
     if not _broadcasts(k.shape, shape):
         raise ValueError(f"{who}: k must broadcast to {list(shape)}, one number per row; got {list(k.shape)}.\n"
                          f"  Give one number for all rows, or drop the last axis: k[..., 0].")
-    k = k.to(dtype).clamp(min=LEAST_K)
-    return (k if solver == "exact" else k.log()).expand(shape)
+    k = cast(k, dtype).clamp(min=LEAST_K)
+    k = k if solver == "exact" else k.log()
+    # A tracer would make a condition of the comparison.
+    return k.expand(shape) if torch.compiler.is_compiling() or k.shape != shape else k
 
 
 def check_settings(who: str, eps, eps_init, eps_decay, n_iters, solver) -> None:
@@ -146,6 +152,8 @@ def _along_rows(operator) -> Callable:
     """The operator's first result, for scores [..., n] and log k (or k) [...]."""
 
     def run(s: Tensor, log_or_k: Tensor, *options) -> Tensor:
+        if s.ndim == 2:
+            return operator(s, log_or_k, *options)[0]
         rows = s.reshape(-1, s.shape[-1]) if s.numel() else s.flatten(0, -2) if s.ndim > 1 else s[None]
         return operator(rows, log_or_k.reshape(-1), *options)[0].view(s.shape)
 

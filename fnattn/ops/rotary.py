@@ -57,9 +57,9 @@ def rotary(x: Tensor, positions: Tensor, freqs: Tensor, *, impl: str = "auto") -
         raise ValueError(f"rotary: freqs must be a tensor [f]; got {got}.\n  Use ops.lang_freqs(dim).")
     if positions.ndim == 0:
         positions = positions + torch.arange(n, device=x.device)
+    freqs = freqs if freqs.dtype == torch.float64 else freqs.float()
     with no_autocast(x):
-        freqs = freqs if freqs.dtype == torch.float64 else freqs.float()
-        return rotate(x, cast(positions, freqs.dtype).unsqueeze(1) * freqs, impl=impl)
+        return _turn(x, torch.outer(positions, freqs), impl)  # in freqs' dtype, to which the product turns integers
 
 
 def rotate(x: Tensor, angles: Tensor, *, impl: str = "auto") -> Tensor:
@@ -74,13 +74,16 @@ def rotate(x: Tensor, angles: Tensor, *, impl: str = "auto") -> Tensor:
         got = angles.dtype if isinstance(angles, Tensor) else type(angles).__name__
         raise TypeError(f"rotary: angles must be a float32 or float64 tensor; got {got}.\n"
                         f"  Narrower floats cannot hold large angles: compute them as float32.")
+    with no_autocast(x):
+        return _turn(x, angles, impl)
+
+
+def _turn(x: Tensor, angles: Tensor, impl: str) -> Tensor:
     if angles.ndim != 2 or angles.shape[0] != x.shape[-2] or 2 * angles.shape[1] > x.shape[-1]:
         raise ValueError(f"rotary: expected angles [n, f] with n = {x.shape[-2]} rows of x and 2 f <= {x.shape[-1]} channels; "
                          f"got {list(angles.shape)}.\n  Each frequency turns two channels: use lang_freqs(d) or fewer.")
     kernel = choose("rotary", impl, KERNELS, x, angles)
-    run = reference if kernel is None else kernel.run
-    with no_autocast(x):
-        return run(x, angles)
+    return (reference if kernel is None else kernel.run)(x, angles)
 
 
 def lang_freqs(dim: int, theta: float = 10000.0, *, device: object = None) -> Tensor:
@@ -116,14 +119,14 @@ def reference(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def _native(x: Tensor, angles: Tensor) -> Tensor:
-    wide, angles = rows_as_they_are((x,), angles)
+    wide, angles = rows_as_they_are((x,), angles.unsqueeze(0))
     # Four axes: heads and further ones in the second, so that a view of split heads is read in place.
     if x.ndim < 4:
         wide = wide[(None,) * (4 - x.ndim)]
     elif x.ndim > 4:
         wide = wide.flatten(1, -3)
-    out = native.rotate(wide, angles.cos().unsqueeze(0), angles.sin().unsqueeze(0), True)
-    return cast(out.reshape(x.shape), x.dtype)
+    out = native.rotate(wide, angles.cos(), angles.sin(), True)
+    return cast(out if x.ndim == 4 else out.reshape(x.shape), x.dtype)
 
 
 def _vjp(needs, args, outs, cotangents):

@@ -22,7 +22,7 @@ from fnattn_kernels.triton import softmax as triton
 from torch import Tensor
 
 from ..core import peek_int
-from ._door import Kernel, check_heads, choose, no_autocast, widen
+from ._door import Kernel, cast, check_heads, choose, no_autocast, widen
 from ._softmax_rules import _table, derive
 from ._softmax_rules import weights as weights
 
@@ -66,7 +66,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = 
     kernel = choose("softmax_attention", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):
-        return run(*widen(q, k, v), mask, start, scale).to(v.dtype)
+        return cast(run(*widen(q, k, v), mask, start, scale), v.dtype)
 
 
 def _check_mask(mask: Tensor | None, shape: tuple) -> Tensor | None:
@@ -81,7 +81,7 @@ def _check_mask(mask: Tensor | None, shape: tuple) -> Tensor | None:
         raise ValueError(f"softmax_attention: mask must be broadcastable to [b, h, n, m] = {list(shape)}; "
                          f"got {list(mask.shape)}.\n"
                          f"  A mask of keys needs axes for heads and queries: mask[:, None, None, :].")
-    mask = mask[(None,) * (4 - mask.ndim)]
+    mask = mask if mask.ndim == 4 else mask[(None,) * (4 - mask.ndim)]
     return mask if mask.shape[3] == shape[3] else mask.expand(*mask.shape[:3], shape[3])
 
 

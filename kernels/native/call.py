@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -36,15 +37,25 @@ def address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
+_ABSENT = (0, 0, 0, 0)
+
+
 def strided(t: Tensor | None) -> tuple[int, ...]:
     """Address and first three strides of a tensor, zeros for None: `strided` in csrc/softmax_call.h."""
-    return (0, 0, 0, 0) if t is None else (t.data_ptr(), *t.stride()[:3])
+    return _ABSENT if t is None else (t.data_ptr(), *t.stride()[:3])
 
 
-def numbers(first: list[int], tensors: Sequence[Tensor | None]) -> ctypes.Array:
-    """An array of int64 for a C function that takes its arguments as one struct: numbers, then a `strided` for each tensor."""
-    every = first + [number for t in tensors for number in strided(t)]
-    return (ctypes.c_int64 * len(every))(*every)
+def numbers(first: Sequence[int], tensors: Sequence[Tensor | None]) -> bytes:
+    """int64 for a C function that takes its arguments as one struct: numbers, then a `strided` for each tensor. C must not write."""
+    every = list(first)
+    for t in tensors:
+        every += _ABSENT if t is None else (t.data_ptr(), *t.stride()[:3])
+    return _struct(len(every)).pack(*every)
+
+
+@functools.cache
+def _struct(count: int) -> struct.Struct:
+    return struct.Struct(f"{count}q")
 
 
 def rows(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ def schedule(eps: float, eps_init: float, eps_decay: float, n_iters: int) -> lis
     return values
 
 
+@functools.lru_cache(maxsize=256)
 def c_schedule(eps: float, eps_init: float, eps_decay: float, n_iters: int) -> ctypes.Array:
-    """The schedule as an array of C doubles; the caller keeps it alive during the call."""
+    """The schedule as an array of C doubles, which kernels read; the caller keeps it alive during the call."""
     values = schedule(eps, eps_init, eps_decay, n_iters)
     return (ctypes.c_double * len(values))(*values)
 

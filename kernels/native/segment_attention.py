@@ -65,7 +65,7 @@ def operators(name: str, lists: Callable[..., Lists]) -> SegmentOperators:
 
     def attend(q, k, v, keep, layout, pattern, scale):
         q, k, v = rows(q, k, v)
-        out, lse = merged(q, v.shape[3]), torch.empty(q.shape[:3], dtype=torch.float64)
+        out, lse = merged(q, v.shape[3]), torch.empty(*q.shape[:3], dtype=torch.float64)
         _call("segment_attention", made(q, layout, pattern), keep, (q, k, v, out, lse), q, v, 2, scale)
         return out, lse
 

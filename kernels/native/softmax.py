@@ -56,7 +56,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: int | N
         out, lse = aten.attend(q, k, v, mask, start, scale)
         return out, lse.double()
     q, k, v, mask = rows(q, k, v, mask)
-    out, lse = merged(q, v.shape[3]), torch.empty(q.shape[:3], dtype=torch.float64)
+    out, lse = merged(q, v.shape[3]), torch.empty(*q.shape[:3], dtype=torch.float64)
     _call("softmax", "softmax", mask, (q, k, v, out, lse), _sizes(q, k, v), start, scale)
     return out, lse
 
