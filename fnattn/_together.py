@@ -46,7 +46,7 @@ def scale(a: list, factor: float) -> list:
 
 def norm(a: list) -> Tensor:
     """The Euclidean norm of all entries of all tensors."""
-    return torch.stack(torch._foreach_norm(a)).square().sum().sqrt()
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(a)))
 
 
 def adamw(g: list, p: list, mu: list, nu: list, t: Tensor, b1: float, b2: float, eps: float, weight_decay: float,

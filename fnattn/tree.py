@@ -216,6 +216,8 @@ def value_and_grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bo
                 full[n] = tree
             value, aux = _pair(fn(*full, **kwargs)) if has_aux else (fn(*full, **kwargs), None)
             _check_scalar(value)
+            if not has_aux:
+                return value, []
             items, form = flatten(aux)
             around[:] = [form, [None if isinstance(x, Tensor) else (x,) for x in items]]
             return value, [x for x in items if isinstance(x, Tensor)]

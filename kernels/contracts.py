@@ -110,14 +110,14 @@ class Operator:
         fn = self._end(args)
         if fn is None:
             return self.packet(*args)
-        if _C.is_grad_enabled() and _C._any_requires_grad(*args):
+        if _C.is_grad_enabled() and _C._any_requires_grad(*args[:self.tensors]):
             return self.packet(*args) if self._vjp is None else self._reverse.apply(fn, *args)
         with _C._AutoDispatchBelowADInplaceOrView():
             return fn(*args)
 
     def straight(self, args: Sequence[Any]) -> Callable | None:
         """The function that computes, if the dispatcher would do nothing but call it; else None."""
-        return None if _C.is_grad_enabled() and _C._any_requires_grad(*args) else self._end(args)
+        return None if _C.is_grad_enabled() and _C._any_requires_grad(*args[:self.tensors]) else self._end(args)
 
     def _end(self, args: Sequence[Any]) -> Callable | None:
         """The function that computes, if nothing but plain reverse mode stands before it; else None.

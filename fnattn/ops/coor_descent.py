@@ -142,7 +142,12 @@ def _kind(x: object) -> str:
 
 def _broadcasts(shape, to) -> bool:
     # Spelt out: a tracer compares a size that may vary by ==, but not by `in`.
-    return len(shape) <= len(to) and all(a == 1 or a == b for a, b in zip(reversed(shape), reversed(to)))
+    if len(shape) > len(to):
+        return False
+    for a, b in zip(reversed(shape), reversed(to)):
+        if not (a == 1 or a == b):
+            return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------------ the kernels

@@ -184,3 +184,15 @@ def test_errors_say_who_what_and_what_to_do(options, error, text):
     with pytest.raises(error) as caught:
         coor_descent_attention(q, k, v, **{"sparsity_k": level, **options})
     assert "coor_descent_attention: " + text in str(caught.value) and "\n  " in str(caught.value)
+
+
+@pytest.mark.parametrize("solver", ["iterate", "exact"])
+@pytest.mark.parametrize("level", [1, 2.5, 0.0])
+def test_a_number_of_keys_is_a_tensor_that_holds_it(solver, level):
+    q, k, v, _ = inputs(2, 2, 1, 5, 7, 3, 2)
+    out = coor_descent_attention(q, k, v, level, solver=solver)
+    assert_close(coor_descent_attention(q, k, v, torch.full((5,), float(level), dtype=torch.float64), solver=solver), out)
+    for scores in (q[0, 0, 0], q[0, 0], q):
+        y = coor_descent(scores, level, solver=solver)
+        for same in (torch.tensor(float(level)), torch.full(scores.shape[:-1], float(level), dtype=torch.float64)):
+            assert_close(coor_descent(scores, same, solver=solver), y)

@@ -132,16 +132,6 @@ GOLDEN = [
 ]
 
 
-@pytest.mark.parametrize("solver", ["iterate", "exact"])
-@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
-def test_a_number_is_a_tensor_that_holds_it(shape, solver):
-    for k in (1, 2.5, 0.0):
-        y = coor_descent(scores(shape), k, solver=solver)
-        for same in (torch.tensor(float(k)), torch.full(shape[:-1], float(k), dtype=torch.float64)):
-            assert_close(coor_descent(scores(shape), same, solver=solver), y)
-
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 def test_golden_numbers(impl):
     for expected, schedule in GOLDEN:
