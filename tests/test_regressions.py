@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import re
 import shutil
+import struct
 import subprocess
 from collections import Counter
 from collections.abc import Callable
@@ -118,8 +119,9 @@ class Recorder:
         for i, (name, args) in enumerate(self.calls):
             texts = []
             for arg in args:
-                if isinstance(arg, ctypes.Array):
-                    texts.append(f"(void *)(int64_t[]){{{', '.join(word(x, names, '(int64_t)') for x in arg)}}}")
+                if isinstance(arg, bytes):  # a struct of int64: `numbers`
+                    words = struct.unpack(f"{len(arg) // 8}q", arg)
+                    texts.append(f"(void *)(int64_t[]){{{', '.join(word(x, names, '(int64_t)') for x in words)}}}")
                 else:
                     texts.append("NULL" if arg is None else word(arg, names, "(void *)"))
             lines.append(f"__attribute__((noinline)) void measured_{i}(void) {{ fnattn_{name}_f32({', '.join(texts)}); }}")
