@@ -9,7 +9,7 @@ from fnattn_kernels.native.build import why_not
 
 import fnattn
 from fnattn import random, taps, tree
-from fnattn.attentions import FAMILIES, _step, full, gate_loop, simple_gate_loop, taylor
+from fnattn.attentions import FAMILIES, _step, full, gate_loop, simple_gate_loop, sparse_axial, sparse_conv, taylor
 from fnattn.models import _step as model_step
 from fnattn.models import lm
 
@@ -63,7 +63,7 @@ def test_steps_are_those_of_the_reference(cfg, dtype, taken):
         expected, truth = fnattn.apply(params, x[:, t:t + 1], truth, impl="reference")
         torch.testing.assert_close(out, expected)
         outs.append(out)
-    assert len(taken) == N
+    assert len(taken) == N - getattr(cfg, "seq_len", 0) - 1 + cfg.image_size ** 2 if hasattr(cfg, "image_size") else len(taken) == N
     assert tree.structure(state) == tree.structure(truth)
     for ours, theirs in zip(tree.leaves(state), tree.leaves(truth), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -170,7 +170,7 @@ def watched_autocast(f, x):
 
 
 def watched_profiler(f, x):
-    with torch.profiler.profile() as kept:
+    with torch.profiler.profile(acc_events=True) as kept:
         f(x)
     return torch.tensor(float(any("taylor" in event.name for event in kept.events())))
 
@@ -249,5 +249,40 @@ def test_without_the_kernel_the_ordinary_way_is_taken(monkeypatch, taken):
 
 
 def test_the_step_of_a_family_is_found_by_models_only_through_its_record():
-    assert {name for name, family in FAMILIES.items() if family.step} == {"taylor", "full", "gate_loop", "simple_gate_loop"}
+    assert {name for name, family in FAMILIES.items() if family.step} == {"taylor", "full", "gate_loop", "simple_gate_loop", "sparse_conv",
+                                                                               "sparse_axial"}
     assert model_step.tensors is _step.tensors
+
+
+@pytest.mark.parametrize("kind", ["conv", "axial", "column", "full"])
+def test_steps_of_pictures_with_turned_heads(kind, taken):
+    """What DALLE's transformer asks of a layer: a table of angles for queries, keys and values."""
+    sizes = {"dim": 16, "seq_len": 14, "heads": 2, "dim_head": 8}
+    module, cfg = {"conv": (sparse_conv, sparse_conv.Config(**sizes, image_size=3, kernel_size=3)),
+                   "axial": (sparse_axial, sparse_axial.Config(**sizes, image_size=3)),
+                   "column": (sparse_axial, sparse_axial.Config(**sizes, image_size=3, axis=1)),
+                   "full": (full, full.Config(**sizes))}[kind]
+    params = moved(fnattn.init(random.key(0), cfg))
+    angles = random.normal(random.key(1), (15, 3))
+    x = random.normal(random.key(2), (2, 15, 16))
+    whole, _ = module.attend(params, x, angles=angles, impl="reference")
+    state, outs = fnattn.init_state(params, 2, capacity=15), []
+    for t in range(15):
+        out, state = module.attend(params, x[:, t:t + 1], state, angles=angles)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=1e-4)
+    assert len(taken) == (15 if kind == "full" else 9)
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_steps_of_pictures_remember_what_a_mask_hid(compat, taken):
+    cfg = sparse_conv.Config(dim=16, seq_len=14, heads=2, dim_head=8, image_size=3, kernel_size=3, compat_mask=compat)
+    params = moved(fnattn.init(random.key(0), cfg, dtype=torch.float64))
+    x, mask = random.normal(random.key(2), (2, 15, 16), torch.float64), torch.ones(2, 15, dtype=torch.bool)
+    mask[0, 2], mask[1, 7] = False, False
+    whole, _ = fnattn.apply(params, x, mask=mask, impl="reference")
+    _, state = fnattn.apply(params, x[:, :9], fnattn.init_state(params, 2, capacity=15), mask=mask[:, :9])
+    for t in range(9, 15):
+        out, state = fnattn.apply(params, x[:, t:t + 1], state)
+        torch.testing.assert_close(out[:, 0], whole[:, t])
+    assert len(taken) == 6

@@ -10,6 +10,7 @@ different positions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from ..core import Empty, check, check_input, peek_int, refuse
 from ..ops._door import Kernel, choose, no_autocast, widen
 from ..ops._picture import bands_reason
 from ..ops.softmax import weights
+from . import _step
 from ._heads import dropout, linear, linear_init, merge_heads, split_heads, uniform_init
 
 # b batch, h heads, n positions of this call, m of a block, t = text_len, w window, d width of a head, S image_size
@@ -114,6 +116,10 @@ def attend(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, *,
     """The family's attend, see there."""
     cfg, streaming = params.cfg, not isinstance(state, Empty)
     used = _check(pattern.who, cfg, x, state, mask, context)
+    if used and _step.asked_for(x, state, mask, dropout_key, impl):
+        others = () if angles is None else (angles,)
+        if done := _step.layer(partial(step, pattern, angles=angles), params, x, state, cfg.dim, *others):
+            return done
     qkv = linear(x, params.to_qkv, impl=impl).chunk(3, -1)
     q, k, v = (split_heads(part, cfg.heads) for part in qkv)
     if angles is not None:
@@ -138,6 +144,53 @@ def attend(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, *,
     if seen is not None:
         out = torch.where(seen[..., None], out, torch.zeros_like(out))
     return dropout(dropout_key, "out", out, cfg.dropout), state
+
+
+def step(pattern: Pattern, steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None, *,
+         angles: Tensor | None = None) -> tuple[_step.Row, State]:
+    """What `attend` does for one pixel of few sequences, as instructions: only the keys that it sees are read."""
+    cfg, t = params.cfg, text_len(params.cfg)
+    _step.fits(isinstance(state, State))
+    pos, inner, d = _step.position(state.pos), cfg.heads * cfg.dim_head, cfg.dim_head
+    _step.fits(t <= pos <= cfg.seq_len)
+    q, k, v = steps.parts(x, params.to_qkv, inner, inner, inner)
+    if angles is not None:
+        _step.fits(angles.dtype == torch.float32 and angles.ndim == 2 and pos < angles.shape[0])
+        for turned in (q, k, v):
+            steps.turn(turned, angles[pos], d, 1)
+    heads = steps.slots(q, (k, v), state[:3], state[3:6], _slots(pattern, cfg, pos), cfg.compat_mask, d ** -0.5)
+    if pattern.columns:
+        new = torch.ones_like(state.image_visible[:, :1])
+        image = (steps.place(state.k_image, k, pos - t), steps.place(state.v_image, v, pos - t),
+                 torch.cat((state.image_visible[:, :pos - t], new, state.image_visible[:, pos - t + 1:]), 1))
+    elif pattern.reach:
+        image = (*(steps.shift(old, new) for old, new in ((state.k_image, k), (state.v_image, v))),
+                 torch.cat((state.image_visible[:, 1:], torch.ones_like(state.image_visible[:, :1])), 1))
+    else:
+        image = state[3:6]
+    return steps.linear(heads, params.to_out, params.to_out_bias, out=out), State(*state[:3], *image, state.pos + 1)
+
+
+_SLOTS: dict[tuple, Tensor] = {}  # of pixels asked for lately: to find them takes longer than to use them
+
+
+def _slots(pattern: Pattern, cfg: Any, pos: int) -> Tensor:
+    """The slots of the window, or of all pixels with columns, that the pixel at `pos` sees; their number stands for itself."""
+    found = _SLOTS.get((cfg, pos))
+    if found is None:
+        with torch.inference_mode(False):
+            at, side = torch.tensor([pos]), cfg.image_size
+            if pattern.columns:
+                _, row, column = _place(cfg, at)
+                seen = torch.arange(side)[pattern.sees(row, column, torch.arange(side), column)] * side + column
+                found = torch.where(seen == pos - text_len(cfg), side ** 2, seen)
+            else:
+                everywhere = torch.ones(1, pattern.reach + 1, dtype=torch.bool)
+                found = _window_seen(pattern, cfg, at, everywhere)[0, 0].nonzero().squeeze(1)
+        if len(_SLOTS) >= 1 << 14:
+            _SLOTS.clear()
+        _SLOTS[cfg, pos] = found
+    return found
 
 
 def _check(who: str, cfg: Any, x: Tensor, state: State | Empty, mask: Tensor | None,

@@ -32,9 +32,9 @@ def asked_for(x: Tensor, state: Any, mask: Tensor | None, dropout_key: Tensor | 
     return plain and isinstance(state, tuple) and not isinstance(state, Empty) and x.ndim > 1 and x.shape[1] == 1
 
 
-def layer(step: Step, params: Any, x: Tensor, state: Any, width: int) -> tuple[Tensor, Any] | None:
-    """`apply` by a family's step: out [b, 1, width] and the state after it; None where that cannot be."""
-    steps = begin(x.shape[0], x, tensors(params, state))
+def layer(step: Step, params: Any, x: Tensor, state: Any, width: int, *others: Tensor) -> tuple[Tensor, Any] | None:
+    """`apply` by a family's step: out [b, 1, width] and the state after it; None where that cannot be. It may read `others`."""
+    steps = begin(x.shape[0], x, [*tensors(params, state), *others])
     if steps is None:
         return None
     try:

@@ -8,6 +8,7 @@ fixed capacity and remembers the mask. `stable` changes nothing: softmax runs in
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -150,8 +151,10 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
     cfg, n = params.cfg, x.shape[1]
     used = _check(cfg, x, state, mask, context, angles)
-    if angles is None and _step.asked_for(x, state, mask, dropout_key, impl) and (done := _step.layer(step, params, x, state, cfg.dim)):
-        return done
+    if _step.asked_for(x, state, mask, dropout_key, impl):
+        others = () if angles is None else (angles,)
+        if done := _step.layer(partial(step, angles=angles), params, x, state, cfg.dim, *others):
+            return done
     pos = state.pos if isinstance(state, State) else torch.zeros((), dtype=torch.int64, device=x.device)
 
     turn = impl if impl == "reference" else "auto"
@@ -180,7 +183,8 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
     return dropout(dropout_key, "out", out, cfg.dropout), state
 
 
-def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
+def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None, *,
+         angles: Tensor | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
     _step.fits(cfg.causal and cfg.static_mask is None and isinstance(state, State))
@@ -191,6 +195,10 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     if cfg.rotary_emb:
         for turned in (q, k):
             steps.turn(turned, _step.lang_freqs(d), d, pos)
+    if angles is not None:
+        _step.fits(angles.dtype == torch.float32 and angles.ndim == 2 and pos < angles.shape[0])
+        for turned in (q, k, v):
+            steps.turn(turned, angles[pos], d, 1)
     keys, values = Rows(*steps.append(*state.k, k, pos)), Rows(*steps.append(*state.v, v, pos))
     heads = steps.decode(q, keys, values, state.visible, end - end % keys.late.shape[2], end, d ** -0.5)
     return steps.linear(heads, params.to_out, params.to_out_bias, out=out), State(keys, values, state.visible, state.pos + 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..core import EMPTY, Empty, Family, check, config
-from . import _picture
+from . import _picture, _step
 from ._picture import Params, Pattern, State
 
 # b batch, n positions, text_len = seq_len + 1 - image_size^2
@@ -108,6 +108,11 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
                            dropout_key=dropout_key, impl=impl)
 
 
+def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
+    """What `apply` does for one pixel of few sequences, as instructions."""
+    return _picture.step(_pattern(params.cfg), steps, params, x, state, out)
+
+
 FAMILY = Family(
     name="sparse_axial", config=Config, init=init, init_state=init_state, apply=apply, streams=True, masks=True,
     contexts=False, source="dalle-pytorch 1.6.6, SparseAxialCausalAttention; arXiv 1912.12180",
@@ -115,4 +120,5 @@ FAMILY = Family(
         Config(dim=7, seq_len=18, image_size=4, heads=2, dim_head=5),
         Config(dim=7, seq_len=18, image_size=4, axis=1, heads=2, dim_head=5, dropout=0.25),
         Config(dim=5, seq_len=13, image_size=3, axis=1, heads=1, dim_head=3),
-    ))
+    ),
+    step=step)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import ops
 from ..core import EMPTY, Empty, Family, check, config
 from ..ops.conv_attention import in_window
-from . import _picture
+from . import _picture, _step
 from ._picture import Params, Pattern, State
 
 # b batch, n positions, text_len = seq_len + 1 - image_size^2
@@ -117,6 +117,11 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
                            dropout_key=dropout_key, impl=impl)
 
 
+def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
+    """What `apply` does for one pixel of few sequences, as instructions."""
+    return _picture.step(_pattern(params.cfg), steps, params, x, state, out)
+
+
 FAMILY = Family(
     name="sparse_conv", config=Config, init=init, init_state=init_state, apply=apply, streams=True, masks=True,
     contexts=False, source="dalle-pytorch 1.6.6, SparseConvCausalAttention",
@@ -124,4 +129,5 @@ FAMILY = Family(
         Config(dim=7, seq_len=18, image_size=4, kernel_size=3, heads=2, dim_head=5),
         Config(dim=5, seq_len=26, image_size=5, kernel_size=3, dilation=2, heads=3, dim_head=2, dropout=0.25),
         Config(dim=5, seq_len=13, image_size=3, kernel_size=5, heads=1, dim_head=3),
-    ))
+    ),
+    step=step)

@@ -8,8 +8,8 @@
  * instruction means. */
 #ifndef PRECISION
 #include <stdint.h>
-enum { NORM, LAYER_NORM, LINEAR, EMBED, COPY, ADD, MULTIPLY, GATE, TURN, APPEND, FLUSH, COMPLEX_PRODUCT, CALL_TAYLOR, CALL_DECODE, CALL_SIMPLE,
-       CALL_NARROW, CALL_WIDE };
+enum { NORM, LAYER_NORM, LINEAR, EMBED, COPY, ADD, MULTIPLY, GATE, TURN, APPEND, FLUSH, SHIFT, GATHER, SEEN, COMPLEX_PRODUCT,
+       CALL_TAYLOR, CALL_DECODE, CALL_SIMPLE, CALL_NARROW, CALL_WIDE };
 enum { IDENTITY, GELU, SILU };           /* what LINEAR does to its results */
 enum { DONE, NO_MEMORY, OUT_OF_RANGE };  /* what the function returns */
 #define PARALLEL_FROM (1 << 17)          /* multiply-adds below which a second thread is not worth waking */
@@ -101,7 +101,8 @@ int S(try_steps)(const int64_t *code, int64_t length, int64_t space, int64_t thr
             code += 8;
             break;
         }
-        case LINEAR: { /* x, ldx, w, bias, add, ldadd, y, rows, parts, m, k, act: parts [rows, m] of y follow each other, as do those of w */
+        case LINEAR: { /* x, ldx, w, bias, add, ldadd, y, rows, parts, m, k, act */
+            /* parts [rows, m] of y follow each other, as do those of w */
             const int64_t rows = code[8], parts = code[9], m = code[10], k = code[11];
             for (int64_t p = 0; p < parts; p++)
                 S(products)(AT(1), AT(3) + p * m * k, AT(4), AT(7) + p * rows * m, 1, rows, m, k, 0, code[2], 0, 0,
@@ -172,6 +173,39 @@ int S(try_steps)(const int64_t *code, int64_t length, int64_t space, int64_t thr
             code += 10;
             break;
         }
+        case SHIFT: { /* old, x, y, heads of all rows, w, d: y is old [w, d] without its first row, and x after it */
+            const int64_t w = code[5], d = code[6];
+            for (int64_t i = 0; i < code[4]; i++) {
+                REAL *y = AT(3) + i * w * d;
+                memcpy(y, AT(1) + (i * w + 1) * d, (size_t)((w - 1) * d) * sizeof(REAL));
+                memcpy(y + (w - 1) * d, AT(2) + i * d, (size_t)d * sizeof(REAL));
+            }
+            code += 7;
+            break;
+        }
+        case GATHER: { /* from, x, slots, y, heads of all rows, w, d, picks */
+            /* row p of y is row slots[p] of from [w, d], or x where that is w */
+            const int64_t *slots = (const int64_t *)(intptr_t)code[3], w = code[6], d = code[7], picks = code[8];
+            for (int64_t i = 0; i < code[5]; i++)
+                for (int64_t p = 0; p < picks; p++) {
+                    const REAL *row = slots[p] == w ? AT(2) + i * d : AT(1) + (i * w + slots[p]) * d;
+                    memcpy(AT(4) + (i * picks + p) * d, row, (size_t)d * sizeof(REAL));
+                }
+            code += 9;
+            break;
+        }
+        case SEEN: { /* text, t, image, w, slots, picks, all, y, rows */
+            /* masks of bytes, y [rows, t + picks]: what is new is seen, with `all` every slot */
+            const int64_t *slots = (const int64_t *)(intptr_t)code[5], t = code[2], w = code[4], picks = code[6];
+            uint8_t *y = (uint8_t *)AT(8);
+            for (int64_t r = 0; r < code[9]; r++, y += t + picks) {
+                const uint8_t *image = (const uint8_t *)(intptr_t)code[3] + r * w;
+                memcpy(y, (const uint8_t *)(intptr_t)code[1] + r * t, (size_t)t);
+                for (int64_t p = 0; p < picks; p++) y[t + p] = code[7] || slots[p] == w || image[slots[p]];
+            }
+            code += 10;
+            break;
+        }
         case COMPLEX_PRODUCT: { /* y, by, count: pairs */
             REAL *y = AT(1);
             const REAL *by = AT(2);
@@ -196,7 +230,7 @@ int S(try_steps)(const int64_t *code, int64_t length, int64_t space, int64_t thr
             double scale;
             memcpy(&scale, code + 18, sizeof scale);
             const int64_t b = code[10], h = code[11], d = code[13], m = code[17];
-            failed = KERNEL(decode)(AT(2), AT(3), AT(4), AT(5), AT(6), (const uint8_t *)(intptr_t)code[7], AT(9), b, h, code[12], 1, d, d,
+            failed = KERNEL(decode)(AT(2), AT(3), AT(4), AT(5), AT(6), (const uint8_t *)AT(7), AT(9), b, h, code[12], 1, d, d,
                                     code[14], code[15], code[16], m, code[8], 0, 0, m - 1, b * h * m * 2 * d < PARALLEL_FROM ? 1 : threads,
                                     scale);
             code += 19;

@@ -27,8 +27,8 @@ from .gate_loop import EVERY
 from .linear import linear
 from .taylor import features
 
-(NORM, LAYER_NORM, LINEAR, EMBED, COPY, ADD, MULTIPLY, GATE, TURN, APPEND, FLUSH, COMPLEX_PRODUCT, CALL_TAYLOR, CALL_DECODE, CALL_SIMPLE,
- CALL_NARROW, CALL_WIDE) = range(17)
+(NORM, LAYER_NORM, LINEAR, EMBED, COPY, ADD, MULTIPLY, GATE, TURN, APPEND, FLUSH, SHIFT, GATHER, SEEN, COMPLEX_PRODUCT,
+ CALL_TAYLOR, CALL_DECODE, CALL_SIMPLE, CALL_NARROW, CALL_WIDE) = range(20)
 DONE, NO_MEMORY, OUT_OF_RANGE = range(3)
 ROWS = crossovers.limits("linear", "native")["rows"]
 _LINE = 16  # numbers of a cache line, at least
@@ -69,6 +69,7 @@ class Steps:
         self.rows, self.dtype = rows, dtype
         self.size = 4 if dtype == torch.float32 else 8
         self.code: list[int] = []
+        self.kept: list[Tensor] = []  # what must live until the run
         self.space = 0
 
     def room(self, width: int) -> Row:
@@ -202,11 +203,53 @@ class Steps:
         _fits(b == self.rows and v[0].shape == k[0].shape and k[1].shape == v[1].shape == (b, g, late, d) and q.width % (g * d) == 0
               and visible.dtype == torch.bool and visible.shape[0] == b and visible.shape[1] >= length
               and 0 <= first <= room and max(first, 1) <= length <= first + late)
+        places = (k[0].data_ptr(), v[0].data_ptr(), k[1].data_ptr(), v[1].data_ptr(), visible.data_ptr(), visible.shape[1])
+        return self._decode(q, places, (g, d, room, late, first, length), scale)
+
+    def _decode(self, q: Row, places: tuple[int, ...], sizes: tuple[int, ...], scale: float) -> Row:
         out = self.room(q.width)
-        self.code += (CALL_DECODE, _kernel("decode", "try_decode", self.dtype), q.at, k[0].data_ptr(), v[0].data_ptr(), k[1].data_ptr(),
-                      v[1].data_ptr(), visible.data_ptr(), visible.shape[1], out.at, b, q.width // d, g, d, room, late, first, length,
-                      _bits(scale))
+        self.code += (CALL_DECODE, _kernel("decode", "try_decode", self.dtype), q.at, *places, out.at, self.rows, q.width // sizes[1],
+                      *sizes, _bits(scale))
         return out
+
+    def slots(self, q: Row, new: tuple[Row, Row], text: Sequence[Tensor], image: Sequence[Tensor], slots: Tensor, every: bool,
+              scale: float) -> Row:
+        """One query per head over a text and some slots of a picture, each (keys, values, which are there): attentions/_picture.py.
+
+        text: [b, h, t, d] twice, bool [b, t]; image: [b, h, w, d] twice, bool [b, w]. slots: int64, in [0, w], w being what is new.
+        every: whether all these slots are there whatever the last mask says.
+        """
+        _fits(text[0].ndim == image[0].ndim == 4)
+        (b, h, t, d), w, picks = text[0].shape, image[0].shape[2], slots.shape[0]
+        shapes = (b, h, t, d), (b, h, t, d), (b, t), (b, h, w, d), (b, h, w, d), (b, w)
+        _fits(b == self.rows and all(part.shape == shape for part, shape in zip((*text, *image), shapes))
+              and text[2].dtype == image[2].dtype == torch.bool and q.width == new[0].width == new[1].width == h * d)
+        parts = []
+        for x, old in zip(new, image[:2]):
+            parts.append(self.room(h * picks * d).at)
+            self.code += (GATHER, old.data_ptr(), x.at, slots.data_ptr(), parts[-1], b * h, w, d, picks)
+        seen = self.room(-(-(t + picks) // self.size)).at
+        self.code += (SEEN, text[2].data_ptr(), t, image[2].data_ptr(), w, slots.data_ptr(), picks, int(every), seen, b)
+        self.kept.append(slots)
+        return self._decode(q, (text[0].data_ptr(), text[1].data_ptr(), *parts, seen, t + picks), (h, d, t, picks, t, t + picks), scale)
+
+    def shift(self, old: Tensor, x: Row) -> Tensor:
+        """old [b, h, w, d] without the first of its w rows, and the heads of x after the last, as a new tensor."""
+        _fits(old.ndim == 4)
+        b, h, w, d = old.shape
+        _fits(b == self.rows and x.width == h * d and w > 0)
+        new = torch.empty_like(old)
+        self.code += (SHIFT, old.data_ptr(), x.at, new.data_ptr(), b * h, w, d)
+        return new
+
+    def place(self, old: Tensor, x: Row, at: int) -> Tensor:
+        """old [b, h, w, d] with the heads of x in slot `at`, as a new tensor."""
+        _fits(old.ndim == 4)
+        b, h, w, d = old.shape
+        _fits(b == self.rows and x.width == h * d and 0 <= at < w)
+        new = torch.empty_like(old)
+        self.code += (APPEND, old.data_ptr(), x.at, new.data_ptr(), b * h, w, d, at)
+        return new
 
     def simple_gate_loop(self, q: Row, x: Row, a: Row, h: Tensor, out: Row | None = None) -> tuple[Row, Tensor]:
         """Rows of the result, and the new state [b, c]: `fnattn.ops.simple_gate_loop`."""
