@@ -5,7 +5,7 @@ per transform level and reaches that kernel each time, exactly as it does for a 
 node. The documented ways (`custom_op` with `register_autograd`, a bare `autograd.Function`) return zero derivatives
 without an error under some transforms, which is why none of them is used.
 
-Private torch names are confined to this file and to sharding.py.
+Private torch names are confined to this file, watchers.py and sharding.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.autograd.forward_ad as fwad
 from torch import Tensor
 from torch._C._functorch import get_single_level_autograd_function_allowed, is_batchedtensor, set_single_level_autograd_function_allowed
 
-from . import sharding
+from . import sharding, watchers
 
 NAMESPACE = "fnattn"
 _LIB = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -30,16 +30,7 @@ _UNPACK = torch._VF._unpack_dual
 _OWN_VMAP = _C._dispatch_key_parse("VmapMode")  # of torch.autograd.functional and gradcheck; torch.func has another
 
 
-def _bits(key: str) -> int:
-    """A dispatch key as a number of which each bit is a backend or what may stand before it."""
-    return _C.DispatchKeySet(_C._dispatch_key_parse(key)).raw_repr()
-
-
-# What every plain tensor brings with it, and has nothing to do for one that carries neither gradient nor tangent.
-_PASSED = (_bits("BackendSelect") | _bits("ADInplaceOrView") | _bits("AutogradCPU")) & ~_bits("CPU")
-_PLAIN = (Tensor, torch.nn.Parameter)
 OPERATORS: list[Operator] = []  # all that were made
-_RECORDED: list[Operator] | None = None
 
 
 class KernelUnavailable(RuntimeError):
@@ -90,7 +81,7 @@ class Operator:
         for key, fn in (("CPU", cpu), ("CUDA", cuda), ("CompositeExplicitAutograd", any_device)):
             if fn is not None:
                 _LIB.impl(self.name, fn, key)
-        self._ends = {_bits(key): fn or any_device for key, fn in (("CPU", cpu), ("CUDA", cuda)) if fn or any_device}
+        self._ends = {watchers.bits(key): fn or any_device for key, fn in (("CPU", cpu), ("CUDA", cuda)) if fn or any_device}
         torch.library.register_fake(self.qualified, fake, lib=_LIB)
         _LIB.impl(self.name, self._autograd, "Autograd", with_keyset=True)
         if autocast is not None:
@@ -117,27 +108,17 @@ class Operator:
 
     def straight(self, args: Sequence[Any]) -> Callable | None:
         """The function that computes, if the dispatcher would do nothing but call it; else None."""
+        if torch.compiler.is_compiling():  # before what tracers cannot follow
+            return None
         return None if _C.is_grad_enabled() and _C._any_requires_grad(*args[:self.tensors]) else self._end(args)
 
     def _end(self, args: Sequence[Any]) -> Callable | None:
         """The function that computes, if nothing but plain reverse mode stands before it; else None.
 
-        Through Python kernels the dispatcher takes 30 microseconds to find it, most of a small call. The same bits that it goes
-        by say that nothing stands before the backend: no transform, no mode, no autocast, no tensor that is not plain.
+        Through Python kernels the dispatcher takes 30 microseconds to find it, most of a small call.
         """
-        if torch.compiler.is_compiling():
-            return None
-        bits = _C._dispatch_tls_local_include_set().raw_repr()
-        for a in args[:self.tensors]:
-            if type(a) in _PLAIN:
-                bits |= _C._dispatch_keys(a).raw_repr()
-            elif a is not None:
-                return None
-        fn = self._ends.get(bits & ~_C._dispatch_tls_local_exclude_set().raw_repr() & ~_PASSED)
-        # Profilers and `recording` want to see the call. No level of forward mode, no tangent: outside of compiled programs,
-        # which do not come this way, this global is right.
-        seen = _RECORDED is not None or _C._autograd._profiler_enabled() or _C._len_torch_function_stack()
-        return None if seen or fwad._current_level >= 0 else fn
+        bits = watchers.backend(args[:self.tensors])
+        return None if bits is None else self._ends.get(bits)
 
     def derive(self, *, vjp: Callable, jvp: Callable, both: Callable | None = None, batch: Callable | None = None,
                save_outputs: bool = True) -> None:
@@ -177,8 +158,8 @@ class Operator:
     def _autograd(self, keyset, *args):
         """Runs once per transform level and once at the bottom, like the kernel of a built-in operator."""
         sharding.on_first_use(args)
-        if _RECORDED is not None:
-            _RECORDED.append(self)
+        if watchers.RECORDS:
+            watchers.RECORDS[-1].append(self)
         forward_on = _C._is_fwd_grad_enabled()
         reverse = _C.is_grad_enabled() and _C._any_requires_grad(*args)
         if reverse or (forward_on and _any_moves(args)):
@@ -219,12 +200,11 @@ def _apart(args: Sequence[Any]) -> list[tuple[Any, Tensor | None]] | None:
 @contextlib.contextmanager
 def recording() -> Iterator[list[Operator]]:
     """A list that receives every Operator called meanwhile, once per transform level."""
-    global _RECORDED
-    before, _RECORDED = _RECORDED, []
+    watchers.RECORDS.append([])
     try:
-        yield _RECORDED
+        yield watchers.RECORDS[-1]
     finally:
-        _RECORDED = before
+        watchers.RECORDS.pop()
 
 
 def _any_moves(args: Sequence[Any]) -> bool:

@@ -228,7 +228,7 @@ def test_shapes_that_do_not_fit_are_the_ordinary_errors(cfg):
                 parts = tree.leaves(state)
                 parts[which] = cut.contiguous()
                 with pytest.raises((ValueError, RuntimeError, TypeError, IndexError)):
-                    fnattn.apply(params, one, tree.unflatten(tree.structure(state), parts))
+                    fnattn.apply(params, one, tree.unflatten(parts, tree.structure(state)))
 
 
 def test_a_full_cache_is_the_ordinary_error(taken):
@@ -286,3 +286,34 @@ def test_steps_of_pictures_remember_what_a_mask_hid(compat, taken):
         out, state = fnattn.apply(params, x[:, t:t + 1], state)
         torch.testing.assert_close(out[:, 0], whole[:, t])
     assert len(taken) == 6
+
+
+def test_a_step_compiles_and_exports_with_any_number_of_positions(taken):
+    params, x, state = sequence(WIDE[0], torch.float32)
+
+    class Chunk(torch.nn.Module):
+        def forward(self, x, state):
+            return fnattn.apply(params, x, state)
+
+    sizes = {"x": {1: torch.export.Dim("n", min=1, max=64)}, "state": tree.map(lambda t: {}, state)}
+    program = torch.export.export(Chunk(), (x[:, :3].clone(), state), dynamic_shapes=sizes).module()
+    for n in (1, 5):
+        torch.testing.assert_close(program(x[:, :n], state)[0], fnattn.apply(params, x[:, :n], state, impl="reference")[0])
+    compiled = torch.compile(lambda x, state: fnattn.apply(params, x, state)[0], backend="eager", fullgraph=True)
+    taken.clear()
+    torch.testing.assert_close(compiled(x[:, :1], state), fnattn.apply(params, x[:, :1], state, impl="reference")[0])
+    assert not taken
+
+
+def test_a_gradient_that_only_one_of_many_tensors_wants(taken):
+    params, x, state = sequence(WIDE[2])
+    for which in range(len(tree.leaves(params))):
+        leaves = [t.clone() for t in tree.leaves(params)]
+        leaves[which].requires_grad_()
+        out, _ = fnattn.apply(tree.unflatten(leaves, tree.structure(params)), x[:, :1], state)
+        assert torch.autograd.grad(out.square().sum(), leaves[which])[0].abs().max() > 0
+    assert not taken
+    wanted = state._replace(sums=state.sums.clone().requires_grad_())
+    assert fnattn.apply(params, x[:, :1], wanted)[0].requires_grad
+    torch.func.vmap(lambda sums: fnattn.apply(params, x[:, :1], state._replace(sums=sums))[0])(torch.stack((state.sums, state.sums)))
+    assert not taken

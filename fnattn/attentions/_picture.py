@@ -209,6 +209,10 @@ def _check(who: str, cfg: Any, x: Tensor, state: State | Empty, mask: Tensor | N
               who + ".apply: the state must have [batch, heads, text, width] = [{}, {}, {}, {}]; got {}.", x.shape[0],
               cfg.heads, text_len(cfg), cfg.dim_head, list(state.k_text.shape),
               remedy="Make it with init_state(params, batch, capacity=...).")
+        check(state.v_text.shape == state.k_text.shape and state.v_image.shape == state.k_image.shape,
+              who + ".apply: the state's values must have the shapes of its keys, {} and {}; got {} and {}.",
+              *(list(t.shape) for t in (state.k_text, state.k_image, state.v_text, state.v_image)),
+              remedy="Make it with init_state(params, batch, capacity=...).")
         used = peek_int(state.pos)
     check((used or 0) + n <= cfg.seq_len + 1,
           who + ".apply: x has {} positions{}, but cfg allows {} = text_len {} + image_size^2 {}.", n,

@@ -28,6 +28,8 @@ Step = Callable[[Steps, Any, Row, Any, "Row | None"], "tuple[Row, Any]"]
 
 def asked_for(x: Tensor, state: Any, mask: Tensor | None, dropout_key: Tensor | None, impl: str) -> bool:
     """Whether a call is one new position without options."""
+    if torch.compiler.is_compiling():  # first: the comparison of a length would bind an exported program to it
+        return False
     plain = mask is None and dropout_key is None and impl == "auto" and not taps.in_use()
     return plain and isinstance(state, tuple) and not isinstance(state, Empty) and x.ndim > 1 and x.shape[1] == 1
 

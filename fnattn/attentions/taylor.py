@@ -143,6 +143,9 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     streaming = not isinstance(state, Empty)
     if _step.asked_for(x, state, mask, dropout_key, impl) and (done := _step.layer(step, params, x, state, cfg.dim)):
         return done
+    if streaming and cfg.shift_tokens:
+        check(state.last.shape == (x.shape[0], 1, cfg.dim), "taylor.apply: the state's last token must be [{}, 1, {}]; got {}.", x.shape[0],
+              cfg.dim, list(state.last.shape), remedy="Make it with init_state(params, batch).")
 
     shifted = shift_tokens(x, state.last if streaming else None) if cfg.shift_tokens else x
     normed = rms_norm(shifted, params.norm, impl) if cfg.prenorm else shifted

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from .. import crossovers
+from ..watchers import unwatched
 from .build import load, why_not
 from .call import SUFFIX, function
 from .gate_loop import EVERY
-from .linear import linear
 from .taylor import features
 
 (NORM, LAYER_NORM, LINEAR, EMBED, COPY, ADD, MULTIPLY, GATE, TURN, APPEND, FLUSH, SHIFT, GATHER, SEEN, COMPLEX_PRODUCT,
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 def begin(rows: int, x: Tensor, tensors: Sequence[Tensor]) -> Steps | None:
     """An empty list for a step of `rows` sequences that reads x and all of `tensors`, if it can be done so, else None."""
-    if not 0 < rows <= ROWS or why_not("steps") is not None or linear.straight((x, *tensors)) is None:
+    if not 0 < rows <= ROWS or why_not("steps") is not None or not unwatched((x, *tensors)):
         return None
     dtype = tensors[0].dtype
     if dtype not in (torch.float32, torch.float64) or x.is_floating_point() and x.dtype is not dtype:

@@ -72,3 +72,9 @@ def test_layers_with_weights_that_do_not_fit_are_errors_not_reads_beyond_the_end
             linear(x, weight, bias)
     with pytest.raises(ValueError, match="rms_norm: expected x"):
         rms_norm(x, torch.zeros(1000))
+
+
+def test_few_rows_with_large_weights_compile():
+    x, weight = torch.ones(1, 1, 1024), torch.full((1024, 1024), 0.5)
+    out = torch.compile(lambda x, weight: ops.linear(x, weight), backend="eager", fullgraph=True)(x, weight)
+    torch.testing.assert_close(out, torch.full((1, 1, 1024), 512.0))
