@@ -274,8 +274,8 @@ def _check(cfg: Config, x: Tensor, state: State | Empty, mask: Tensor | None, co
               "full.apply: the state must have [batch, key heads, capacity, width] = [{}, {}, capacity, {}]; got {}.", x.shape[0],
               cfg.key_heads, cfg.dim_head, list(state.k.main.shape), remedy="Make it with init_state(params, batch, capacity=...).")
         check(state.v.main.shape == state.k.main.shape and state.visible.shape == (batch, capacity),
-              "full.apply: the state's values must be {} as its keys, and visible [{}, {}]; got {} and {}.", list(state.k.main.shape), batch,
-              capacity, list(state.v.main.shape), list(state.visible.shape),
+              "full.apply: the state's values must be {} as its keys, and visible [{}, {}]; got {} and {}.", list(state.k.main.shape),
+              batch, capacity, list(state.v.main.shape), list(state.visible.shape),
               remedy="Make it with init_state(params, batch, capacity=...).")
         used = _cache.room("full.apply", state.k, state.pos, n)
     limit = cfg.seq_len if cfg.static_mask is not None else None
