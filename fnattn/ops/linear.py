@@ -76,8 +76,12 @@ def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return native_reason("linear", x, weight, bias)
 
 
+def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return weight.ndim == 2 and weight.shape[1:] == x.shape[-1:] and (bias is None or bias.shape == weight.shape[:1])
+
+
 def _worth(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if weight.ndim != 2 or weight.shape[1:] != x.shape[-1:] or bias is not None and bias.shape != weight.shape[:1]:
+    if not _fit(x, weight, bias):
         return False  # torch says what is wrong; a kernel would read beyond the end
     large = weight.numel() >= LARGE and x.dtype == compute_dtype(x)  # weights of another dtype would be converted as a whole
     return large and _rows(x) <= FEW and native.linear.straight((x, weight, bias)) is not None

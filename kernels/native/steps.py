@@ -107,10 +107,10 @@ class Steps:
     def linear(self, x: Row, weight: Tensor, bias: Tensor | None = None, *, act: int = 0, add: Row | None = None,
                out: Row | None = None) -> Row:
         """act(x weight^T + bias) + add; into `out` if given."""
-        m, k = shape = weight.shape
+        _fits(weight.ndim == 2)
+        m, k = weight.shape
         out = out or self.room(m)
-        if len(shape) != 2 or k != x.width or out.width != m or out.stride != m:
-            raise Unfit
+        _fits(k == x.width and out.width == m and out.stride == m)
         code, places = (LINEAR, x.at, x.stride, weight.data_ptr()), (out.at, self.rows, 1, m, k, act)
         if bias is None and add is None:
             self.code += (*code, 0, 0, 0, *places)
@@ -121,8 +121,9 @@ class Steps:
 
     def parts(self, x: Row, weight: Tensor, *widths: int) -> list[Row]:
         """x weight^T in parts that lie one after the other, as queries, keys and values are wanted. Equal ones are best together."""
-        m, k = shape = weight.shape
-        _fits(len(shape) == 2 and k == x.width and sum(widths) == m)
+        _fits(weight.ndim == 2)
+        m, k = weight.shape
+        _fits(k == x.width and sum(widths) == m)
         rows, first = [self.room(width) for width in widths], 0
         together = len(set(widths)) == 1 and self.rows * widths[0] % _LINE == 0
         for row in rows[:1] if together else rows:
@@ -173,7 +174,7 @@ class Steps:
 
         The late part, which begins at the last multiple of w, is copied; when it is full it goes into a copy of the main part.
         """
-        _fits(main.ndim == late.ndim == 4)
+        _fits(main.ndim == late.ndim == 4 and late.shape[2] > 0)
         (b, g, w, d), room, at = late.shape, main.shape[2], position % late.shape[2]
         _fits(b == self.rows and x.width == x.stride == g * d and main.shape == (b, g, room, d) and 0 <= position < room)
         if at + 1 < w:
