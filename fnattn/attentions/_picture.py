@@ -116,7 +116,7 @@ def attend(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, *,
     """The family's attend, see there."""
     cfg, streaming = params.cfg, not isinstance(state, Empty)
     used = _check(pattern.who, cfg, x, state, mask, context)
-    if used and _step.asked_for(x, state, mask, dropout_key, impl):
+    if used and _step.asked_for(x, state, impl, mask, dropout_key):
         others = () if angles is None else (angles,)
         if done := _step.layer(partial(step, pattern, angles=angles), params, x, state, cfg.dim, *others):
             return done

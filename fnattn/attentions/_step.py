@@ -26,12 +26,16 @@ from ..core import Empty, peek_int
 Step = Callable[[Steps, Any, Row, Any, "Row | None"], "tuple[Row, Any]"]
 
 
-def asked_for(x: Tensor, state: Any, mask: Tensor | None, dropout_key: Tensor | None, impl: str) -> bool:
-    """Whether a call is one new position without options."""
+def asked_for(x: Tensor, state: Any, impl: str, *options: Tensor | None) -> bool:
+    """Whether a call is one new position without options. Nothing is checked yet: a step fits, or the ordinary way says why not."""
     if torch.compiler.is_compiling():  # first: the comparison of a length would bind an exported program to it
         return False
-    plain = mask is None and dropout_key is None and impl == "auto" and not taps.in_use()
-    return plain and isinstance(state, tuple) and not isinstance(state, Empty) and x.ndim > 1 and x.shape[1] == 1
+    if impl != "auto" or isinstance(state, Empty) or not isinstance(state, tuple) or taps.in_use():
+        return False
+    for option in options:
+        if option is not None:
+            return False
+    return isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == 1
 
 
 def layer(step: Step, params: Any, x: Tensor, state: Any, width: int, *others: Tensor) -> tuple[Tensor, Any] | None:

@@ -151,7 +151,7 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
     cfg, n = params.cfg, x.shape[1]
     used = _check(cfg, x, state, mask, context, angles)
-    if _step.asked_for(x, state, mask, dropout_key, impl):
+    if _step.asked_for(x, state, impl, mask, dropout_key):
         others = () if angles is None else (angles,)
         if done := _step.layer(partial(step, angles=angles), params, x, state, cfg.dim, *others):
             return done

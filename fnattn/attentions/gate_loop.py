@@ -135,13 +135,13 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         out [b, n, dim] in x's dtype; the state after x, or EMPTY.
     """
     cfg = params.cfg
+    if _step.asked_for(x, state, impl, mask, context) and (done := _step.layer(step, params, x, state, cfg.dim)):
+        return done
     check_input("gate_loop.apply", x, cfg.dim)
     refuse("gate_loop.apply", "The recurrence reads every position in order and has no keys to choose from.",
            "Leave padding at the end of the sequence and ignore its outputs, or choose a family that masks: full, taylor.",
            mask=mask, context=context)
     streaming = not isinstance(state, Empty)
-    if _step.asked_for(x, state, None, None, impl) and (done := _step.layer(step, params, x, state, cfg.dim)):
-        return done
 
     q, k, v = (split_heads(t, cfg.head_count) for t in linear(x, params.to_qkv, impl=impl).chunk(3, -1))
     q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)

@@ -100,6 +100,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         out [b, n, dim] in x's dtype; the state after x, or EMPTY.
     """
     cfg = params.cfg
+    if _step.asked_for(x, state, impl, mask, context) and (done := _step.layer(step, params, x, state, cfg.dim)):
+        return done
     check_input("simple_gate_loop.apply", x, cfg.dim)
     refuse("simple_gate_loop.apply", "The recurrence reads every position in order and has no keys to choose from.",
            "Leave padding at the end of the sequence and ignore its outputs, or choose a family that masks: full, taylor.",
@@ -108,8 +110,6 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         refuse("simple_gate_loop.apply", "A reversed layer begins at the last position.",
                "Use Config(reverse=False, ...), or call apply(params, x) on the whole sequence.", state=state)
     streaming = not isinstance(state, Empty)
-    if _step.asked_for(x, state, None, None, impl) and (done := _step.layer(step, params, x, state, cfg.dim)):
-        return done
     normed = rms_norm(x, params.norm, impl) if cfg.prenorm else x
     q, kv, a = linear(normed, params.to_qkva, impl=impl).chunk(3, -1)
     q, kv, a = taps.tap("q", q), taps.tap("kv", kv), taps.tap("a", a)

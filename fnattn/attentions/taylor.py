@@ -130,6 +130,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         out [b, n, dim] ([b, n, heads * dim_head] without combine_heads) in x's dtype; the state after x, or EMPTY.
     """
     cfg = params.cfg
+    if _step.asked_for(x, state, impl, mask, context, dropout_key) and (done := _step.layer(step, params, x, state, cfg.dim)):
+        return done
     check_input("taylor.apply", x, cfg.dim, mask=mask, context=context)
     if cfg.causal:
         refuse("taylor.apply", "With causal=True a query attends to its own past, and a context has none.",
@@ -141,8 +143,6 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         refuse("taylor.apply", "Rotary positions of x say nothing about positions of a context.",
                "Use Config(rotary_emb=False, ...) for cross attention.", context=context)
     streaming = not isinstance(state, Empty)
-    if _step.asked_for(x, state, mask, dropout_key, impl) and (done := _step.layer(step, params, x, state, cfg.dim)):
-        return done
     if streaming and cfg.shift_tokens:
         check(state.last.shape == (x.shape[0], 1, cfg.dim), "taylor.apply: the state's last token must be [{}, 1, {}]; got {}.", x.shape[0],
               cfg.dim, list(state.last.shape), remedy="Make it with init_state(params, batch).")

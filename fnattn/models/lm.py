@@ -162,7 +162,7 @@ def apply(params: Params, ids: Tensor, state: State | Empty = EMPTY, *, mask: Te
         logits [b, n, num_tokens] in the params' dtype; the state after ids, or EMPTY.
     """
     _check_ids("lm.apply", ids, mask)
-    if asked_for(ids, state, mask, dropout_key, impl) and (done := _step.model(params, ids, state)):
+    if asked_for(ids, state, impl, mask, dropout_key) and (done := _step.model(params, ids, state)):
         return done[0], State(state.pos + 1, done[1])
     x, state = hidden(params, ids, state, mask=mask, dropout_key=dropout_key, impl=impl)
     return logits(params, x), state
