@@ -43,6 +43,11 @@ def backend(tensors: Sequence[Tensor | None]) -> int | None:
     return found & ~_C._dispatch_tls_local_exclude_set().raw_repr() & ~_PASSED
 
 
+def transforming() -> bool:
+    """Whether a transform of torch.func is under way."""
+    return _C._functorch.get_dynamic_layer_stack_depth() > 0
+
+
 def unwatched(tensors: Sequence[Tensor]) -> bool:
     """Whether these are plain CPU tensors, and nothing would see a use of them, nor differentiate it."""
     if torch.compiler.is_compiling() or _C.is_grad_enabled() and _C._any_requires_grad(*tensors):

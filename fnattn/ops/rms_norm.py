@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
+from fnattn_kernels import crossovers
 from fnattn_kernels.contracts import Operator, reference_jvp, reference_vjp
 from fnattn_kernels.native import rms_norm as native
+from fnattn_kernels.watchers import transforming
 from torch import Tensor
 
 from ._door import Kernel, cast, choose, native_reason, widen
@@ -130,7 +132,12 @@ native.backward.derive(vjp=lambda needs, args, outs, cotangents: reference_vjp(_
 
 
 def _worth(x: Tensor, gamma: Tensor) -> bool:
-    return not torch.compiler.is_compiling()  # a compiler fuses plain torch with what surrounds it
+    if torch.compiler.is_compiling():  # which fuses plain torch with what surrounds it
+        return False
+    return x.numel() >= MAPPED or not transforming()
+
+
+MAPPED = crossovers.limits("rms_norm", "native")["numbers"]
 
 
 KERNELS = (Kernel("native", _native, _why_not, _worth),)
