@@ -5,7 +5,7 @@ per transform level and reaches that kernel each time, exactly as it does for a 
 node. The documented ways (`custom_op` with `register_autograd`, a bare `autograd.Function`) return zero derivatives
 without an error under some transforms, which is why none of them is used.
 
-Private torch names are confined to this file, watchers.py and sharding.py.
+Private torch names are confined to this file, mapping.py, watchers.py and sharding.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 from torch._C._functorch import get_single_level_autograd_function_allowed, is_batchedtensor, set_single_level_autograd_function_allowed
-from torch._functorch.autograd_function import VmapInfo
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch._functorch.vmap import _add_batch_dim
 
 from . import sharding, watchers
+from .mapping import fold, mapped
 
 NAMESPACE = "fnattn"
 _LIB = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -73,6 +71,13 @@ class Operator:
                  autocast: torch.dtype | None = torch.float32):
         self.name = f"{name}_v{version}"
         self.qualified = f"{NAMESPACE}::{self.name}"
+        # How many arguments are tensors, or may be: the first ones. What comes later, or in lists, nobody would look into for a
+        # gradient or a mapped axis.
+        kinds = [str(a.type) for a in _C.parse_schema(self.name + schema).arguments]
+        self.tensors = sum("Tensor" in kind for kind in kinds)
+        if any(kind not in ("Tensor", "Optional[Tensor]") for kind in kinds[:self.tensors]):
+            raise ValueError(f"Operator {name}: tensors must be the first arguments, each by itself; got {schema}.\n"
+                             f"  Put numbers behind them, and give the parts of a list one by one.")
         _LIB.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
         self.op = self.packet.default
@@ -90,8 +95,6 @@ class Operator:
         if autocast is not None:
             for device in ("cpu", "cuda"):
                 torch.library.register_autocast(self.qualified, device, autocast, lib=_LIB)
-        # How many arguments are tensors, or may be: all before the first that is none.
-        self.tensors = sum("Tensor" in str(a.type) for a in self.op._schema.arguments)
         self._node = _node(self)
         self._reverse = _reverse(self)
         OPERATORS.append(self)
@@ -137,7 +140,7 @@ class Operator:
         save_outputs: whether the rules read `outs`; False saves their memory.
         """
         self._vjp, self._jvp, self._both, self._save_outputs = vjp, jvp, both, save_outputs
-        _LIB.impl(self.name, _mapped(self, batch or fold(self)), "FuncTorchBatched", with_keyset=True)
+        _LIB.impl(self.name, mapped(self.op, batch or fold(self)), "FuncTorchBatched", with_keyset=True)
 
     def flops(self, formula: Callable) -> None:
         """Gives the operator a FLOP formula, which takes shapes where the operator takes tensors; see `register_flops`."""
@@ -319,54 +322,6 @@ def _laid_out(tangent: Tensor | None, strides: Sequence[int]) -> Tensor | None:
     order = sorted(range(tangent.ndim), key=lambda i: -strides[i])
     packed = tangent.permute(order).clone(memory_format=torch.contiguous_format)
     return packed.permute(sorted(range(tangent.ndim), key=order.__getitem__))
-
-
-def _mapped(operator: Operator, rule: Callable) -> Callable:
-    """The kernel by which vmap reaches a rule: that of torch.library.register_vmap for arguments that are tensors or none.
-
-    Taking trees of arguments apart and together, as that does, costs a small operator ten times what it computes.
-    """
-    below = _C.DispatchKeySet(_C._dispatch_key_parse("FuncTorchBatched"))
-
-    def kernel(_, *args):
-        here = retrieve_current_functorch_interpreter()
-        level, plain, dims = here.level(), list(args), [None] * len(args)
-        for i, a in enumerate(args):
-            if isinstance(a, Tensor):
-                plain[i], dims[i] = _C._functorch._unwrap_batched(a, level)
-        with _C._ExcludeDispatchKeyGuard(below):
-            if all(dim is None for dim in dims):
-                return operator.op(*args)
-            out, out_dims = rule(VmapInfo(here.batch_size(), here.randomness()), tuple(dims), *plain)
-        if isinstance(out, tuple):
-            return tuple(o if dim is None else _add_batch_dim(o, dim, level) for o, dim in zip(out, out_dims, strict=True))
-        return out if out_dims is None else _add_batch_dim(out, out_dims, level)
-
-    return kernel
-
-
-def fold(operator: Operator) -> Callable:
-    """vmap rule for operators whose tensors all have one leading batch axis: the mapped axis becomes part of it."""
-
-    def rule(info, in_dims, *args):
-        size = info.batch_size
-
-        def merge(x, dim):
-            if not isinstance(x, Tensor):
-                return x
-            x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            return x.flatten(0, 1)
-
-        out = operator(*[merge(x, d) for x, d in zip(args, in_dims)])
-        if isinstance(out, tuple):
-            return tuple(_unfold(o, size) for o in out), (0,) * len(out)
-        return _unfold(out, size), 0
-
-    return rule
-
-
-def _unfold(out: Tensor, size: int) -> Tensor:
-    return out.unflatten(0, (size, out.shape[0] // size if size else 0))
 
 
 def reference_jvp(fn: Callable, args: Sequence[Any], tangents: Sequence[Tensor | None]):

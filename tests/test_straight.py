@@ -210,6 +210,14 @@ def test_plain_reverse_mode_keeps_its_arguments_from_being_overwritten():
         out.sum().backward()
 
 
+@pytest.mark.parametrize("schema", ["(float factor, Tensor x) -> Tensor", "(Tensor[] x) -> Tensor",
+                                    "(Tensor x, int n, Tensor? y) -> Tensor"])
+def test_tensors_where_no_rule_would_look_are_refused(schema):
+    with pytest.raises(ValueError, match="tensors must be the first arguments"):
+        Operator("tests_order", 1, schema, cpu=lambda *args: None, fake=lambda *args: None)
+    assert not hasattr(torch.ops.fnattn, "tests_order_v1")
+
+
 def test_an_operator_without_derivatives_refuses_plain_reverse_mode():
     raw = Operator("tests_raw", 1, "(Tensor x) -> Tensor", cpu=lambda x: x + 1, fake=lambda x: x.new_empty(x.shape))
     contracts.OPERATORS.remove(raw)

@@ -1,4 +1,4 @@
-"""Forward mode, second order and ensembles: what they cost in units of the plain forward, or of a loop."""
+"""Forward mode, second order, ensembles and steps of generation: what they cost in units of something simpler."""
 
 from __future__ import annotations
 

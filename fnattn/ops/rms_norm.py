@@ -66,7 +66,9 @@ def reference(x: Tensor, gamma: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ the native kernel
 
 
-MANY = 16  # rows of a batch entry that make one more sum over them for gamma's gradient cheaper than two views, of x and the result
+_LIMITS = crossovers.limits("rms_norm", "native")
+# MANY rows of a batch entry make one more sum over entries, for gamma's gradient, cheaper than two views, of x and the result.
+MAPPED, MANY = _LIMITS["numbers"], _LIMITS["rows"]
 
 
 def _native(x: Tensor, gamma: Tensor) -> Tensor:
@@ -135,9 +137,6 @@ def _worth(x: Tensor, gamma: Tensor) -> bool:
     if torch.compiler.is_compiling():  # which fuses plain torch with what surrounds it
         return False
     return x.numel() >= MAPPED or not transforming()
-
-
-MAPPED = crossovers.limits("rms_norm", "native")["numbers"]
 
 
 KERNELS = (Kernel("native", _native, _why_not, _worth),)
