@@ -81,7 +81,7 @@ TABLE = (
               "384 x 512 weights, 2 rows 43 against 33", {"rows": 6, "weights": 1 << 19}),
     # A compiler fuses plain torch with what surrounds it. A transform goes through Python for each operator of ours, as it does not
     # for torch's own.
-    Crossover("rms_norm", "native", "not while torch.compile traces; under torch.func from {numbers} numbers on. Batch entries of "
+    Crossover("rms_norm", "native", "not while torch.compile traces; under vmap from {numbers} numbers on. Batch entries of "
               "{rows} rows or more as they lie, others as rows of one",
               f"{EPYC}: gradients for 8 members of 2 x 31 x 32 numbers 0.77 ms against 0.55, of 4 x 63 x 32 0.87 against 0.70, of "
               "4 x 64 x 64 1.03 against 0.95, of 4 x 128 x 128 2.4 against 3.2; without transforms 4 x 63 x 64 as it lies 21 us against 49",

@@ -9,6 +9,7 @@ import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
 _C = torch._C
+_functorch = _C._functorch
 RECORDS: list[list] = []  # of operators, one for each `contracts.recording` under way
 
 
@@ -43,9 +44,11 @@ def backend(tensors: Sequence[Tensor | None]) -> int | None:
     return found & ~_C._dispatch_tls_local_exclude_set().raw_repr() & ~_PASSED
 
 
-def transforming() -> bool:
-    """Whether a transform of torch.func is under way."""
-    return _C._functorch.get_dynamic_layer_stack_depth() > 0
+def mapping() -> bool:
+    """Whether a vmap is under way, around or inside whatever else."""
+    if not _functorch.get_dynamic_layer_stack_depth():
+        return False
+    return any(layer.key() == _functorch.TransformType.Vmap for layer in _functorch.get_interpreter_stack())
 
 
 def unwatched(tensors: Sequence[Tensor]) -> bool:

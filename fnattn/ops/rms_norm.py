@@ -11,7 +11,7 @@ import torch
 from fnattn_kernels import crossovers
 from fnattn_kernels.contracts import Operator, reference_jvp, reference_vjp
 from fnattn_kernels.native import rms_norm as native
-from fnattn_kernels.watchers import transforming
+from fnattn_kernels.watchers import mapping
 from torch import Tensor
 
 from ._door import Kernel, cast, choose, native_reason, widen
@@ -136,7 +136,7 @@ native.backward.derive(vjp=lambda needs, args, outs, cotangents: reference_vjp(_
 def _worth(x: Tensor, gamma: Tensor) -> bool:
     if torch.compiler.is_compiling():  # which fuses plain torch with what surrounds it
         return False
-    return x.numel() >= MAPPED or not transforming()
+    return x.numel() >= MAPPED or not mapping()
 
 
 KERNELS = (Kernel("native", _native, _why_not, _worth),)
