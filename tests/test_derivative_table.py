@@ -8,10 +8,12 @@ import sys
 import pytest
 import stranger
 import torch
+import torch._dynamo
+from fnattn_kernels.contracts import KernelUnavailable
 
 from fnattn import attentions, cli
 from fnattn.testing import Cell, Table, derivative_table
-from fnattn.testing.table import APART, TRANSFORMS
+from fnattn.testing.table import APART, TRANSFORMS, what
 
 NAMES = ("grad", "vjp", "jvp", "jacrev", "jacfwd", "hessian", "grad(grad)", "jvp(grad)", "vmap", "vmap(grad)", "grad(vmap)",
          "per-sample gradients", "ensembles", "compile", "compile(grad)", "compile(vmap(grad))", "compile(jvp)", "export")
@@ -86,6 +88,16 @@ def test_plain_and_markdown_tables_say_the_same():
     assert plain[4:] == ["[1] error: RuntimeError: no", "[2] wrong: zero"]
     assert markdown[:4] == ["| transform | one | two |", "|---|---|---|", "| `grad` | ok | ok |",
                             "| `jvp` | reference: ok, native: error [1] | wrong [2] |"]
+
+
+def test_what_a_compiler_met_is_named_by_the_code_that_raised_it():
+    def refuses(x):
+        raise KernelUnavailable("it's:\n  one: \"no\"")
+
+    with pytest.raises(torch._dynamo.exc.Unsupported) as met:
+        torch.compile(refuses, backend="eager", fullgraph=True)(torch.ones(2))
+    assert what(met.value) == 'KernelUnavailable: it\'s: one: "no"'
+    assert what(ValueError("no\n  never")) == "ValueError: no never" and len(what(ValueError("no " * 200))) <= 240
 
 
 def test_a_narrow_terminal_gets_the_families_in_blocks():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import wrong_operators as wrong
@@ -91,3 +93,24 @@ def test_a_process_that_dies_in_a_check_is_reported_and_the_others_run():
     answers = dict(run_apart("wrong_workers:worker", None, ["fine", "dies", "raises", "fine too"]))
     assert answers["fine"] is None and answers["fine too"] is None
     assert "died with status" in answers["dies"] and answers["raises"] == "ValueError: no"
+
+
+def test_one_process_serves_many_calls_until_its_surroundings_change(monkeypatch):
+    def parent():
+        return dict(run_apart("wrong_workers:parent", None, ["of the checks"]))["of the checks"]
+
+    first = parent()
+    assert parent() == first
+    assert dict(run_apart("wrong_workers:worker", None, ["slow"], limit_s=0.1))["slow"].startswith("ended without an answer")
+    second = parent()  # the one that was too slow was stopped
+    monkeypatch.setenv("FNATTN_NATIVE", "0")
+    third = parent()
+    assert len({first, second, third}) == 3
+    for pid in (first, second):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+def test_a_worker_that_cannot_be_imported_is_named_in_every_answer():
+    answers = dict(run_apart("wrong_workers:nobody", None, ["one", "two"]))
+    assert all("has no attribute 'nobody'" in answers[name] for name in ("one", "two"))

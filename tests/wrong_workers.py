@@ -1,6 +1,7 @@
 """A worker for the separate process that fails in every way a worker can."""
 
 import os
+import time
 
 
 def worker(what, name):
@@ -8,3 +9,10 @@ def worker(what, name):
         os.abort()
     if name == "raises":
         raise ValueError("no")
+    if name == "slow":
+        time.sleep(60)
+
+
+def parent(what, name):
+    """The process that forked this one."""
+    return str(os.getppid())

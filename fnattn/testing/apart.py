@@ -1,19 +1,26 @@
 """Runs checks in a separate process, where a failure cannot spoil later ones.
 
 A failure of torch.compile inside a torch.func transform leaves the process's stack of transform levels dirty, and
-correct eager calls made afterwards fail. One fresh interpreter imports torch once and forks a child for the checks; a
-child that meets a failure reports it and ends, and the next one goes on with the remaining checks from a clean start.
+correct eager calls made afterwards fail. One fresh interpreter imports torch once and forks a child for the checks of each
+call; a child that meets a failure reports it and ends, and the next one goes on with the remaining checks from a clean start.
+The interpreter waits for further calls, because starting it takes as long as two checks, and ends with this process.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
 import pickle
+import select
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -55,29 +62,83 @@ def run_apart(worker: str, what: Any, names: Sequence[str], *, limit_s: float = 
     if b"__main__" in payload:
         raise ValueError("testing: checks in a separate process need functions that can be imported; got one of __main__.\n"
                          "  Move the function to a module of its own, or pass compile=False.")
-    with tempfile.TemporaryDirectory(prefix="fnattn-check-") as folder:
-        source, answers = os.path.join(folder, "what"), os.path.join(folder, "answers")
-        with open(source, "wb") as file:
+    with tempfile.TemporaryDirectory(prefix="fnattn-check-") as folder, _LOCK:
+        with open(os.path.join(folder, _WHAT), "wb") as file:
             pickle.dump((worker, list(names), payload), file)
-        environment = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=os.path.join(folder, "cache"), PYTHONWARNINGS="ignore",
-                           PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
-        log = os.path.join(folder, "log")
-        with open(log, "wb") as stderr:
-            process = subprocess.Popen([sys.executable, "-m", "fnattn.testing.apart", source, answers], env=environment,
-                                       stdout=stderr, stderr=stderr, stdin=subprocess.DEVNULL)
-            try:
-                process.wait(limit_s)
-            except subprocess.TimeoutExpired:
-                pass
-            finally:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-        found = _read(answers)
-        with open(log, encoding="utf-8", errors="replace") as file:
+        _interpreter(*_surroundings()).work(folder, limit_s)
+        found = _read(os.path.join(folder, _ANSWERS))
+        with open(os.path.join(folder, _LOG), encoding="utf-8", errors="replace") as file:
             last = "".join(file.readlines()[-3:]).strip()
-        for name in names:
-            yield name, found.get(name, f"{_SILENT}: {last[-400:]}")
+    for name in names:
+        yield name, found.get(name, f"{_SILENT}: {last[-400:]}")
+
+
+# ------------------------------------------------------------------------------------------------ on this side
+
+
+_WHAT, _ANSWERS, _LOG = "what", "answers", "log"
+_LOCK = threading.Lock()
+
+
+def _surroundings() -> tuple[int, str, tuple[tuple[str, str], ...]]:
+    """What an interpreter is made for: where one of these differs, another one is started."""
+    environment = dict(os.environ, PYTHONWARNINGS="ignore", PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
+    environment.pop("PYTEST_CURRENT_TEST", None)  # never the same twice, and nothing goes by it
+    return os.getpid(), os.getcwd(), tuple(sorted(environment.items()))
+
+
+class _Interpreter:
+    """A process that carries out one request, a folder, after the other."""
+
+    def __init__(self, folder: str, environment: dict[str, str]):
+        self.folder, self.environment = folder, environment
+        self.running: list[subprocess.Popen] = []  # at most one
+        weakref.finalize(self, _stop, self.running)
+
+    def work(self, folder: str, limit_s: float) -> None:
+        """Returns when the request is done, or the time is up, or the process has died: then the next request starts another."""
+        end, log = time.monotonic() + limit_s, os.path.join(folder, _LOG)
+        open(log, "ab").close()
+        if not self.running or self.running[0].poll() is not None:
+            _stop(self.running)
+            with open(log, "ab") as stderr:
+                # A session of its own, so that its children can be stopped with it.
+                self.running.append(subprocess.Popen(
+                    [sys.executable, "-m", "fnattn.testing.apart"], cwd=self.folder, env=self.environment, stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, stderr=stderr, start_new_session=True))
+        (process,), done = self.running, b""
+        try:
+            process.stdin.write(folder.encode() + b"\n")
+            process.stdin.flush()
+            if select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+                done = process.stdout.readline()
+        except BrokenPipeError:
+            pass
+        finally:
+            if not done:
+                _stop(self.running)
+
+
+def _stop(running: list[subprocess.Popen]) -> None:
+    """Stops the process and its children."""
+    while running:
+        process = running.pop()
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            try:
+                pipe.close()
+            except BrokenPipeError:  # what could not be written any more
+                pass
+
+
+@functools.lru_cache(maxsize=1)
+def _interpreter(pid: int, folder: str, environment: tuple[tuple[str, str], ...]) -> _Interpreter:
+    """That of these surroundings; one at a time."""
+    return _Interpreter(folder, dict(environment))
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -87,17 +148,32 @@ def _read(path: str) -> dict[str, Any]:
         return dict(json.loads(line) for line in file if line.endswith("\n"))
 
 
-def _serve(source: str, answers: str) -> None:
-    with open(source, "rb") as file:
-        worker, names, payload = pickle.load(file)
+# ------------------------------------------------------------------------------------------------ on the other side
+
+
+def _serve() -> None:
+    """Reads names of folders and says so on stdout when what they ask for is done."""
     import torch._dynamo  # noqa: F401
 
     _warm_up()
-    function = resolve(worker)
+    done = os.dup(1)
+    for line in sys.stdin:
+        _carry_out(line.rstrip("\n"))
+        os.write(done, b"done\n")
+
+
+def _carry_out(folder: str) -> None:
+    answers = os.path.join(folder, _ANSWERS)
+    with open(os.path.join(folder, _WHAT), "rb") as file:
+        worker, names, payload = pickle.load(file)
     while names:
         child = os.fork()
         if child == 0:
-            _work(function, payload, names, answers)
+            log = os.open(os.path.join(folder, _LOG), os.O_WRONLY | os.O_APPEND)
+            os.dup2(log, 1), os.dup2(log, 2)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "cache")
+            _work(worker, payload, names, answers)
+            sys.stdout.flush(), sys.stderr.flush()
             os._exit(0)
         _, status = os.waitpid(child, 0)
         done = _read(answers)
@@ -108,8 +184,13 @@ def _serve(source: str, answers: str) -> None:
         names = rest
 
 
-def _work(function: Callable, payload: bytes, names: Sequence[str], answers: str) -> None:
-    what = pickle.loads(payload)  # here and not before the fork: tensors on a GPU do not survive one
+def _work(worker: str, payload: bytes, names: Sequence[str], answers: str) -> None:
+    try:  # here and not before the fork: tensors on a GPU do not survive one
+        function, what = resolve(worker), pickle.loads(payload)
+    except BaseException as error:
+        for name in names:
+            _write(answers, name, f"{type(error).__name__}: {error}")
+        return
     for name in names:
         try:
             answer = function(what, name)
@@ -138,4 +219,4 @@ def _warm_up() -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], sys.argv[2])
+    _serve()

@@ -5,6 +5,9 @@ Every number is compared with plain torch on another route (`plainly`): torch.au
 
 from __future__ import annotations
 
+import ast
+import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -213,8 +216,16 @@ def _try(name: str, tested: Subject, plain: Subject) -> str | None:
     except Mismatch as error:
         return f"wrong|{error}"
     except Exception as error:
-        return f"error|{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"error|{what(error)}"
     return None
+
+
+def what(error: Exception) -> str:
+    """An exception on one line: its type and what it says. Where torch.compile met it, the one of the code that was compiled."""
+    kind, text = type(error).__name__, str(error)
+    if inner := re.search(r"raised exception (\w+)\((['\"].*['\"])\)$", text, re.MULTILINE):
+        kind, text = inner[1], str(ast.literal_eval(inner[2]))
+    return textwrap.shorten(f"{kind}: {text}", 240, placeholder=" ...")
 
 
 def _worker(what: tuple[Subject, Subject], name: str) -> str | None:
