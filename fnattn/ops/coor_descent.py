@@ -20,6 +20,7 @@ from fnattn_kernels import colt5
 from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import coor_descent as native
 from fnattn_kernels.triton import coor_descent as triton
+from fnattn_kernels.watchers import unwatched
 from torch import Tensor
 
 from . import _coor_math as math
@@ -100,11 +101,18 @@ def _prepare(s, k, mask, eps, eps_init, eps_decay, n_iters, solver) -> tuple[Ten
     return s, spread_k("coor_descent", k, s.shape[:-1], s, solver)
 
 
+def _of_rows(k: float, solver: str) -> float:
+    least = max(k, LEAST_K)
+    return least if solver == "exact" else log(least)
+
+
 def spread_k(who: str, k: float | Tensor, shape: torch.Size, like: Tensor, solver: str) -> Tensor:
     """log k (k itself for the exact solver) as a wide tensor of this shape."""
-    if not isinstance(k, Tensor) and not torch.compiler.is_compiling():  # one call of torch in place of five
-        least = max(float(k), LEAST_K)
-        return like.new_full(shape, least if solver == "exact" else log(least), dtype=compute_dtype(like))
+    # One call of torch in place of five.
+    if not isinstance(k, Tensor) and not torch.compiler.is_compiling():
+        return like.new_full(shape, _of_rows(float(k), solver), dtype=compute_dtype(like))
+    if isinstance(k, Tensor) and k.ndim == 0 and k.is_floating_point() and unwatched((k,)):
+        return like.new_full(shape, _of_rows(k.item(), solver), dtype=compute_dtype(like, k))
     if not isinstance(k, Tensor):
         k = like.new_full((), float(k), dtype=torch.float64)  # of like's kind: a DTensor if it is one
         dtype = compute_dtype(like)

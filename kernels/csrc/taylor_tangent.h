@@ -56,17 +56,20 @@ static void S(tangent_keys)(S(work) *w, const S(tangent) *a, int64_t j, int64_t 
     if (a->tv || a->tkeep) S(load_value_tangents)(w, a, j, size);
 }
 
+/* Columns of dv1 that are not zero. */
+static inline int64_t S(moving)(const S(work) *w, const S(tangent) *a) { return a->tkeep ? w->e1 : a->tv ? w->e1 - 1 : 0; }
+
 /* What the queries in the lanes take from the loaded chunk of keys. */
 static void S(tangent_pairs)(S(work) *w, const S(tangent) *a, REAL *along, int64_t keys, int64_t L, int side) {
-    int64_t d = w->d, values = a->tv || a->tkeep;
+    int64_t d = w->d, values = S(moving)(w, a);
     S(meet)(w->s, w->qT, w->kk, 2 * d, keys, d, L, side, 1);
     if (a->tq) S(meet)(w->ds, w->dqT, w->kk, 2 * d, keys, d, L, side, 1);
     if (a->tk) S(meet)(w->ds, w->qT, w->dkk, 2 * d, keys, d, L, side, !a->tq);
     if (!a->tq && !a->tk) memset(w->ds, 0, (size_t)(keys * CHUNK) * sizeof(REAL));
     S(score_gradient)(w->s, w->ds, keys, L, side);
     if (a->tq || a->tk) S(gather)(along, w->ds, w->v1, w->ldv, w->e1, keys, L, side);
-    if (a->sums) S(gather)(w->acc, w->s, w->v1, w->ldv, values ? 2 * w->e1 : w->e1, keys, L, side);
-    else if (values) S(gather)(along, w->s, w->dv1, w->ldv, w->e1, keys, L, side);
+    if (a->sums) S(gather)(w->acc, w->s, w->v1, w->ldv, w->e1 + S(moving)(w, a), keys, L, side);
+    else if (values) S(gather)(along, w->s, w->dv1, w->ldv, S(moving)(w, a), keys, L, side);
 }
 
 /* tout and tden of the chunk of queries from i on: from the states of the keys before (`past`) and the chunks of keys j0 to j1. */
@@ -93,7 +96,6 @@ static void S(tangent_chunk)(S(work) *w, const S(tangent) *a, int64_t r, int64_t
 
 static void S(group_tangent)(S(work) *w, const S(tangent) *a) {
     int64_t d = w->d;
-    int values = a->tv || a->tkeep;
     S(to_state)(w->S, w->stride, w->lost, a->sums0, d, w->e1, 1);
     S(to_state)(w->dS, w->stride, w->lost, a->tsums0, d, w->e1, 1);
     for (int64_t j = 0; j < a->m; j += CHUNK) {
@@ -102,7 +104,7 @@ static void S(group_tangent)(S(work) *w, const S(tangent) *a) {
         int carried = a->sums0 || a->tsums0, pairs = j < a->near && !carried;
         for (int64_t r = 0; r < a->queries && a->causal; r++)
             S(tangent_chunk)(w, a, r, j, size, !pairs && (j || carried), pairs ? 0 : j, j + size);
-        S(add_state)(w->S, w->stride, w->lost, w->kk, NULL, w->v1, w->ldv, size, d, values ? 2 * w->e1 : w->e1, w->phi);
+        S(add_state)(w->S, w->stride, w->lost, w->kk, NULL, w->v1, w->ldv, size, d, w->e1 + S(moving)(w, a), w->phi);
         if (a->tk) S(add_state)(w->dS, w->stride, w->lost, w->kk, w->dkk, w->v1, w->ldv, size, d, w->e1, w->phi);
     }
     for (int64_t r = 0; r < a->queries && !a->causal; r++)

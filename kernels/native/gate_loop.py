@@ -12,7 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..contracts import Operator
-from .call import address, function, sums_dtype, threads
+from ..watchers import unwatched
+from .call import address, function, merged, sums_dtype, threads
 from .scan import rows
 
 # As in the C source: steps between saved states. Their number, n // EVERY + 2, is never 1, so that a tracer need not treat
@@ -84,6 +85,34 @@ def _narrow(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tu
         *map(address, (q, k, v, a, h0, out, last, product, marks)), b, n, c, *_strides(q, k, v, a),
         threads(2 * GATE * out.numel()))
     return out, last, product, marks
+
+
+def narrow_heads(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, ...] | None:
+    """`narrow` on heads of width 1 as they are: q, k, v [b, h, n, 1], a [b, h, n, 2], h0 [b, h, 1, 1, 2].
+
+    Gives out, last state and the product of the gates; None for a call that something watches. A dozen views in and
+    out of rows would take longer than a short call.
+    """
+    tensors = [t for t in (q, k, v, a, h0) if t is not None]
+    if not unwatched(tensors) or any(t.dtype != q.dtype for t in tensors):
+        return None
+    q, k, v, a, h0 = _side_by_side(q), _side_by_side(k), _side_by_side(v), _side_by_side(a), _packed(h0)
+    b, h, n, _ = q.shape
+    out, sums = merged(q, 1), sums_dtype(q)
+    last, product = q.new_empty((b, h, 1, 1, 2), dtype=sums), q.new_empty((b, h, 2), dtype=sums)
+    marks = q.new_empty((b, n // EVERY + 2, 2, h), dtype=sums)
+    strides = [s for t in (q, k, v, a) for s in t.stride()[::2]]
+    function("gate_loop", "gate_loop_narrow", q.dtype, "p" * 9 + "i" * 12)(
+        *map(address, (q, k, v, a, h0, out, last, product, marks)), b, n, h, *strides, threads(2 * GATE * out.numel()))
+    return out, last, product
+
+
+def _side_by_side(t: Tensor) -> Tensor:
+    """t [b, h, n, w], with a position's numbers in one stretch of memory; a copy only if need be."""
+    h, w = t.shape[1], t.shape[3]
+    if (t.stride(3) == 1 or w == 1) and (t.stride(1) == w or h == 1):
+        return t
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _narrow_fake(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
