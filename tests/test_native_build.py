@@ -47,6 +47,13 @@ def run(tmp_path: Path, program: str = PROGRAM, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler on this machine")
+@pytest.mark.parametrize("source", sorted(path.stem for path in build.SOURCES.glob("*.c")))
+def test_every_kernel_compiles_here(source):
+    """Tests of a kernel are skipped where it cannot be had: that must not be because it is broken."""
+    assert build.why_not(source) is None
+
+
 @needs_compiler
 def test_the_kernel_is_built_once_and_kept(tmp_path):
     assert "NATIVE runs" in run(tmp_path)

@@ -13,7 +13,7 @@ tracing, the same values come from comparisons of positions, at the cost of read
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,17 +44,33 @@ def fresh(like: Tensor, batch: int, heads: int, capacity: int, width: int, dtype
                 like.new_zeros(batch, heads, window(capacity), width, dtype=dtype))
 
 
-def room(who: str, rows: Rows, pos: Tensor, n: int) -> int | None:
-    """How many positions the cache holds, where Python may know.
+def room(who: str, state: Any, kind: type, x: Tensor, heads: int, width: int) -> int | None:
+    """How many positions a family's state with caches k and v holds, where Python may know.
 
     Raises:
-        ValueError: there is no room for n more.
+        TypeError: the state is not of this kind. ValueError: it has not the shapes of x's state, or no room for x.
     """
-    used, capacity = peek_int(pos), rows.main.shape[2]
+    if not isinstance(state, kind):
+        raise TypeError(f"{who}.apply: state must come from {who}.init_state; got {type(state).__name__}.\n"
+                        f"  Start a sequence with init_state(params, batch, capacity=...).")
+    b, n = x.shape[:2]
+    capacity = state.k.main.shape[2] if state.k.main.ndim == 4 else 0
+    for name in ("k", "v"):
+        main, late = (list(t.shape) for t in getattr(state, name))
+        check(main == [b, heads, capacity, width] and late == [b, heads, window(capacity), width],
+              "{}.apply: the state must have [batch, key heads, capacity, width] = [{}, {}, capacity, {}]; got {} for its {}, and for "
+              "the last part of that {}.", who, b, heads, width, main, name, late, remedy=_MAKE)
+    visible = getattr(state, "visible", None)
+    check(visible is None or list(visible.shape) == [b, capacity], "{}.apply: the state's visible must be [{}, {}]; got {}.", who, b,
+          capacity, None if visible is None else list(visible.shape), remedy=_MAKE)
+    used = peek_int(state.pos)
     if used is not None and used + n > capacity:
-        check(False, who + ": the state holds {} of {} positions and {} more {} given.", used, capacity, n, "was" if n == 1 else "were",
-              remedy=f"Make it larger: init_state(params, batch, capacity={used + n} or more).")
+        check(False, "{}.apply: the state holds {} of {} positions and {} more {} given.", who, used, capacity, n,
+              "was" if n == 1 else "were", remedy=f"Make it larger: init_state(params, batch, capacity={used + n} or more).")
     return used
+
+
+_MAKE = "Make it with init_state(params, batch, capacity=...)."
 
 
 def positions(pos: Tensor, n: int) -> Tensor:

@@ -12,16 +12,17 @@ goes its ordinary way.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from fnattn_kernels.contracts import KernelUnavailable
-from fnattn_kernels.native.steps import Row, Steps, Unfit, begin
+from fnattn_kernels.native.steps import Row, Steps, Unfit, begin, fits
 from torch import Tensor
 
 from .. import ops, taps
 from ..core import Empty, peek_int
+from ._cache import Rows
 
 Step = Callable[[Steps, Any, Row, Any, "Row | None"], "tuple[Row, Any]"]
 
@@ -48,8 +49,7 @@ def layer(step: Step, params: Any, x: Tensor, state: Any, width: int, *others: T
         _, after = step(steps, params, steps.given(x), state, row)
     except (Unfit, KernelUnavailable):
         return None
-    steps.run()
-    return out, after
+    return (out, after) if steps.run() else None
 
 
 def tensors(*trees: Any) -> list[Tensor]:
@@ -64,18 +64,32 @@ def tensors(*trees: Any) -> list[Tensor]:
     return found
 
 
-def fits(so: bool) -> None:
-    """Raises Unfit unless so."""
-    if not so:
-        raise Unfit
-
-
 def position(pos: Tensor) -> int:
     """The number of positions seen, which Python may look at here."""
     seen = peek_int(pos)
     if seen is None:
         raise Unfit
     return seen
+
+
+def turned(steps: Steps, x: Row, weight: Tensor, widths: Sequence[int], d: int, pos: int, rotary: bool,
+           angles: Tensor | None = None) -> list[Row]:
+    """Queries, keys and values of heads of d channels: x weight^T in parts, turned to their position by `rotary` or a table of angles."""
+    rows = steps.parts(x, weight, *widths)
+    if rotary:
+        for row in rows[:2]:
+            steps.turn(row, lang_freqs(d), d, pos)
+    if angles is not None:
+        fits(angles.dtype == torch.float32 and angles.ndim == 2 and pos < angles.shape[0])
+        for row in rows:
+            steps.turn(row, angles[pos], d, 1)
+    return rows
+
+
+def cached(steps: Steps, k: Rows, v: Rows, rows: Sequence[Row], pos: int) -> tuple[Rows, Rows, int, int]:
+    """Two caches after keys and values at `pos`; how many positions they then hold in their main parts, and in all."""
+    end = pos + 1
+    return Rows(*steps.append(*k, rows[0], pos)), Rows(*steps.append(*v, rows[1], pos)), end - end % k.late.shape[2], end
 
 
 @functools.cache

@@ -10,6 +10,7 @@ layout; there is a state; sequences of any length up to seq_len.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from .. import ops, random, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
 from ..ops import layouts
 from ..ops.block_sparse import visible
-from . import _cache
+from . import _cache, _step
 from ._cache import Rows
 from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
 
@@ -151,6 +152,10 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
            context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
     cfg, n = params.cfg, x.shape[1]
+    if _step.asked_for(x, state, impl, mask, context, dropout_key):
+        others = () if angles is None else (angles,)
+        if done := _step.layer(partial(step, angles=angles), params, x, state, cfg.dim, *others):
+            return done
     used = _check(cfg, x, state, mask, context)
     pos = state.pos if isinstance(state, State) else torch.zeros((), dtype=torch.int64, device=x.device)
     positions = _cache.positions(pos, n)
@@ -180,6 +185,19 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
     return dropout(dropout_key, "out", out, cfg.dropout), state
 
 
+def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None, *,
+         angles: Tensor | None = None) -> tuple[_step.Row, State]:
+    """What `apply` does for one position of few sequences, as instructions."""
+    cfg = params.cfg
+    _step.fits(cfg.causal and isinstance(state, State))
+    pos, d = _step.position(state.pos), cfg.dim_head
+    q, k, v = _step.turned(steps, x, params.to_qkv, (cfg.heads * d,) * 3, d, pos, cfg.rotary_emb, angles)
+    keys, values, first, end = _step.cached(steps, state.k, state.v, (k, v), pos)
+    seen = steps.layout(params.layout, cfg.heads, pos // cfg.block_size, cfg.block_size, state.visible, end)
+    heads = steps.decode(q, keys, values, seen, first, end, d ** -0.5)
+    return steps.linear(heads, params.to_out, params.to_out_bias, out=out), State(keys, values, state.visible, state.pos + 1)
+
+
 def _any_visible(params: Params, keep: Tensor, positions: Tensor, causal: bool) -> Tensor:
     """Which rows see a key in at least one head: bool [b, n]."""
     keys = torch.arange(keep.shape[1], device=keep.device)
@@ -200,10 +218,7 @@ def _check(cfg: Config, x: Tensor, state: State | Empty, mask: Tensor | None, co
     if not cfg.causal:
         refuse("block_sparse.apply", "A non-causal query sees later keys, so no prefix has a final answer.",
                "Use Config(causal=True, ...), or call apply(params, x) on the whole sequence.", state=state)
-    if not isinstance(state, State):
-        raise TypeError(f"block_sparse.apply: state must come from block_sparse.init_state; got {type(state).__name__}.\n"
-                        f"  Start a sequence with init_state(params, batch, capacity=...).")
-    return _cache.room("block_sparse.apply", state.k, state.pos, n)
+    return _cache.room("block_sparse", state, State, x, cfg.heads, cfg.dim_head)
 
 
 FAMILY = Family(
@@ -214,4 +229,4 @@ FAMILY = Family(
         Config(dim=7, seq_len=26, heads=2, dim_head=4, block_size=3, rotary_emb=True, dropout=0.25,
                pattern=layouts.BigBird(num_heads=2, block=3, different_layout_per_head=True, attention="unidirectional")),
         Config(dim=5, seq_len=26, causal=False, heads=2, dim_head=3, block_size=4, text_seq_len=4, num_random_blocks=1),
-    ))
+    ), step=step)

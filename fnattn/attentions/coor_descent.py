@@ -15,12 +15,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from fnattn_kernels.native import steps_weights
+from fnattn_kernels.native.coor_descent import c_schedule
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, random, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
-from . import _cache
+from ..ops.coor_descent import LEAST_K, settings
+from . import _cache, _step
 from ._cache import Rows
 from ._heads import layer_norm, linear_init, merge_heads, ones_init, split_heads
 
@@ -142,11 +145,13 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         ValueError: shapes, more positions than the state has room for, a keyword that cannot be honoured.
     """
     cfg, streaming = params.cfg, not isinstance(state, Empty)
+    if _step.asked_for(x, state, impl, mask, context, dropout_key) and (done := _step.layer(step, params, x, state, cfg.dim)):
+        return done
     check_input("coor_descent.apply", x, cfg.dim, mask=mask)
     refuse("coor_descent.apply", "A query attends to its own past, and a context has none.",
            "Choose a family with cross attention: full, linformer, taylor.", context=context)
     n = x.shape[1]
-    used = _check_state(cfg, x, state) if streaming else 0
+    used = _cache.room("coor_descent", state, State, x, cfg.heads, cfg.dim_head) if streaming else 0
 
     x = layer_norm(x, params.norm, params.norm_bias)
     q, k, v = (split_heads(t, cfg.heads) for t in F.linear(x, params.to_qkv).chunk(3, -1))
@@ -168,6 +173,29 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     attend = _choose if cfg.use_coor_descent else _soften
     out = taps.tap("heads", attend(cfg, q, k, v, sparsity_k, visible, offset, impl))
     return F.linear(merge_heads(out).to(x.dtype), params.to_out), state
+
+
+def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
+    """What `apply` does for one position of few sequences, as instructions."""
+    cfg = params.cfg
+    _step.fits(isinstance(state, State) and (cfg.use_coor_descent or not cfg.attn_null_kv))
+    pos, d = _step.position(state.pos), cfg.dim_head
+    x = steps.layer_norm(x, params.norm, params.norm_bias)
+    q, k, v = steps.parts(x, params.to_qkv, *(cfg.heads * d,) * 3)
+    keys, values, first, end = _step.cached(steps, state.k, state.v, (k, v), pos)
+    after, seen = State(keys, values, state.visible, state.pos + 1), steps.mask(state.visible)
+    if not cfg.use_coor_descent:
+        return steps.linear(steps.decode(q, keys, values, seen, first, end, d ** -0.5), params.to_out, out=out), after
+    gates = steps.linear(x, params.to_learned_k, params.to_learned_k_bias) if cfg.learned_sparsity_k else None
+    exact = cfg.solver == "exact"
+    how_many = steps_weights.sparsity(steps, cfg.heads, gates, cfg.coor_descent_sparsity_k, LEAST_K, log=not exact)
+    nulls = (params.null_kv[0], params.null_kv[1]) if cfg.attn_null_kv else None
+    scores = steps_weights.weigh(steps, q, keys, values, first, end, d ** -0.5, nulls)
+    steps_weights.hide(steps, scores, seen)
+    schedule = None if exact else c_schedule(*settings(cfg.coor_descent_eps, cfg.coor_descent_eps_init, cfg.coor_descent_eps_decay,
+                                                       cfg.coor_descent_iters))
+    weights = steps_weights.choose(steps, scores, how_many, cfg.coor_descent_eps, schedule)
+    return steps.linear(steps_weights.mix(steps, weights, cfg.normalize), params.to_out, out=out), after
 
 
 def _with_nulls(params: Params, k: Tensor, v: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -200,18 +228,6 @@ def _soften(cfg, q, k, v, sparsity_k, visible, offset, impl):
     return ops.softmax_attention(q, k, v, mask=keys, causal=True, offset=offset, impl=impl)
 
 
-def _check_state(cfg: Config, x: Tensor, state: State) -> int | None:
-    """Raises for what cannot be honoured. Returns how many positions the state holds, where Python may know."""
-    if not isinstance(state, State):
-        raise TypeError(f"coor_descent.apply: state must come from coor_descent.init_state; got {type(state).__name__}.\n"
-                        f"  Start a sequence with init_state(params, batch, capacity=...).")
-    batch, heads, capacity, width = state.k.main.shape
-    check((batch, heads, width) == (x.shape[0], cfg.heads, cfg.dim_head),
-          "coor_descent.apply: the state must have [batch, heads, capacity, width] = [{}, {}, capacity, {}]; got {}.", x.shape[0],
-          cfg.heads, cfg.dim_head, list(state.k.main.shape), remedy="Make it with init_state(params, batch, capacity=...).")
-    return _cache.room("coor_descent.apply", state.k, state.pos, x.shape[1])
-
-
 FAMILY = Family(
     name="coor_descent", config=Config, init=init, init_state=init_state, apply=apply, streams=True, masks=True, contexts=False,
     source="coordinate-descent-attention 0.0.11, Attention; arXiv 1502.04759",
@@ -221,4 +237,4 @@ FAMILY = Family(
                learned_sparsity_k=True),
         Config(dim=5, dim_head=3, heads=2, use_coor_descent=True, coor_descent_sparsity_k=2.5, solver="exact", normalize=True),
         Config(dim=11, dim_head=5, heads=2, attn_null_kv=1),
-    ))
+    ), step=step)

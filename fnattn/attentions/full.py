@@ -189,18 +189,10 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     cfg = params.cfg
     _step.fits(cfg.causal and cfg.static_mask is None and isinstance(state, State))
     pos, d = _step.position(state.pos), cfg.dim_head
-    end = pos + 1
-    h, g = cfg.heads * d, cfg.key_heads * d
-    q, k, v = steps.parts(x, params.to_qkv, h, g, g)
-    if cfg.rotary_emb:
-        for turned in (q, k):
-            steps.turn(turned, _step.lang_freqs(d), d, pos)
-    if angles is not None:
-        _step.fits(angles.dtype == torch.float32 and angles.ndim == 2 and pos < angles.shape[0])
-        for turned in (q, k, v):
-            steps.turn(turned, angles[pos], d, 1)
-    keys, values = Rows(*steps.append(*state.k, k, pos)), Rows(*steps.append(*state.v, v, pos))
-    heads = steps.decode(q, keys, values, state.visible, end - end % keys.late.shape[2], end, d ** -0.5)
+    widths = cfg.heads * d, cfg.key_heads * d, cfg.key_heads * d
+    q, k, v = _step.turned(steps, x, params.to_qkv, widths, d, pos, cfg.rotary_emb, angles)
+    keys, values, first, end = _step.cached(steps, state.k, state.v, (k, v), pos)
+    heads = steps.decode(q, keys, values, steps.mask(state.visible), first, end, d ** -0.5)
     return steps.linear(heads, params.to_out, params.to_out_bias, out=out), State(keys, values, state.visible, state.pos + 1)
 
 
@@ -266,18 +258,7 @@ def _check(cfg: Config, x: Tensor, state: State | Empty, mask: Tensor | None, co
                "Use Config(static_mask=None, ...) for cross attention.", context=context)
     n, used = x.shape[1], 0
     if not isinstance(state, Empty):
-        if not isinstance(state, State):
-            raise TypeError(f"full.apply: state must come from full.init_state; got {type(state).__name__}.\n"
-                            f"  Start a sequence with init_state(params, batch, capacity=...).")
-        batch, heads, capacity, width = state.k.main.shape
-        check((batch, heads, width) == (x.shape[0], cfg.key_heads, cfg.dim_head),
-              "full.apply: the state must have [batch, key heads, capacity, width] = [{}, {}, capacity, {}]; got {}.", x.shape[0],
-              cfg.key_heads, cfg.dim_head, list(state.k.main.shape), remedy="Make it with init_state(params, batch, capacity=...).")
-        check(state.v.main.shape == state.k.main.shape and state.visible.shape == (batch, capacity),
-              "full.apply: the state's values must be {} as its keys, and visible [{}, {}]; got {} and {}.", list(state.k.main.shape),
-              batch, capacity, list(state.v.main.shape), list(state.visible.shape),
-              remedy="Make it with init_state(params, batch, capacity=...).")
-        used = _cache.room("full.apply", state.k, state.pos, n)
+        used = _cache.room("full", state, State, x, cfg.key_heads, cfg.dim_head)
     limit = cfg.seq_len if cfg.static_mask is not None else None
     check(limit is None or used is None or used + n <= limit, "full.apply: x has {} positions, but cfg.static_mask has {}.", n,
           limit, remedy="Shorten x, or build the Config with a larger seq_len and static_mask.")

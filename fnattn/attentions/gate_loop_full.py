@@ -16,13 +16,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from fnattn_kernels.native import steps_weights
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
 from ..ops.decayed_attention import decay, decayed_attention
-from . import _cache
+from . import _cache, _step
 from ._cache import Rows
 from ._heads import linear_init, merge_heads, scale_gradient, split_heads, uniform_init
 
@@ -139,13 +140,15 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         out [b, n, dim] in x's dtype; the state after x, or EMPTY.
     """
     cfg = params.cfg
+    if _step.asked_for(x, state, impl, mask, context, dropout_key) and (done := _step.layer(step, params, x, state, cfg.dim)):
+        return done
     check_input("gate_loop_full.apply", x, cfg.dim)
     refuse("gate_loop_full.apply", "The decay between two positions is that of all positions between them.",
            "Leave padding at the end of the sequence and ignore its outputs, or choose a family that masks: full, taylor.",
            mask=mask, context=context)
     streaming, n = not isinstance(state, Empty), x.shape[1]
+    used = _cache.room("gate_loop_full", state, State, x, cfg.heads, cfg.dim_head) if streaming else 0
     pos = state.pos if streaming else torch.zeros((), dtype=torch.int64, device=x.device)
-    used = _cache.room("gate_loop_full.apply", state.k, pos, n) if streaming else 0
 
     q, k, v = (split_heads(t, cfg.heads) for t in F.linear(x, params.to_qkv).chunk(3, -1))
     if cfg.rotary_emb:
@@ -190,6 +193,23 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     return F.linear(merge_heads(out), params.to_out, params.to_out_bias), after
 
 
+def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
+    """What `apply` does for one position of few sequences, as instructions: without data_dependent_rel_pos."""
+    cfg = params.cfg
+    _step.fits(isinstance(state, State) and (not cfg.data_dependent_rel_pos or cfg.ablate_state_transition))
+    pos, d = _step.position(state.pos), cfg.dim_head
+    q, k, v = _step.turned(steps, x, params.to_qkv, (cfg.heads * d,) * 3, d, pos, cfg.rotary_emb)
+    keys, values, first, end = _step.cached(steps, state.k, state.v, (k, v), pos)
+    if cfg.softmax:
+        heads = steps.decode(q, keys, values, None, first, end, d ** -0.5)
+    else:
+        heads = steps_weights.mix(steps, steps_weights.weigh(steps, q, keys, values, first, end, d ** -0.5))
+    if cfg.add_swish_gating:
+        steps.multiply(heads, steps.linear(x, params.to_gates, act=steps.SILU))
+    return (steps.linear(heads, params.to_out, params.to_out_bias, out=out),
+            State(keys, values, EMPTY, EMPTY, EMPTY, state.pos + 1))
+
+
 def _only_reference(impl: str) -> None:
     check(impl in ("auto", "reference"), 'gate_loop_full.apply: decaying scores are plain torch; got impl={!r}.', impl,
           remedy='Use impl="auto" or impl="reference".')
@@ -227,4 +247,4 @@ FAMILY = Family(
         Config(dim=7, dim_head=4, heads=3, data_dependent_rel_pos=True, frac_gradient_data_dependent_rel_pos=1.0),
         Config(dim=5, dim_head=4, heads=2, data_dependent_rel_pos=True, frac_gradient_data_dependent_rel_pos=1.0,
                softmax_normalize=True, ablate_complex=True),
-    ))
+    ), step=step)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops, random, tree
-from ..attentions import full, gate_loop, simple_gate_loop, taylor
+from ..attentions import block_sparse, coor_descent, full, gate_loop, gate_loop_full, simple_gate_loop, taylor
 from ..models import lm
 from .case import cast, normal, weights
 
@@ -118,7 +118,10 @@ def _ensemble(s: dict, device: torch.device) -> Multiple:
 ATTENTIONS = {"taylor": lambda dim, h: taylor.Config(dim=dim, heads=h, dim_head=dim // h, causal=True),
               "full": lambda dim, h: full.Config(dim=dim, seq_len=256, heads=h, dim_head=dim // h),
               "gate_loop": lambda dim, h: gate_loop.Config(dim=dim, heads=h),
-              "simple_gate_loop": lambda dim, h: simple_gate_loop.Config(dim=dim)}
+              "simple_gate_loop": lambda dim, h: simple_gate_loop.Config(dim=dim),
+              "coor_descent": lambda dim, h: coor_descent.Config(dim=dim, heads=h, dim_head=dim // h, use_coor_descent=True),
+              "block_sparse": lambda dim, h: block_sparse.Config(dim=dim, seq_len=256, heads=h, dim_head=dim // h, text_seq_len=64),
+              "gate_loop_full": lambda dim, h: gate_loop_full.Config(dim=dim, heads=h, dim_head=dim // h)}
 
 
 def _token(family: str, s: dict, device: torch.device) -> Multiple:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from fnattn_kernels.contracts import KernelUnavailable
-from fnattn_kernels.native.steps import Row, Steps, Unfit, begin
+from fnattn_kernels.native.steps import Row, Steps, Unfit, begin, fits
 from torch import Tensor
 
 from .. import attentions
-from ..attentions._step import fits, tensors
+from ..attentions._step import tensors
 from ..core import Empty
 from .block import Block, Gelu, LayerNorm, RmsNorm
 

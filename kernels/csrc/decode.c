@@ -17,51 +17,7 @@
 #else
 #include "softmax_tile.h"
 #include "lanes.h"
-
-/* score[j] = scale q . k_j for `count` keys. */
-static void S(meet)(const REAL *restrict q, const REAL *restrict k, int64_t count, int64_t d, REAL scale, REAL *restrict score) {
-    int64_t j = 0, whole = d - d % LANES;
-    for (; j + 4 <= count; j += 4, k += 4 * d) {
-        VF sum[4] = {{0}};
-        for (int64_t c = 0; c < whole; c += LANES) {
-            VF q_c = *(const VF *)(q + c);
-            for (int x = 0; x < 4; x++) sum[x] += q_c * *(const VF *)(k + x * d + c);
-        }
-        for (int x = 0; x < 4; x++) {
-            REAL rest = S(add_lanes)(sum[x]);
-            for (int64_t c = whole; c < d; c++) rest += q[c] * k[x * d + c];
-            score[j + x] = rest * scale;
-        }
-    }
-    for (; j < count; j++, k += d) {
-        VF sum = {0};
-        for (int64_t c = 0; c < whole; c += LANES) sum += *(const VF *)(q + c) * *(const VF *)(k + c);
-        REAL rest = S(add_lanes)(sum);
-        for (int64_t c = whole; c < d; c++) rest += q[c] * k[c];
-        score[j] = rest * scale;
-    }
-}
-
-/* out += sum_j p_j v_j, the sum by itself first: what is added to out are few large parts. */
-static void S(gather)(REAL *restrict out, const REAL *restrict p, const REAL *restrict v, int64_t count, int64_t e) {
-    int64_t c = 0;
-#define CHANNELS(X)                                                                                    \
-    for (; c + X * LANES <= e; c += X * LANES) {                                                       \
-        VF sum[X] = {{0}};                                                                             \
-        for (int64_t j = 0; j < count; j++)                                                            \
-            for (int x = 0; x < X; x++) sum[x] += p[j] * *(const VF *)(v + j * e + c + x * LANES);     \
-        for (int x = 0; x < X; x++) *(VF *)(out + c + x * LANES) += sum[x];                            \
-    }
-    CHANNELS(8)
-    CHANNELS(4)
-    CHANNELS(1)
-#undef CHANNELS
-    for (; c < e; c++) {
-        REAL sum = 0;
-        for (int64_t j = 0; j < count; j++) sum += p[j] * v[j * e + c];
-        out[c] += sum;
-    }
-}
+#include "decode_rows.h"
 
 /* Scores to weights that add up to 1, or all 0 if none is above -infinity. `count` is a multiple of LANES. */
 static void S(normalise)(REAL *p, int64_t count) {
@@ -104,7 +60,7 @@ int S(try_decode)(const REAL *q, const REAL *k, const REAL *v, const REAL *k_lat
             for (int64_t j = 0, stop; j < m; j = stop) {
                 stop = min64(j + KEYS, j < first ? first : m);
                 const REAL *k_j = j < first ? k + (task * room + j) * d : k_late + (task * late + j - first) * d;
-                for (int64_t i = 0; i < rows; i++) S(meet)(q_t + i * d, k_j, stop - j, d, (REAL)scale, scores + i * row + j);
+                for (int64_t i = 0; i < rows; i++) S(score_keys)(q_t + i * d, k_j, stop - j, d, (REAL)scale, scores + i * row + j);
             }
             for (int64_t i = 0; i < rows; i++) {
                 REAL *p = scores + i * row;
@@ -118,7 +74,7 @@ int S(try_decode)(const REAL *q, const REAL *k, const REAL *v, const REAL *k_lat
             for (int64_t j = 0, stop; j < m; j = stop) {
                 stop = min64(j + KEYS, j < first ? first : m);
                 const REAL *v_j = j < first ? v + (task * room + j) * e : v_late + (task * late + j - first) * e;
-                for (int64_t i = 0; i < rows; i++) S(gather)(out_t + i * e, scores + i * row + j, v_j, stop - j, e);
+                for (int64_t i = 0; i < rows; i++) S(sum_values)(out_t + i * e, scores + i * row + j, v_j, stop - j, e);
             }
         }
         free(scores);

@@ -9,7 +9,8 @@
 #ifndef PRECISION
 #include <stdint.h>
 enum { NORM, LAYER_NORM, LINEAR, EMBED, COPY, ADD, MULTIPLY, GATE, TURN, APPEND, FLUSH, SHIFT, GATHER, SEEN, COMPLEX_PRODUCT,
-       CALL_TAYLOR, CALL_DECODE, CALL_SIMPLE, CALL_NARROW, CALL_WIDE };
+       LAYOUT, MEET, HIDE, MIX, AVERAGE, SPARSITY, CALL_TAYLOR, CALL_DECODE, CALL_SIMPLE, CALL_NARROW, CALL_WIDE, CALL_ITERATE,
+       CALL_EXACT };
 enum { IDENTITY, GELU, SILU };           /* what LINEAR does to its results */
 enum { DONE, NO_MEMORY, OUT_OF_RANGE };  /* what the function returns */
 #define PARALLEL_FROM (1 << 17)          /* multiply-adds below which a second thread is not worth waking */
@@ -21,20 +22,24 @@ enum { DONE, NO_MEMORY, OUT_OF_RANGE };  /* what the function returns */
 #else
 #include "common.h"
 #include "lanes.h"
+#include "decode_rows.h"
 #include "linear_rows.h"
 #include "rms_row.h"
 #undef ERF
 #undef EXP
+#undef LOG
 #undef COS
 #undef SIN
 #if PRECISION == 32
 #define ERF erff
 #define EXP expf
+#define LOG logf
 #define COS cosf
 #define SIN sinf
 #else
 #define ERF erf
 #define EXP exp
+#define LOG log
 #define COS cos
 #define SIN sin
 #endif
@@ -51,6 +56,14 @@ typedef void (*S(narrow_fn))(const REAL *, const REAL *, const REAL *, const REA
 typedef void (*S(wide_fn))(const REAL *, const REAL *, const REAL *, const REAL *, const REAL *, REAL *, REAL *, REAL *, int64_t, int64_t,
                            int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                            int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+typedef void (*S(iterate_fn))(const REAL *, const REAL *, REAL *, REAL *, int64_t, int64_t, const double *, int64_t, int64_t);
+typedef void (*S(exact_fn))(const REAL *, const REAL *, REAL *, REAL *, REAL *, int64_t, int64_t, double, int64_t);
+
+static inline double S(double_of)(int64_t bits) {
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
 
 /* weight (x - mean) / std + bias, eps 1e-5, with the variance about the mean. */
 static void S(layer_norm_row)(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, int64_t k) {
@@ -216,24 +229,83 @@ int S(try_steps)(const int64_t *code, int64_t length, int64_t space, int64_t thr
             code += 4;
             break;
         }
+        case LAYOUT: { /* layout, its heads, blocks, row, block, visible, its stride, y, rows, m */
+            /* masks of bytes, y [rows, heads, m]: blocks that are there in this row of the layout [heads, blocks, blocks], and seen */
+            const uint8_t *layout = (const uint8_t *)(intptr_t)code[1], *visible = (const uint8_t *)(intptr_t)code[6];
+            const int64_t heads = code[2], blocks = code[3], block = code[5], m = code[10];
+            uint8_t *y = (uint8_t *)AT(8);
+            for (int64_t r = 0; r < code[9]; r++) {
+                int any = 0;
+                for (int64_t h = 0; h < heads; h++, y += m)
+                    for (int64_t j = 0; j < m; j++)
+                        any |= y[j] = layout[(h * blocks + code[4]) * blocks + j / block] && visible[r * code[7] + j];
+                if (!any) failed = OUT_OF_RANGE;
+            }
+            code += 11;
+            break;
+        }
+        case MEET: { /* q, keys, from one sequence and head to the next, s, b, h, g, d, count, m, first, scale as bits */
+            /* s [b, h, m] from number `first` of a row on: scale q . k for `count` keys */
+            const int64_t h = code[7], r = h / code[8], d = code[9];
+            for (int64_t i = 0; i < code[6] * h; i++)
+                S(score_keys)(AT(1) + i * d, AT(2) + i / h * code[3] + i % h / r * code[4], code[10], d, (REAL)S(double_of)(code[13]),
+                        AT(5) + i * code[11] + code[12]);
+            code += 14;
+            break;
+        }
+        case HIDE: { /* s, visible, its stride, b, h, m, first: s [b, h, m] is -infinity for what is not visible [b, m - first] */
+            const uint8_t *visible = (const uint8_t *)(intptr_t)code[2];
+            const int64_t h = code[5], m = code[6], first = code[7];
+            for (int64_t i = 0; i < code[4] * h; i++)
+                for (int64_t j = first; j < m; j++)
+                    if (!visible[i / h * code[3] + j - first]) AT(1)[i * m + j] = -(REAL)INFINITY;
+            code += 8;
+            break;
+        }
+        case MIX: { /* s, values, from one sequence and head to the next, y, b, h, g, d, count, m, first */
+            /* y [b, h, d] += the sum of `count` values weighted by s [b, h, m] from number `first` of a row on; = if that is 0 */
+            const int64_t h = code[7], r = h / code[8], d = code[9];
+            if (!code[12]) memset(AT(5), 0, (size_t)(code[6] * h * d) * sizeof(REAL));
+            for (int64_t i = 0; i < code[6] * h; i++)
+                S(sum_values)(AT(5) + i * d, AT(1) + i * code[11] + code[12], AT(2) + i / h * code[3] + i % h / r * code[4], code[10], d);
+            code += 13;
+            break;
+        }
+        case AVERAGE: { /* y, s, rows, d, m: y [rows, d] divided by the sums of s [rows, m] that are above 0 */
+            for (int64_t i = 0; i < code[3]; i++) {
+                REAL total = 0;
+                for (int64_t j = 0; j < code[5]; j++) total += AT(2)[i * code[5] + j];
+                for (int64_t c = 0; c < code[4] && total > 0; c++) AT(1)[i * code[4] + c] /= total;
+            }
+            code += 6;
+            break;
+        }
+        case SPARSITY: { /* y, gates, count, most, least as bits, whether its logarithm is wanted */
+            /* y = 1 + (most - 1) sigmoid(gates), or `most` without gates, and at least `least` */
+            const REAL most = (REAL)S(double_of)(code[4]), least = (REAL)S(double_of)(code[5]);
+            for (int64_t i = 0; i < code[3]; i++) {
+                REAL k = code[2] ? S(logistic)(AT(2)[i]) * (most - 1) + 1 : most;
+                k = k < least ? least : k;
+                AT(1)[i] = code[6] ? LOG(k) : k;
+            }
+            code += 7;
+            break;
+        }
         case CALL_TAYLOR: { /* kernel, q, k, v, sums, out, den, new sums, b, h, g, d, scale, eps as bits */
-            double scale, eps;
-            memcpy(&scale, code + 13, sizeof scale), memcpy(&eps, code + 14, sizeof eps);
             const int64_t b = code[9], h = code[10], g = code[11], d = code[12];
             const int64_t work = b * max64(h, g) * (1 + d + d * (d + 1) / 2) * (d + 1);
-            failed = KERNEL(taylor)(AT(2), AT(3), AT(4), NULL, AT(5), AT(6), AT(7), AT(8), b, h, g, 1, 1, d, d, 0, 0, 1, scale, eps,
-                                    work < PARALLEL_FROM ? 1 : threads);
+            failed = KERNEL(taylor)(AT(2), AT(3), AT(4), NULL, AT(5), AT(6), AT(7), AT(8), b, h, g, 1, 1, d, d, 0, 0, 1, S(double_of)(code[13]),
+                                    S(double_of)(code[14]), work < PARALLEL_FROM ? 1 : threads);
             code += 15;
             break;
         }
-        case CALL_DECODE: { /* kernel, q, k, v, k late, v late, visible, its stride, out, b, h, g, d, room, late, first, m, scale as bits */
-            double scale;
-            memcpy(&scale, code + 18, sizeof scale);
-            const int64_t b = code[10], h = code[11], d = code[13], m = code[17];
-            failed = KERNEL(decode)(AT(2), AT(3), AT(4), AT(5), AT(6), (const uint8_t *)AT(7), AT(9), b, h, code[12], 1, d, d,
-                                    code[14], code[15], code[16], m, code[8], 0, 0, m - 1, b * h * m * 2 * d < PARALLEL_FROM ? 1 : threads,
-                                    scale);
-            code += 19;
+        case CALL_DECODE: { /* kernel, q, k, v, k late, v late, */
+            /* visible, from one sequence and head to the next, out, b, h, g, d, room, late, first, m, scale as bits */
+            const int64_t b = code[11], h = code[12], d = code[14], m = code[18];
+            failed = KERNEL(decode)(AT(2), AT(3), AT(4), AT(5), AT(6), (const uint8_t *)AT(7), AT(10), b, h, code[13], 1, d, d,
+                                    code[15], code[16], code[17], m, code[8], code[9], 0, m - 1,
+                                    b * h * m * 2 * d < PARALLEL_FROM ? 1 : threads, S(double_of)(code[19]));
+            code += 20;
             break;
         }
         case CALL_SIMPLE: { /* kernel, q, x, a, h0, out, last, marks, rows, c */
@@ -253,6 +325,18 @@ int S(try_steps)(const int64_t *code, int64_t length, int64_t space, int64_t thr
             KERNEL(wide)(AT(2), AT(3), AT(4), AT(5), AT(6), AT(7), AT(8), AT(9), b, h, 1, d, d, row, d, d, row, d, d, row, d, d, 2 * h, 2, 2,
                          row, d, row, b * h * d * d * 4 < PARALLEL_FROM ? 1 : threads);
             code += 13;
+            break;
+        }
+        case CALL_ITERATE: { /* kernel, s, log k, y, marks, rows, m, schedule, T */
+            const int64_t rows = code[6], m = code[7], T = code[9];
+            KERNEL(iterate)(AT(2), AT(3), AT(4), AT(5), rows, m, (const double *)(intptr_t)code[8], T, rows * m * T < PARALLEL_FROM ? 1 : threads);
+            code += 10;
+            break;
+        }
+        case CALL_EXACT: { /* kernel, s, k, y, cuts, thresholds, rows, m, eps as bits */
+            const int64_t rows = code[7], m = code[8];
+            KERNEL(exact)(AT(2), AT(3), AT(4), AT(5), AT(6), rows, m, S(double_of)(code[9]), rows * m * 8 < PARALLEL_FROM ? 1 : threads);
+            code += 10;
             break;
         }
         default: failed = NO_MEMORY; /* not written by steps.py */

@@ -33,7 +33,8 @@ def _call(name: str, rowed: list[Tensor], flat: list[Tensor | None], options: tu
     """Calls the C function: tensors whose rows may lie anywhere, q, k and v first, and contiguous ones."""
     nulls, scale, exact, eps, eps_init, eps_decay, n_iters = options
     q, k, v = rowed[:3]
-    values = c_schedule(eps, eps_init, eps_decay, n_iters)
+    # Only the last eps counts for the exact solver, and with too few iterations a schedule would not have come to it.
+    values = c_schedule(eps, eps if exact else eps_init, eps_decay, n_iters)
     function(SOURCE, name, q.dtype, "p" * (1 + len(flat)) + "i" * 8 + "d" + "i" + "p" + "ii")(
         numbers([], rowed), *map(address, flat), *_sizes(q, k, v), nulls, scale, int(exact), ctypes.addressof(values), n_iters,
         threads(_work(q, k, n_iters)))

@@ -15,7 +15,7 @@ import ctypes
 import functools
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ from .call import SUFFIX, function
 from .gate_loop import EVERY
 from .taylor import features
 
-(NORM, LAYER_NORM, LINEAR, EMBED, COPY, ADD, MULTIPLY, GATE, TURN, APPEND, FLUSH, SHIFT, GATHER, SEEN, COMPLEX_PRODUCT,
- CALL_TAYLOR, CALL_DECODE, CALL_SIMPLE, CALL_NARROW, CALL_WIDE) = range(20)
+(NORM, LAYER_NORM, LINEAR, EMBED, COPY, ADD, MULTIPLY, GATE, TURN, APPEND, FLUSH, SHIFT, GATHER, SEEN, COMPLEX_PRODUCT, LAYOUT,
+ MEET, HIDE, MIX, AVERAGE, SPARSITY, CALL_TAYLOR, CALL_DECODE, CALL_SIMPLE, CALL_NARROW, CALL_WIDE, CALL_ITERATE, CALL_EXACT) = range(28)
 DONE, NO_MEMORY, OUT_OF_RANGE = range(3)
 ROWS = crossovers.limits("linear", "native")["rows"]
 _LINE = 16  # numbers of a cache line, at least
@@ -45,6 +45,18 @@ class Row(NamedTuple):
     at: int
     width: int
     stride: int  # from one row to the next
+
+
+class Mask(NamedTuple):
+    """Bytes that say which keys are there. `at` as of a Row; batch, head: from one sequence and head to the next; width: keys."""
+
+    at: int
+    batch: int
+    head: int
+    width: int
+
+
+_ALL = Mask(0, 0, 0, 0)  # nothing is hidden
 
 
 def begin(rows: int, x: Tensor, tensors: Sequence[Tensor]) -> Steps | None:
@@ -69,7 +81,7 @@ class Steps:
         self.rows, self.dtype = rows, dtype
         self.size = 4 if dtype == torch.float32 else 8
         self.code: list[int] = []
-        self.kept: list[Tensor] = []  # what must live until the run
+        self.kept: list[Any] = []  # what must live until the run
         self.space = 0
 
     def room(self, width: int) -> Row:
@@ -85,14 +97,14 @@ class Steps:
 
     def given(self, x: Tensor) -> Row:
         """The rows of x [b, 1, width], where they lie."""
-        _fits(x.ndim == 3 and x.shape[:2] == (self.rows, 1) and (x.stride(2) == 1 or x.shape[2] == 1))
+        fits(x.ndim == 3 and x.shape[:2] == (self.rows, 1) and (x.stride(2) == 1 or x.shape[2] == 1))
         return Row(x.data_ptr(), x.shape[2], x.stride(0))
 
     # -------------------------------------------------------------------------------------------- instructions
 
     def norm(self, x: Row, gamma: Tensor) -> Row:
         """gamma x / root mean square of x."""
-        _fits(gamma.shape == (x.width,))
+        fits(gamma.shape == (x.width,))
         y = self.room(x.width)
         self.code += (NORM, x.at, x.stride, gamma.data_ptr(), y.at, self.rows, x.width)
         return y
@@ -100,30 +112,30 @@ class Steps:
     def layer_norm(self, x: Row, weight: Tensor, bias: Tensor, out: Row | None = None) -> Row:
         """weight (x - mean) / std + bias, eps 1e-5."""
         y = out or self.room(x.width)
-        _fits(weight.shape == bias.shape == (x.width,) and y.width == y.stride == x.width)
+        fits(weight.shape == bias.shape == (x.width,) and y.width == y.stride == x.width)
         self.code += (LAYER_NORM, x.at, x.stride, weight.data_ptr(), bias.data_ptr(), y.at, self.rows, x.width)
         return y
 
     def linear(self, x: Row, weight: Tensor, bias: Tensor | None = None, *, act: int = 0, add: Row | None = None,
                out: Row | None = None) -> Row:
         """act(x weight^T + bias) + add; into `out` if given."""
-        _fits(weight.ndim == 2)
+        fits(weight.ndim == 2)
         m, k = weight.shape
         out = out or self.room(m)
-        _fits(k == x.width and out.width == m and out.stride == m)
+        fits(k == x.width and out.width == m and out.stride == m)
         code, places = (LINEAR, x.at, x.stride, weight.data_ptr()), (out.at, self.rows, 1, m, k, act)
         if bias is None and add is None:
             self.code += (*code, 0, 0, 0, *places)
         else:
-            _fits((bias is None or bias.shape == (m,)) and (add is None or add.width == m))
+            fits((bias is None or bias.shape == (m,)) and (add is None or add.width == m))
             self.code += (*code, 0 if bias is None else bias.data_ptr(), *((add.at, add.stride) if add else (0, 0)), *places)
         return out
 
     def parts(self, x: Row, weight: Tensor, *widths: int) -> list[Row]:
         """x weight^T in parts that lie one after the other, as queries, keys and values are wanted. Equal ones are best together."""
-        _fits(weight.ndim == 2)
+        fits(weight.ndim == 2)
         m, k = weight.shape
-        _fits(k == x.width and sum(widths) == m)
+        fits(k == x.width and sum(widths) == m)
         rows, first = [self.room(width) for width in widths], 0
         together = len(set(widths)) == 1 and self.rows * widths[0] % _LINE == 0
         for row in rows[:1] if together else rows:
@@ -134,7 +146,7 @@ class Steps:
 
     def embed(self, ids: Tensor, table: Tensor) -> Row:
         """Rows of a table; ids int64 [b, 1]. `run` says if one is not in it."""
-        _fits(table.ndim == 2 and ids.dtype == torch.int64 and ids.shape == (self.rows, 1))
+        fits(table.ndim == 2 and ids.dtype == torch.int64 and ids.shape == (self.rows, 1))
         count, k = table.shape
         y = self.room(k)
         self.code += (EMBED, ids.data_ptr(), ids.stride(0), table.data_ptr(), count, y.at, self.rows, k)
@@ -142,7 +154,7 @@ class Steps:
 
     def copy(self, x: Row, y: Row, width: int, skip: int = 0) -> None:
         """y = x, `width` numbers of every row after the first `skip`."""
-        _fits(skip + width <= min(x.width, y.width))
+        fits(skip + width <= min(x.width, y.width))
         self.code += (COPY, self._behind(x.at, skip), x.stride, self._behind(y.at, skip), y.stride, self.rows, width)
 
     def _behind(self, at: int, count: int) -> int:
@@ -150,23 +162,23 @@ class Steps:
 
     def add(self, y: Row, x: Row) -> Row:
         """y += x, in place"""
-        _fits(y.width == x.width and y.stride == y.width)
+        fits(y.width == x.width and y.stride == y.width)
         self.code += (ADD, y.at, x.at, x.stride, self.rows, y.width)
         return y
 
     def multiply(self, y: Row, by: Row) -> None:
         """y *= by"""
-        _fits(y.width == by.width == y.stride == by.stride)
+        fits(y.width == by.width == y.stride == by.stride)
         self.code += (MULTIPLY, y.at, by.at, self.rows * y.width)
 
     def gate(self, y: Row, gates: Row) -> None:
         """y *= sigmoid(gates), one gate per head of y."""
-        _fits(y.stride == y.width and gates.stride == gates.width and y.width % gates.width == 0)
+        fits(y.stride == y.width and gates.stride == gates.width and y.width % gates.width == 0)
         self.code += (GATE, y.at, gates.at, self.rows * gates.width, y.width // gates.width)
 
     def turn(self, x: Row, freqs: Tensor, d: int, position: int) -> None:
         """Rotary positions, in place, for heads of d numbers; float32 frequencies for up to d / 2 pairs."""
-        _fits(x.stride == x.width and x.width % d == 0 and 2 * freqs.shape[0] <= d)
+        fits(x.stride == x.width and x.width % d == 0 and 2 * freqs.shape[0] <= d)
         self.code += (TURN, x.at, freqs.data_ptr(), self.rows, x.width // d, d, freqs.shape[0], position)
 
     def append(self, main: Tensor, late: Tensor, x: Row, position: int) -> tuple[Tensor, Tensor]:
@@ -174,9 +186,9 @@ class Steps:
 
         The late part, which begins at the last multiple of w, is copied; when it is full it goes into a copy of the main part.
         """
-        _fits(main.ndim == late.ndim == 4 and late.shape[2] > 0)
+        fits(main.ndim == late.ndim == 4 and late.shape[2] > 0)
         (b, g, w, d), room, at = late.shape, main.shape[2], position % late.shape[2]
-        _fits(b == self.rows and x.width == x.stride == g * d and main.shape == (b, g, room, d) and 0 <= position < room)
+        fits(b == self.rows and x.width == x.stride == g * d and main.shape == (b, g, room, d) and 0 <= position < room)
         if at + 1 < w:
             out = torch.empty_like(late)
             self.code += (APPEND, late.data_ptr(), x.at, out.data_ptr(), b * g, w, d, at)
@@ -187,30 +199,53 @@ class Steps:
 
     def taylor(self, q: Row, k: Row, v: Row, sums: Tensor, scale: float, eps: float) -> tuple[Row, Tensor]:
         """Rows of the result, and the new sums; as `fnattn.ops.taylor` for one causal position. Values as wide as keys."""
-        _fits(sums.ndim == 4)
+        fits(sums.ndim == 4)
         b, g, f, e1 = sums.shape
         d = e1 - 1
-        _fits(b == self.rows and f == features(d) and k.width == v.width == g * d and q.width % k.width == 0)
+        fits(b == self.rows and f == features(d) and k.width == v.width == g * d and q.width % k.width == 0)
         heads, out, new = q.width // d, self.room(q.width), torch.empty_like(sums)
-        self.code += (CALL_TAYLOR, _kernel("taylor", "try_taylor_forward", self.dtype), q.at, k.at, v.at, sums.data_ptr(), out.at,
-                      self.room(heads).at, new.data_ptr(), b, heads, g, d, _bits(scale), _bits(eps))
+        self.code += (CALL_TAYLOR, kernel("taylor", "try_taylor_forward", self.dtype), q.at, k.at, v.at, sums.data_ptr(), out.at,
+                      self.room(heads).at, new.data_ptr(), b, heads, g, d, bits(scale), bits(eps))
         return out, new
 
-    def decode(self, q: Row, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], visible: Tensor, first: int, length: int,
+    def decode(self, q: Row, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], visible: Mask | None, first: int, length: int,
                scale: float) -> Row:
-        """One query per head over a cache in two parts, of which the mask [b, capacity] hides some: `fnattn.ops.cached_attention`."""
-        _fits(k[0].ndim == k[1].ndim == 4 and visible.ndim == 2)
-        (b, g, room, d), late = k[0].shape, k[1].shape[2]
-        _fits(b == self.rows and v[0].shape == k[0].shape and k[1].shape == v[1].shape == (b, g, late, d) and q.width % (g * d) == 0
-              and visible.dtype == torch.bool and visible.shape[0] == b and visible.shape[1] >= length
-              and 0 <= first <= room and max(first, 1) <= length <= first + late)
-        places = (k[0].data_ptr(), v[0].data_ptr(), k[1].data_ptr(), v[1].data_ptr(), visible.data_ptr(), visible.shape[1])
+        """One query per head over a cache in two parts, of which a mask hides some: `fnattn.ops.cached_attention`."""
+        g, d, room, late = self.cache(q, k, v, first, length)
+        fits(visible is None or visible.width >= length)
+        places = (k[0].data_ptr(), v[0].data_ptr(), k[1].data_ptr(), v[1].data_ptr(), *((visible or _ALL)[:3]))
         return self._decode(q, places, (g, d, room, late, first, length), scale)
+
+    def cache(self, q: Row, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], first: int, length: int) -> tuple[int, ...]:
+        """Key heads, width, and room of both parts of a cache that holds `length` positions, `first` of them in the main part."""
+        fits(k[0].ndim == k[1].ndim == 4)
+        (b, g, room, d), late = k[0].shape, k[1].shape[2]
+        fits(b == self.rows and v[0].shape == k[0].shape and k[1].shape == v[1].shape == (b, g, late, d) and q.width % (g * d) == 0
+              and 0 <= first <= room and max(first, 1) <= length <= first + late)
+        return g, d, room, late
+
+    def mask(self, visible: Tensor) -> Mask:
+        """A mask [b, capacity] of keys, for all heads."""
+        fits(visible.dtype == torch.bool and visible.ndim == 2 and visible.shape[0] == self.rows)
+        return Mask(visible.data_ptr(), visible.shape[1], 0, visible.shape[1])
+
+    def layout(self, layout: Tensor, heads: int, row: int, block: int, visible: Tensor, length: int) -> Mask:
+        """What row `row` of a layout [heads or 1, blocks, blocks] and a mask [b, capacity] show of `length` keys, by heads.
+
+        `run` says if a sequence sees no key in any head, and computes nothing.
+        """
+        known = self.mask(visible)
+        fits(layout.dtype == torch.bool and layout.ndim == 3 and layout.shape[0] in (1, heads) and layout.shape[1] == layout.shape[2]
+              and 0 <= row < layout.shape[1] and length <= min(known.width, layout.shape[2] * block))
+        count, blocks, _ = layout.shape
+        y = self.room(-(-count * length // self.size)).at  # bytes, [b, heads, length] without a gap: room for all of them
+        self.code += (LAYOUT, layout.data_ptr(), count, blocks, row, block, known.at, known.batch, y, self.rows, length)
+        return Mask(y, count * length, length if count > 1 else 0, length)
 
     def _decode(self, q: Row, places: tuple[int, ...], sizes: tuple[int, ...], scale: float) -> Row:
         out = self.room(q.width)
-        self.code += (CALL_DECODE, _kernel("decode", "try_decode", self.dtype), q.at, *places, out.at, self.rows, q.width // sizes[1],
-                      *sizes, _bits(scale))
+        self.code += (CALL_DECODE, kernel("decode", "try_decode", self.dtype), q.at, *places, out.at, self.rows, q.width // sizes[1],
+                      *sizes, bits(scale))
         return out
 
     def slots(self, q: Row, new: tuple[Row, Row], text: Sequence[Tensor], image: Sequence[Tensor], slots: Tensor, every: bool,
@@ -220,10 +255,10 @@ class Steps:
         text: [b, h, t, d] twice, bool [b, t]; image: [b, h, w, d] twice, bool [b, w]. slots: int64, in [0, w], w being what is new.
         every: whether all these slots are there whatever the last mask says.
         """
-        _fits(text[0].ndim == image[0].ndim == 4)
+        fits(text[0].ndim == image[0].ndim == 4)
         (b, h, t, d), w, picks = text[0].shape, image[0].shape[2], slots.shape[0]
         shapes = (b, h, t, d), (b, h, t, d), (b, t), (b, h, w, d), (b, h, w, d), (b, w)
-        _fits(b == self.rows and all(part.shape == shape for part, shape in zip((*text, *image), shapes))
+        fits(b == self.rows and all(part.shape == shape for part, shape in zip((*text, *image), shapes))
               and text[2].dtype == image[2].dtype == torch.bool and q.width == new[0].width == new[1].width == h * d)
         parts = []
         for x, old in zip(new, image[:2]):
@@ -232,22 +267,22 @@ class Steps:
         seen = self.room(-(-(t + picks) // self.size)).at
         self.code += (SEEN, text[2].data_ptr(), t, image[2].data_ptr(), w, slots.data_ptr(), picks, int(every), seen, b)
         self.kept.append(slots)
-        return self._decode(q, (text[0].data_ptr(), text[1].data_ptr(), *parts, seen, t + picks), (h, d, t, picks, t, t + picks), scale)
+        return self._decode(q, (text[0].data_ptr(), text[1].data_ptr(), *parts, seen, t + picks, 0), (h, d, t, picks, t, t + picks), scale)
 
     def shift(self, old: Tensor, x: Row) -> Tensor:
         """old [b, h, w, d] without the first of its w rows, and the heads of x after the last, as a new tensor."""
-        _fits(old.ndim == 4)
+        fits(old.ndim == 4)
         b, h, w, d = old.shape
-        _fits(b == self.rows and x.width == h * d and w > 0)
+        fits(b == self.rows and x.width == h * d and w > 0)
         new = torch.empty_like(old)
         self.code += (SHIFT, old.data_ptr(), x.at, new.data_ptr(), b * h, w, d)
         return new
 
     def place(self, old: Tensor, x: Row, at: int) -> Tensor:
         """old [b, h, w, d] with the heads of x in slot `at`, as a new tensor."""
-        _fits(old.ndim == 4)
+        fits(old.ndim == 4)
         b, h, w, d = old.shape
-        _fits(b == self.rows and x.width == h * d and 0 <= at < w)
+        fits(b == self.rows and x.width == h * d and 0 <= at < w)
         new = torch.empty_like(old)
         self.code += (APPEND, old.data_ptr(), x.at, new.data_ptr(), b * h, w, d, at)
         return new
@@ -256,26 +291,26 @@ class Steps:
         """Rows of the result, and the new state [b, c]: `fnattn.ops.simple_gate_loop`."""
         c = q.width
         out = out or self.room(c)
-        _fits(h.shape == (self.rows, c) and x.width == a.width == out.width == c)
+        fits(h.shape == (self.rows, c) and x.width == a.width == out.width == c)
         new = torch.empty_like(h)
-        self.code += (CALL_SIMPLE, _kernel("gate_loop", "simple_gate_loop", self.dtype), q.at, x.at, a.at, h.data_ptr(), out.at,
+        self.code += (CALL_SIMPLE, kernel("gate_loop", "simple_gate_loop", self.dtype), q.at, x.at, a.at, h.data_ptr(), out.at,
                       new.data_ptr(), self.room(_MARKS * c).at, self.rows, c)
         return out, new
 
     def gate_loop(self, q: Row, k: Row, v: Row, a: Row, h: Tensor, product: Tensor, out: Row | None = None) -> tuple[Row, Tensor, Tensor]:
         """Rows of the result, and the new state [b, h, d, d, 2] and product of gates [b, h, 2]: `fnattn.ops.gate_loop`."""
-        _fits(h.ndim == 5)
+        fits(h.ndim == 5)
         b, heads, d, e, _ = h.shape
         out = out or self.room(q.width)
-        _fits(b == self.rows and d == e and q.width == k.width == v.width == out.width == heads * d and a.width == 2 * heads
+        fits(b == self.rows and d == e and q.width == k.width == v.width == out.width == heads * d and a.width == 2 * heads
               and h.shape[4:] == (2,) and product.shape == (b, heads, 2))
         new, after = torch.empty_like(h), torch.empty_like(product)
         rows = (q.at, k.at, v.at, a.at, h.data_ptr(), out.at, new.data_ptr(), after.data_ptr())
         if d == 1:
             marks = self.room(_MARKS * 2 * heads).at
-            self.code += (CALL_NARROW, _kernel("gate_loop", "gate_loop_narrow", self.dtype), *rows, marks, b, heads)
+            self.code += (CALL_NARROW, kernel("gate_loop", "gate_loop_narrow", self.dtype), *rows, marks, b, heads)
         else:
-            self.code += (CALL_WIDE, _kernel("gate_loop", "gate_loop_wide", self.dtype), *rows, b, heads, d)
+            self.code += (CALL_WIDE, kernel("gate_loop", "gate_loop_wide", self.dtype), *rows, b, heads, d)
         self.code += (COMPLEX_PRODUCT, after.data_ptr(), product.data_ptr(), b * heads)
         return out, new, after
 
@@ -292,17 +327,18 @@ class Steps:
         return outcome == DONE
 
 
-def _fits(so: bool) -> None:
+def fits(so: bool) -> None:
+    """Raises Unfit unless so."""
     if not so:
         raise Unfit
 
 
 @functools.cache
-def _kernel(source: str, name: str, dtype: torch.dtype) -> int:
+def kernel(source: str, name: str, dtype: torch.dtype) -> int:
     """The address of a C function."""
     return ctypes.cast(getattr(load(source), f"fnattn_{name}_{SUFFIX[dtype]}"), ctypes.c_void_p).value
 
 
-def _bits(number: float) -> int:
+def bits(number: float) -> int:
     """A double as an integer with the same bits."""
     return struct.unpack("q", struct.pack("d", number))[0]

@@ -160,7 +160,7 @@ GOLDEN = [0.10400964680782082, -0.07961073434755643, 0.2709414157339708, -0.1777
     (lambda p, x: family.apply(p, x[0]), "coor_descent.apply: x must be [batch, seq, 7] (cfg.dim=7); got [11, 7]."),
     (lambda p, x: family.apply(p, x, family.init_state(p, 2, capacity=9)),
      "the state holds 0 of 9 positions and 11 more were given."),
-    (lambda p, x: family.apply(p, x, family.init_state(p, 3, capacity=9)), "the state must have [batch, heads, capacity, width]"),
+    (lambda p, x: family.apply(p, x, family.init_state(p, 3, capacity=9)), "the state must have [batch, key heads, capacity, width]"),
     (lambda p, x: family.init_state(p, 2, capacity=0), "capacity must be at least 1; got 0."),
     (lambda p, x: family.Config(dim=7, coor_descent_sparsity_k=0), "coor_descent_sparsity_k must be above 0; got 0."),
     (lambda p, x: family.Config(dim=7, solver="newton"), "solver must be 'iterate' or 'exact'; got 'newton'."),

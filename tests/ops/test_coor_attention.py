@@ -19,7 +19,8 @@ NATIVE = pytest.param("native", marks=pytest.mark.skipif(WHY_NOT is not None, re
 SIZES = [(2, 3, 1, 5, 5, 3, 2), (1, 2, 2, 37, 41, 17, 5), (2, 4, 2, 1, 7, 16, 16), (1, 2, 2, 13, 3, 4, 4),
          (1, 2, 1, 67, 67, 33, 31)]
 EXTRAS = [dict(), dict(nulls=1, offset=2), dict(causal=False)]
-SOLVERS = [dict(n_iters=9, eps_init=4.0, eps_decay=0.7, eps=0.3), dict(n_iters=7, eps=0.2), dict(solver="exact")]
+SOLVERS = [dict(n_iters=9, eps_init=4.0, eps_decay=0.7, eps=0.3), dict(n_iters=7, eps=0.2), dict(solver="exact"),
+           dict(solver="exact", n_iters=2, eps_init=4.0, eps_decay=0.7)]
 
 
 def inputs(b, h, g, n, m, d, e, dtype=torch.float64, seed=3):

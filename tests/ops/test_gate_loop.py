@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import assert_close
 from fnattn_kernels.contracts import KernelUnavailable
-from fnattn_kernels.native import gate_loop as native_loops
 from fnattn_kernels.native.build import why_not
 
 from fnattn.ops.gate_loop import combine, gate_loop, simple_gate_loop
@@ -364,23 +363,6 @@ def test_threads_change_no_bit(impl):
         finally:
             torch.set_num_threads(1)
         assert all(torch.equal(u, v) for u, v in zip(one, two)) or impl == "reference"
-
-
-@pytest.mark.skipif(why_not("gate_loop") is not None, reason="no C kernel here")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("b, h, n", [(1, 1, 1), (2, 3, 1), (2, 1, 5), (3, 5, 37)])
-def test_heads_of_width_one_are_read_where_they_lie(b, h, n, dtype, monkeypatch):
-    """In whatever order the axes lie in memory, without the dispatcher."""
-    args = inputs(b, h, n, 1, 1, dtype)
-    expected = run(*args, "reference")
-    monkeypatch.setattr(native_loops, "narrow", None)
-    for axis in range(3):
-        moved = [t.movedim(axis, -1).contiguous().movedim(-1, axis) if t.ndim > axis else t for t in args]
-        spread = [torch.stack((t, t), -1)[..., 0] for t in args]
-        for given in (moved, spread):
-            for ours, plain in zip(run(*given, "native"), expected):
-                assert ours.dtype == dtype and ours.shape == plain.shape
-                assert_close(ours, plain)
 
 
 @both_impls
