@@ -223,7 +223,8 @@ def _try(name: str, tested: Subject, plain: Subject) -> str | None:
 def what(error: Exception) -> str:
     """An exception on one line: its type and what it says. Where torch.compile met it, the one of the code that was compiled."""
     kind, text = type(error).__name__, str(error)
-    if inner := re.search(r"raised exception (\w+)\((['\"].*['\"])\)$", text, re.MULTILINE):
+    # torch 2.11 wraps the message once more: Name((ConstantVariable(str: 'text'),))
+    if inner := re.search(r"raised exception (\w+)\((?:\(ConstantVariable\(str: )?(['\"].*['\"])\)(?:,\)\))?$", text, re.MULTILINE):
         kind, text = inner[1], str(ast.literal_eval(inner[2]))
     return textwrap.shorten(f"{kind}: {text}", 240, placeholder=" ...")
 
