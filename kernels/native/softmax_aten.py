@@ -41,7 +41,7 @@ def _segments(n: int, m: int, start: int | None) -> list[tuple[int, int, int, bo
 def _dense(t: Tensor, width: int) -> Tensor:
     """t with its last axis padded to `width` and rows that a matrix product can stride over."""
     if t.shape[-1] < width:
-        return pad(t, (0, width - t.shape[-1]))
+        t = pad(t, (0, width - t.shape[-1]))  # heads that lay side by side still do: torch takes them for channels of a picture
     return t if t.stride(-1) == 1 and t.stride(-2) >= width else t.contiguous()
 
 

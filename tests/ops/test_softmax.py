@@ -128,6 +128,16 @@ def test_strides_of_inputs_and_gradients_do_not_matter(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_heads_that_lie_side_by_side_are_not_taken_for_channels_of_a_picture(impl):
+    """A few queries whose values are wider: torch pads such queries, and keeps the order of their memory."""
+    torch.manual_seed(3)
+    q, k, v = torch.randn(2, 3, 24, 6, dtype=F64).movedim(-1, 1), torch.randn(2, 3, 100, 24, dtype=F64), torch.randn(2, 3, 100, 33, dtype=F64)
+    assert q.is_contiguous(memory_format=torch.channels_last)
+    expected = softmax_attention(q.contiguous(), k, v, impl="reference")
+    assert_close(softmax_attention(q, k, v, impl=impl), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_an_offset_may_be_a_number_a_tensor_or_differ_along_a_mapped_axis(impl):
     (q, k, v), _ = make("causal, aligned to the end")
     offsets = torch.tensor([-2, 0, 3, 6, 20])

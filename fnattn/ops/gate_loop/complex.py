@@ -96,7 +96,7 @@ def _cast(tensors, dtype: torch.dtype) -> list[Tensor | None]:
 def _times(x: Tensor, y: Tensor) -> Tensor:
     """`complex_times` for two products of gates [b, h, 2], in a fourth of its calls where nothing watches."""
     if unwatched((x, y)):
-        return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(y.contiguous()))
+        return torch.view_as_real(torch.view_as_complex(x.contiguous()) * torch.view_as_complex(y.contiguous()))
     return complex_times(x, y)
 
 
