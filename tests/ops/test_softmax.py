@@ -131,7 +131,8 @@ def test_strides_of_inputs_and_gradients_do_not_matter(impl):
 def test_heads_that_lie_side_by_side_are_not_taken_for_channels_of_a_picture(impl):
     """A few queries whose values are wider: torch pads such queries, and keeps the order of their memory."""
     torch.manual_seed(3)
-    q, k, v = torch.randn(2, 3, 24, 6, dtype=F64).movedim(-1, 1), torch.randn(2, 3, 100, 24, dtype=F64), torch.randn(2, 3, 100, 33, dtype=F64)
+    q, k, v = (torch.randn(2, *shape, dtype=F64) for shape in ((3, 24, 6), (3, 100, 24), (3, 100, 33)))
+    q = q.movedim(-1, 1)
     assert q.is_contiguous(memory_format=torch.channels_last)
     expected = softmax_attention(q.contiguous(), k, v, impl="reference")
     assert_close(softmax_attention(q, k, v, impl=impl), expected)
