@@ -3,7 +3,9 @@
     python -m fnattn bench --crossovers
 
 times every implementation at short and long sequences and prints, beside this table, where another choice would have been
-faster. What a person learns from it is written here, with processor and date; nothing else decides.
+faster. What a person learns from it is written here, with processor and date; nothing else decides. A whole run is kept in
+benchmarks/results/2026-11-29-epyc-avx512-crossovers.json: the choice was the fastest but for rotary at 64 positions, where both take
+0.5 ms, and gradients through cached_attention, whose value is what counts: native 0.03 ms against 0.11, with gradient 1.4 against 0.75.
 """
 
 from __future__ import annotations
