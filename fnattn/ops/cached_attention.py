@@ -89,7 +89,15 @@ def _joined(run):
 
 reference = _joined(dense)
 _BY_NAME = {kernel.name: kernel for kernel in SOFTMAX}
-_joined_native, _joined_sdpa, _joined_triton = (_joined(_BY_NAME[name].run) for name in ("native", "sdpa", "triton"))
+FEW = crossovers.limits("cached_attention", "native, in place")["queries"]
+_joined_native, _joined_triton = (_joined(_BY_NAME[name].run) for name in ("native", "triton"))
+
+
+def _joined_sdpa(q, k, v, k_late, v_late, mask, first, length, scale):
+    # torch's kernel adds up blocks of keys in one running sum: for a single query in float32 three times plain torch's error.
+    if q.shape[2] <= FEW:
+        q, k, v, k_late, v_late = (t.double() for t in (q, k, v, k_late, v_late))
+    return _joined(_BY_NAME["sdpa"].run)(q, k, v, k_late, v_late, mask, first, length, scale)
 
 
 def _native(q, k, v, k_late, v_late, mask, first, length, scale):
@@ -105,8 +113,6 @@ def _native(q, k, v, k_late, v_late, mask, first, length, scale):
     mask = mask if mask is None else mask.expand(q.shape[0], *mask.shape[1:])
     return native.attend(*parts, mask, first, length, scale)
 
-
-FEW = crossovers.limits("cached_attention", "native, in place")["queries"]
 
 native.attend.derive(
     vjp=lambda needs, args, outs, cotangents: reference_vjp(_joined_native, needs, args, cotangents),
