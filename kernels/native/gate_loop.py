@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..contracts import Operator
 from ..watchers import unwatched
-from .call import address, function, merged, sums_dtype, threads
+from .call import SUFFIX, address, function, merged, sums_dtype, threads
 from .scan import rows
 
 # As in the C source: steps between saved states. Their number, n // EVERY + 2, is never 1, so that a tracer need not treat
@@ -90,11 +90,13 @@ def _narrow(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tu
 def narrow_heads(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple[Tensor, ...] | None:
     """`narrow` on heads of width 1 as they are: q, k, v [b, h, n, 1], a [b, h, n, 2], h0 [b, h, 1, 1, 2].
 
-    Gives out, last state and the product of the gates; None for a call that something watches. A dozen views in and
-    out of rows would take longer than a short call.
+    Gives out, last state and the product of the gates; None for a call that something watches, or of which the kernel would need
+    copies in another precision. A dozen views in and out of rows would take longer than a short call.
     """
-    tensors = [t for t in (q, k, v, a, h0) if t is not None]
-    if not unwatched(tensors) or any(t.dtype != q.dtype for t in tensors):
+    given = (q, k, v, a)
+    if q.dtype not in SUFFIX or any(t.dtype != q.dtype for t in given) or h0 is not None and h0.dtype != sums_dtype(q):
+        return None
+    if not unwatched(given if h0 is None else (*given, h0)):
         return None
     q, k, v, a, h0 = _side_by_side(q), _side_by_side(k), _side_by_side(v), _side_by_side(a), _packed(h0)
     b, h, n, _ = q.shape

@@ -31,3 +31,18 @@ def test_heads_of_width_one_are_read_where_they_lie(b, h, n, dtype, monkeypatch)
             for ours, plain in zip(run(*given, "native"), expected):
                 assert ours.dtype == dtype and ours.shape == plain.shape
                 assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("states", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_heads_of_width_one_in_any_precisions(rows, states):
+    torch.manual_seed(5)
+    args = [torch.randn(2, 3, 7, width).to(rows) for width in (1, 1, 1, 2)]
+    state = torch.randn(2, 3, 1, 1, 2).to(states), torch.randn(2, 3, 2).to(states)
+    for given in (None, state, (state[0], state[1].double())):
+        out, after = gate_loop(*args, state=given)
+        expected, truth = gate_loop(*args, state=given, impl="reference")
+        assert out.dtype == expected.dtype == rows and after.H.dtype == truth.H.dtype and after.A.dtype == truth.A.dtype
+        assert_close(out, expected)
+        assert_close(after.H, truth.H)
+        assert_close(after.A, truth.A)

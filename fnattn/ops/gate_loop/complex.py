@@ -72,7 +72,7 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, a: Tensor, *, state: tuple[Tensor
         if repeat != 1:
             k, v = (t.unsqueeze(2).expand(-1, -1, repeat, -1, -1).flatten(1, 2) for t in (k, v))
         run, narrow, found = plain if kernel is None else kernel.run, _is_narrow(q, v), None
-        if run is run_native and narrow and q.numel():
+        if run is run_native and narrow and q.numel() and (a0 is None or a0.dtype == h0.dtype):
             found = native.narrow_heads(q, k, v, a, h0)
         if found is None:
             args = rows_as_they_are((q, k, v, a), h0, a0)[:5] if run is run_native and narrow else _cast((q, k, v, a, h0), dtype)
