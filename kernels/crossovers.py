@@ -81,8 +81,8 @@ TABLE = (
     Crossover("linear", "native", "at most {rows} rows and at least {weights} weights, where nothing maps, traces or differentiates",
               f"{EPYC}: 1536 x 512 weights, 2 rows 117 us against 148, 4 rows 167 against 189, 6 rows 227 against 253, 8 rows equal; "
               "384 x 512 weights, 2 rows 43 against 33", {"rows": 6, "weights": 1 << 19}),
-    # A compiler fuses plain torch with what surrounds it. A transform goes through Python for each operator of ours, as it does not
-    # for torch's own.
+    # A compiler fuses plain torch with what surrounds it. vmap goes through Python for each operator of ours, as it does not for
+    # torch's own. Without vmap the choice is that of plain calls, so that both ways to a gradient give the same bits.
     Crossover("rms_norm", "native", "not while torch.compile traces; under vmap from {numbers} numbers on. Batch entries of "
               "{rows} rows or more as they lie, others as rows of one",
               f"{EPYC}: gradients for 8 members of 2 x 31 x 32 numbers 0.77 ms against 0.55, of 4 x 63 x 32 0.87 against 0.70, of "

@@ -237,7 +237,7 @@ def test_params_and_states_of_other_layouts_or_precisions_get_the_ordinary_way(t
     assert not taken
 
 
-@pytest.mark.parametrize("cfg", WIDE, ids=str)
+@pytest.mark.parametrize("cfg", [*WIDE, gate_loop_full.Config(dim=24, heads=4, dim_head=16, data_dependent_rel_pos=True)], ids=str)
 def test_shapes_that_do_not_fit_are_the_ordinary_errors(cfg):
     """A step reads memory by address: whatever is too small must be found before."""
     params, x, state = sequence(cfg)

@@ -111,6 +111,16 @@ def test_one_process_serves_many_calls_until_its_surroundings_change(monkeypatch
             os.kill(int(pid), 0)
 
 
+def test_a_fork_leaves_the_process_of_its_parent_alone():
+    def parent():
+        return dict(run_apart("wrong_workers:parent", None, ["of the checks"]))["of the checks"]
+
+    first, child = parent(), os.fork()
+    if child == 0:
+        os._exit(0 if parent() != first else 1)
+    assert os.waitpid(child, 0)[1] == 0 and parent() == first
+
+
 def test_a_worker_that_cannot_be_imported_is_named_in_every_answer():
     answers = dict(run_apart("wrong_workers:nobody", None, ["one", "two"]))
     assert all("has no attribute 'nobody'" in answers[name] for name in ("one", "two"))

@@ -44,8 +44,8 @@ def fresh(like: Tensor, batch: int, heads: int, capacity: int, width: int, dtype
                 like.new_zeros(batch, heads, window(capacity), width, dtype=dtype))
 
 
-def room(who: str, state: Any, kind: type, x: Tensor, heads: int, width: int) -> int | None:
-    """How many positions a family's state with caches k and v holds, where Python may know.
+def room(who: str, state: Any, kind: type, x: Tensor, heads: int, width: int, **others: int) -> int | None:
+    """How many positions a family's state with caches k and v, and `others` of other widths, holds, where Python may know.
 
     Raises:
         TypeError: the state is not of this kind. ValueError: it has not the shapes of x's state, or no room for x.
@@ -55,11 +55,11 @@ def room(who: str, state: Any, kind: type, x: Tensor, heads: int, width: int) ->
                         f"  Start a sequence with init_state(params, batch, capacity=...).")
     b, n = x.shape[:2]
     capacity = state.k.main.shape[2] if state.k.main.ndim == 4 else 0
-    for name in ("k", "v"):
-        main, late = (list(t.shape) for t in getattr(state, name))
-        check(main == [b, heads, capacity, width] and late == [b, heads, window(capacity), width],
-              "{}.apply: the state must have [batch, key heads, capacity, width] = [{}, {}, capacity, {}]; got {} for its {}, and for "
-              "the last part of that {}.", who, b, heads, width, main, name, late, remedy=_MAKE)
+    for name, d in {"k": width, "v": width, **others}.items():
+        shapes = [list(t.shape) for t in getattr(state, name)]
+        check(shapes == [[b, heads, capacity, d], [b, heads, window(capacity), d]],
+              "{}.apply: the state must have [batch, key heads, capacity, width] = [{}, {}, capacity, {}]; got {} for the two parts of "
+              "its {}.", who, b, heads, d, ", ".join(map(str, shapes)) or "nothing", name, remedy=_MAKE)
     visible = getattr(state, "visible", None)
     check(visible is None or list(visible.shape) == [b, capacity], "{}.apply: the state's visible must be [{}, {}]; got {}.", who, b,
           capacity, None if visible is None else list(visible.shape), remedy=_MAKE)

@@ -93,14 +93,14 @@ class _Interpreter:
     def __init__(self, folder: str, environment: dict[str, str]):
         self.folder, self.environment = folder, environment
         self.running: list[subprocess.Popen] = []  # at most one
-        weakref.finalize(self, _stop, self.running)
+        weakref.finalize(self, _stop, self.running, os.getpid())
 
     def work(self, folder: str, limit_s: float) -> None:
         """Returns when the request is done, or the time is up, or the process has died: then the next request starts another."""
         end, log = time.monotonic() + limit_s, os.path.join(folder, _LOG)
         open(log, "ab").close()
         if not self.running or self.running[0].poll() is not None:
-            _stop(self.running)
+            _stop(self.running, os.getpid())
             with open(log, "ab") as stderr:
                 # A session of its own, so that its children can be stopped with it.
                 self.running.append(subprocess.Popen(
@@ -116,12 +116,12 @@ class _Interpreter:
             pass
         finally:
             if not done:
-                _stop(self.running)
+                _stop(self.running, os.getpid())
 
 
-def _stop(running: list[subprocess.Popen]) -> None:
-    """Stops the process and its children."""
-    while running:
+def _stop(running: list[subprocess.Popen], owner: int) -> None:
+    """Stops the process and its children, unless it belongs to the process that this one was forked from."""
+    while running and owner == os.getpid():
         process = running.pop()
         try:
             os.killpg(process.pid, signal.SIGKILL)
@@ -153,10 +153,12 @@ def _read(path: str) -> dict[str, Any]:
 
 def _serve() -> None:
     """Reads names of folders and says so on stdout when what they ask for is done."""
+    done = os.dup(1)
+    os.dup2(2, 1)  # whatever else is printed is no answer
+
     import torch._dynamo  # noqa: F401
 
     _warm_up()
-    done = os.dup(1)
     for line in sys.stdin:
         _carry_out(line.rstrip("\n"))
         os.write(done, b"done\n")
