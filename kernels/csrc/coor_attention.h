@@ -152,7 +152,7 @@ void S(coor_attention)(const strided *of, const REAL *log_k, const uint8_t *keep
             for (int64_t half = 0; half * LANES < count; half++) {
                 int64_t first = row + half * LANES, some = min64(LANES, count - half * LANES);
                 VF lk;
-                S(gather)(log_k + first, some, 1, &lk, 1);
+                S(gather)(log_k + first, some, 1, &lk, (REAL)(p.exact != 0));
                 if (exact) S(exact)(s + half * m, y + half * m, keys, lk, p.eps, mark, mark + 1);
                 else S(iterate)(s + half * m, y + half * m, open, keys, lk, schedule, T, mark);
                 S(scatter)(mark, some, p.T, marks + first * p.T);

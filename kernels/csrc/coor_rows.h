@@ -159,22 +159,24 @@ static inline void S(settle)(const S(results) *of) {
 static inline const VF *S(row_of)(const S(some) *of, int64_t r) { return (const VF *)(of->first + r * of->step); }
 
 static S(rows) S(look_rows)(const S(some) *s) {
-    VF low = S(splat)(-INFINITY), one = S(splat)(1), top = low, count = {0}, clean = one;
+    VF low = S(splat)(-INFINITY), one = S(splat)(1), top = low, count = {0}, sum = {0}, clean = one;
     for (int64_t r = 0; r < s->count; r++) {
         const VF *row = S(row_of)(s, r);
-        VF t = low, c = {0};
+        VF t = low, c = {0}, a = {0};
         VI nan = {0};
         for (int64_t i = 0; i < s->width; i++) {
             VF x = row[i];
+            VI there = x != low;
             t = S(most)(x, t);
-            c += S(keep)(x != low, one);
+            c += S(keep)(there, one), a += S(keep)(there, x);
             nan |= x != x;
         }
-        top[r] = S(largest)(t), count[r] = S(total)(c);
+        top[r] = S(largest)(t), count[r] = S(total)(c), sum[r] = S(total)(a);
         if (S(any)(nan)) clean[r] = NAN;
     }
     VI none = count == 0;
-    S(rows) found = {S(pick)(none, (VF){0}, top), S(pick)(none, one, count), S(keep)(none, one), clean};
+    count = S(pick)(none, one, count);
+    S(rows) found = {S(pick)(none, (VF){0}, top), count, sum / count, S(keep)(none, one), clean};
     return found;
 }
 
@@ -228,12 +230,15 @@ static void S(iterate_rows)(const S(some) *s, const S(results) *y, VF *E, VF *op
                             int64_t T, VF *m_out) {
     int64_t width = s->width, count = s->count, raw = 1; /* from m_out[raw] on there is M while `fresh` */
     S(rows) r = S(look_rows)(s);
+    VI own;
+    const int64_t begin = S(first_iteration)(&r, log_k, eps, T, &own);
     VF m = (REAL)eps[0] * (S(logarithm)(r.count) - log_k), c = {0}, M = {0}, inverse_k = S(exponential)(-log_k), zero = {0};
     const VF high = S(splat)(WIDE ? 1e150 : 1e18), low = S(splat)(WIDE ? 1e-150 : 1e-18), one = S(splat)(1);
     S(window) w = {.next = WINDOW_AFTER, .wait = WINDOW_AFTER, .count = -1};
     int fresh = 0;
     m_out[0] = m;
-    for (int64_t t = 1; t < T;) {
+    for (int64_t t = 0; t < begin; t++) m_out[t] = m = S(splat)(INFINITY);
+    for (int64_t t = max64(begin, 1); t < T;) {
         REAL rate = (REAL)(LOG2_E / eps[t]), now = (REAL)eps[t];
         int still = eps[t] == eps[t + 1], anew = still && !fresh;
         if (!anew && !fresh) {
@@ -243,6 +248,7 @@ static void S(iterate_rows)(const S(some) *s, const S(results) *y, VF *E, VF *op
                 const VF *row = S(row_of)(s, l), cap = S(splat)(m[l]), at = S(splat)(c[l]);
                 VF p = zero, q = zero;
                 int64_t i = 0;
+                if (t < own[l]) continue;
                 for (; i + 2 <= width; i += 2) {
                     p += S(power)(S(most)(S(least)(row[i], cap) - at, least), rate);
                     q += S(power)(S(most)(S(least)(row[i + 1], cap) - at, least), rate);
@@ -250,7 +256,8 @@ static void S(iterate_rows)(const S(some) *s, const S(results) *y, VF *E, VF *op
                 if (i < width) p += S(power)(S(most)(S(least)(row[i], cap) - at, least), rate);
                 a[l] += S(total)(p + q);
             }
-            m_out[t++] = m = c + now * (S(logarithm)(a) - log_k);
+            m = c + now * (S(logarithm)(a) - log_k);
+            m_out[t] = m = S(pick)(own > (INT)t, S(splat)(INFINITY), m), t++;
             continue;
         }
         int64_t steps = 1;

@@ -26,7 +26,7 @@ typedef struct {
  * their thresholds take to D. */
 static VF S(window_rows_back)(const S(some) *s, const S(work) *of, S(pairs) *pairs, VF coef, VF inverse_k, const VF *m, int64_t from,
                               int64_t t) {
-    VF low = m[from - 1], high = low, higher = {0}, total = {0}, minus = S(splat)(-1), never = S(splat)(INFINITY), *open = of->open;
+    VF low = m[from - 1], high = low, higher = {0}, total = {0}, minus = S(splat)(-1), never = S(splat)(NAN), *open = of->open;
     int64_t most = 0, found[LANES];
     for (int64_t i = from; i < t; i++) low = S(least)(m[i], low), high = S(most)(m[i], high);
     for (int64_t r = 0; r < s->count; r++) {
@@ -89,7 +89,7 @@ static int S(iterate_rows_back)(const S(some) *s, const S(some) *g, const S(resu
                                 const double *eps, int64_t T, const VF *m, VF *dlogk_out) {
     VF zero = {0}, one = S(splat)(1), none = S(splat)(-INFINITY), last = m[T - 1], mu = zero, dlogk = zero, clean = one + (last - last);
     S(stage) at = {last, S(exponential)(-log_k), (REAL)eps[T]};
-    int64_t first = S(last_stage)(eps, T), width = s->width;
+    int64_t begin = S(begun)(m, T), first = max64(S(last_stage)(eps, T), begin), width = s->width;
     REAL rate = (REAL)(LOG2_E / eps[T]), inverse = (REAL)(1 / eps[T]);
     for (int64_t t = first; t < T; t++)
         if (!S(in_reach)(&at, m[t])) return 0;
@@ -129,7 +129,7 @@ static int S(iterate_rows_back)(const S(some) *s, const S(some) *g, const S(resu
         const VF *row = S(row_of)(s, r);
         VF *D = of->D + r * width, *out = (VF *)(ds->first + r * ds->step);
         if (first < T) S(take_pairs)(row, of->E + r * width, D, D, width, &pairs, r);
-        for (int64_t t = first - 1; t > 0; t--) {
+        for (int64_t t = first - 1; t > 0 && mu[r] != 0; t--) { /* a threshold that caps no entry ends it: see `first_iteration` */
             REAL now = (REAL)(LOG2_E / eps[t]);
             VF before = S(splat)(m[t - 1][r]), offset = S(splat)(m[t][r] + (REAL)eps[t] * log_k[r]), above = zero, by = S(splat)(mu[r]);
             VF low = S(splat)((REAL)(EXP_LOW * eps[t]));

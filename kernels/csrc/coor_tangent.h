@@ -8,7 +8,7 @@ static void S(iterate_tangent)(const VF *s, VF *restrict ds, VF *restrict P, VF 
                                int64_t T, const VF *m) {
     VF zero = {0}, one = S(splat)(1), dm = dlogk * (REAL)-eps[0], last = m[T - 1];
     S(stage) of = {zero, S(exponential)(-log_k), (REAL)eps[T]};
-    int64_t first = S(last_stage)(eps, T), t = 1;
+    int64_t begin = max64(S(begun)(m, T), 1), first = max64(S(last_stage)(eps, T), begin), t = begin;
     for (; t < first; t++) {
         VF before = m[t - 1], offset = m[t] + (REAL)eps[t] * log_k, capped = zero, sum = zero, low = S(splat)((REAL)(EXP_LOW * eps[t]));
         REAL rate = (REAL)(LOG2_E / eps[t]);
@@ -21,7 +21,7 @@ static void S(iterate_tangent)(const VF *s, VF *restrict ds, VF *restrict P, VF 
     }
     while (t < T) {
         if (t == first || !S(in_reach)(&of, m[t])) {
-            of.c = m[t];
+            of.c = S(near)(&of, m[t]);
             for (int64_t j = 0; j < n; j++) P[j] = S(decay)(s[j] - of.c, (REAL)LOG2_E / of.eps) * ds[j];
         }
         int64_t to = t;

@@ -7,7 +7,11 @@
  *     m_1 = eps_1 (log n - log k)        m_t = eps_t (log sum_j exp(min(s_j, m_{t-1}) / eps_t) - log k)
  *     y_j = exp(min(s_j - m_T, 0) / eps_{T+1})
  *
- * While eps stands still, E_j = exp((s_j - c) / eps) is taken once and an iteration is M <- sum_j min(E_j, M) / k. */
+ * While eps stands still, E_j = exp((s_j - c) / eps) is taken once and an iteration is M <- sum_j min(E_j, M) / k.
+ *
+ * A threshold above all entries caps none: what follows does not depend on it, neither m_t nor a derivative. So iterations of which
+ * that is known beforehand are left out, and their thresholds are INFINITY. That is so for k <= 1, and in the hot first iterations
+ * of a schedule. No iteration is left out because thresholds have settled: what the last one gives is what is returned. */
 
 #undef X86
 #undef XF
@@ -124,23 +128,42 @@ static inline VF S(logarithm)(VF x) {
 typedef struct {
     VF top;   /* largest entry; 0 in rows without entries */
     VF count; /* entries that are there; 1 in rows without */
+    VF mean;  /* of the entries that are there */
     VF none;  /* 1 in rows without entries, else 0: their sums start at 1, so that no logarithm sees 0 */
     VF clean; /* 1, or NaN in rows that hold one */
 } S(rows);
 
 static inline S(rows) S(look)(const VF *s, int64_t n) {
-    VF low = S(splat)(-INFINITY), top = low, count = {0}, one = S(splat)(1);
+    VF low = S(splat)(-INFINITY), top = low, count = {0}, sum = {0}, one = S(splat)(1);
     VI nan = {0};
     for (int64_t j = 0; j < n; j++) {
         VF x = s[j];
+        VI there = x != low;
         top = S(most)(x, top);
-        count += S(keep)(x != low, one);
+        count += S(keep)(there, one), sum += S(keep)(there, x);
         nan |= x != x;
     }
     VI none = count == 0;
-    S(rows) r = {S(pick)(none, (VF){0}, top), S(pick)(none, one, count), S(keep)(none, one),
-                 S(pick)(nan, S(splat)(NAN), one)};
+    count = S(pick)(none, one, count);
+    S(rows) r = {S(pick)(none, (VF){0}, top), count, sum / count, S(keep)(none, one), S(pick)(nan, S(splat)(NAN), one)};
     return r;
+}
+
+/* The first iteration that has to be run: for each before it, it is known that the threshold lies above all entries. Known by
+ * log sum_j exp(s_j / eps), which is at least the largest entry / eps, and at least log n + the mean / eps (Jensen). Where rows
+ * differ, their own first iterations go to `first`, and the least is returned. */
+static inline int64_t S(first_iteration)(const S(rows) *r, VF log_k, const double *eps, int64_t T, VI *first) {
+    VF room = S(logarithm)(r->count) - log_k;
+    VI open = r->top < S(splat)(INFINITY), counted = {0}; /* where every threshold so far lies above; how many do */
+    int64_t least = 0;
+    for (int64_t t = 0; t < T - 1 && S(any)(open); t++) {
+        VF now = S(splat)((REAL)eps[t]), m = t ? S(most)(r->top - now * log_k, r->mean + now * room) : now * room;
+        open &= m >= r->top;
+        counted -= open;
+        least += !S(any)(~open);
+    }
+    *first = counted;
+    return least;
 }
 
 /* sum_j min(e_j, cap): four sums in flight. */
@@ -160,12 +183,15 @@ static inline VF S(capped_sum)(const VF *e, int64_t n, VF cap) {
 /* y from s; eps[T + 1] is the schedule, its last entry for y. Thresholds go to m[T]. open [n] is scratch. */
 static void S(iterate)(const VF *s, VF *restrict y, VF *restrict open, int64_t n, VF log_k, const double *eps, int64_t T, VF *m_out) {
     S(rows) r = S(look)(s, n);
+    VI own;
+    int64_t begin = S(first_iteration)(&r, log_k, eps, T, &own);
     VF m = (REAL)eps[0] * (S(logarithm)(r.count) - log_k), c = {0}, M = {0}, inverse_k = S(exponential)(-log_k);
     const VF high = S(splat)(WIDE ? 1e150 : 1e18), low = S(splat)(WIDE ? 1e-150 : 1e-18);
     S(window) w = {.next = WINDOW_AFTER, .wait = WINDOW_AFTER, .count = -1};
     int fresh = 0; /* y holds E for this eps and the reference c */
     m_out[0] = m;
-    for (int64_t t = 1; t < T; t++) {
+    for (int64_t t = 0; t < begin; t++) m_out[t] = m = S(splat)(INFINITY);
+    for (int64_t t = max64(begin, 1); t < T; t++) {
         REAL rate = (REAL)(LOG2_E / eps[t]);
         int still = eps[t] == eps[t + 1];
         if (still && !fresh) {
@@ -224,7 +250,7 @@ static void S(refer)(S(stage) *of, const VF *s, VF *ds, VF *E, int64_t n, VF c) 
 static VF S(iterate_back)(const VF *s, VF *ds, VF *E, VF *y, VF *open, int64_t n, VF log_k, const double *eps, int64_t T, const VF *m) {
     VF zero = {0}, one = S(splat)(1), none = S(splat)(-INFINITY), last = m[T - 1], mu = zero, sum_mu = zero, dlogk = zero;
     S(stage) of = {last, S(exponential)(-log_k), (REAL)eps[T]};
-    int64_t first = S(last_stage)(eps, T), t = T - 1;
+    int64_t begin = S(begun)(m, T), first = max64(S(last_stage)(eps, T), begin), t = T - 1;
     for (int64_t j = 0; j < n; j++) {
         VF e = S(decay)(s[j] - last, (REAL)(LOG2_E / eps[T])), d = S(keep)(s[j] <= last, ds[j] * (REAL)(1 / eps[T]));
         if (y) y[j] = S(least)(one, e);
@@ -232,7 +258,7 @@ static VF S(iterate_back)(const VF *s, VF *ds, VF *E, VF *y, VF *open, int64_t n
         E[j] = e, ds[j] = first < T ? d : e * d;
     }
     while (t >= first) {
-        if (!S(in_reach)(&of, m[t])) S(refer)(&of, s, ds, E, n, m[t]);
+        if (!S(in_reach)(&of, m[t])) S(refer)(&of, s, ds, E, n, S(near)(&of, m[t]));
         int64_t from = t;
         while (from > first + WINDOW_AFTER && from > first + (t - first) / 4 && S(in_reach)(&of, m[from - 1])) from--;
         if (from < t) mu = S(window_back)(&of, mu, s, ds, open, n, m, from, t, &sum_mu);
@@ -249,7 +275,7 @@ static VF S(iterate_back)(const VF *s, VF *ds, VF *E, VF *y, VF *open, int64_t n
     dlogk -= sum_mu * of.eps;
     if (first < T)
         for (int64_t j = 0; j < n; j++) ds[j] *= E[j];
-    for (; t > 0; t--) {
+    for (; t >= max64(begin, 1); t--) {
         VF before = m[t - 1], offset = m[t] + (REAL)eps[t] * log_k, above = zero, low = S(splat)((REAL)(EXP_LOW * eps[t]));
         REAL rate = (REAL)(LOG2_E / eps[t]);
         for (int64_t j = 0; j < n; j++) {

@@ -71,10 +71,20 @@ static inline VF S(weight)(const S(stage) *of, VF x, VF m) {
     return S(decay)(x - m, (REAL)LOG2_E / of->eps) * of->inverse_k;
 }
 
-/* Whether weights in terms of E stay in the range of numbers for the threshold m. */
+/* Whether weights in terms of E stay in the range of numbers for the threshold m, where it is one. */
 static inline int S(in_reach)(const S(stage) *of, VF m) {
     VF far = S(splat)((REAL)REACH * of->eps);
-    return !S(any)((m - of->c > far) | (of->c - m > far));
+    return !S(any)(((m - of->c > far) & (m < S(splat)(INFINITY))) | (of->c - m > far));
+}
+
+/* m as a reference; where it is none, the one there was. */
+static inline VF S(near)(const S(stage) *of, VF m) { return S(pick)(m == S(splat)(INFINITY), of->c, m); }
+
+/* The first iteration that was run for any row: see `first_iteration`. */
+static inline int64_t S(begun)(const VF *m, int64_t T) {
+    int64_t begin = 0;
+    while (begin < T - 1 && !S(any)(m[begin] != S(splat)(INFINITY))) begin++;
+    return begin;
 }
 
 /* The first iteration of the eps at the end. */
@@ -90,10 +100,10 @@ typedef struct {
     int64_t count;       /* entries between */
 } S(gap);
 
-/* Entries between go to `open`, with INFINITY in the lanes of others; if of is not NULL, their values there go to `values`, and the
+/* Entries between go to `open`, with NaN in the lanes of others, which is below no threshold; if of is not NULL, their values there go to `values`, and the
  * sum of those at or below low to *below. */
 static S(gap) S(gap_of)(const VF *s, const VF *of, int64_t n, const VF *m, int64_t from, int64_t to, VF *open, VF *values, VF *below) {
-    VF zero = {0}, one = S(splat)(1), never = S(splat)(INFINITY);
+    VF zero = {0}, one = S(splat)(1), never = S(splat)(NAN);
     S(gap) g = {m[from - 1], m[from - 1], zero, 0};
     for (int64_t t = from; t < to; t++) g.low = S(least)(m[t], g.low), g.high = S(most)(m[t], g.high);
     for (int64_t j = 0; j < n; j++) {
