@@ -172,7 +172,9 @@ def test_pairs_are_counted_right():
     at = torch.arange(side * side)
     row = (at[:, None] // side == at // side) & (at[:, None] >= at)
     assert work.axial_pairs(t, side) == t * (t + 1) / 2 + side * side * t + row.sum()
-    assert work.varying_steps(20, 0.1, 4.0, 0.7) == 11 and work.varying_steps(5, 0.1, None, 1.0) == 0
+    # eps is 4, 2.8 ... 0.11 in eleven steps; down to 0.96 thresholds, eps log(512 / 8), lie above what 512 normal scores reach.
+    assert [work.coor(100, 512, k, 20, 0.1, 4.0, 0.7)[0].exps for k in (1.0, 8.0, 512.0)] == [200, 800, 1300]
+    assert work.coor(100, 512, 8.0, 5)[0] == work.Work(4 * 5 * 100, 200, 800)
     assert work.linear((2, 3, 5))[0].flops == 60 and work.linear((2, 3, 5))[1].flops == 180
 
 

@@ -102,7 +102,7 @@ def _coor(s: dict, q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
 
 def _coor_work(s: dict) -> tuple[Work, Work]:
     pairs = s["b"] * s["h"] * work.triangle(s["n"])
-    return work.coor(pairs, 20, work.varying_steps(20, 0.1, 4.0, 0.7))
+    return work.coor(pairs, s["n"], 1.0, 20, 0.1, 4.0, 0.7)
 
 
 def _picture(s: dict) -> dict[str, int]:

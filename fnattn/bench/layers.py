@@ -63,7 +63,7 @@ def _coor(s: dict, device: torch.device) -> Contest:
     dim, h, d = s["dim"], s["h"], s["d"]
     rows, pairs = s["b"] * s["n"], s["b"] * h * work.triangle(s["n"])
     products = Work(4 * d * pairs)
-    counted = work.total(work.coor(pairs, 20, work.varying_steps(20, 0.1, 4.0, 0.7)), (products, products.times(3.5)),
+    counted = work.total(work.coor(pairs, s["n"], 1.0, 20, 0.1, 4.0, 0.7), (products, products.times(3.5)),
                          work.linear((rows, dim, 3 * h * d), (rows, h * d, dim)))
     cfg = coor_descent.Config(dim=dim, heads=h, dim_head=d, use_coor_descent=True)
     return _layer(cfg, lambda: upstream.coor_layer(dim, h, d, 20), counted, s, device)

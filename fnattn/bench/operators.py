@@ -51,13 +51,12 @@ def _simple(s: dict, device: torch.device) -> Contest:
 
 def _coor(schedule: dict, s: dict, device: torch.device) -> Contest:
     options = {"k": 8.0, "eps": 0.1, **schedule}
-    varying = work.varying_steps(options["n_iters"], 0.1, options.get("eps_init"), options.get("eps_decay", 1.0))
 
     def ours(x, impl="auto"):
         return ops.coor_descent(x, impl=impl, **options)
 
     return Contest((normal("s", s["b"], s["n"], s["m"], device=device),), ours, partial(upstream.coor_descent, **options),
-                   *work.coor(s["b"] * s["n"] * s["m"], options["n_iters"], varying))
+                   *work.coor(s["b"] * s["n"] * s["m"], s["m"], **options))
 
 
 SCHEDULE = {"eps_init": 4.0, "eps_decay": 0.7}  # upstream's advice, with which 20 iterations do what 50 do without
@@ -73,7 +72,7 @@ def _coor_attention(iterations: int, s: dict, device: torch.device) -> Contest:
         return upstream.bare(upstream.coor_layer(h * d, h, d, iterations).to(device), "norm", "to_qkv", "to_out")
 
     pairs = b * h * work.triangle(n)
-    forward, both = work.coor(pairs, iterations, work.varying_steps(iterations, 0.1, *SCHEDULE.values()))
+    forward, both = work.coor(pairs, n, 1.0, iterations, 0.1, **SCHEDULE)
     io = bytes_of((b, h, n, 4 * d))
     products = work.Work(4 * d * pairs, 0, 0)
     return Contest((normal("qkv", b, n, 3 * h * d, device=device),), ours, theirs,

@@ -5,6 +5,9 @@ Counts of the inner loops only: no loads that hit a cache, no loop control, no o
 
 from __future__ import annotations
 
+from math import log
+from statistics import NormalDist
+
 from .case import Work, bytes_of, triangle
 
 CHUNK = {"taylor": 32, "gate_loop": 64}
@@ -44,22 +47,37 @@ def simple_gate_loop(b: int, n: int, c: int) -> tuple[Work, Work]:
     return Work(8 * steps, steps, 16 * steps), Work(28 * steps, 2 * steps, 44 * steps)
 
 
-def coor(entries: float, iterations: int, varying: int) -> tuple[Work, Work]:
-    """Coordinate descent: an exponential per entry and step while eps varies, then a minimum and a sum; one at the end.
+def coor(entries: float, n: int, k: float, n_iters: int, eps: float = 0.1, eps_init: float | None = None,
+         eps_decay: float = 1.0) -> tuple[Work, Work]:
+    """Coordinate descent on rows of n normal scores: an exponential per entry and step while eps varies, then a minimum and a sum;
+    one at the end.
 
-    Once thresholds settle, an iteration looks at the few entries beside them: that is not counted.
+    Steps that cannot matter are not counted, nor is what an iteration does once thresholds settle: it looks at the few entries
+    beside them.
     """
-    sweeps = min(iterations - varying, SETTLED)
+    schedule = _schedule(n_iters, eps, eps_init, eps_decay)
+    needed = schedule[_first_needed(n, k, schedule):]
+    varying = sum(at > eps for at in needed)
+    sweeps = min(len(needed) - varying, SETTLED)
     forward = Work(4 * sweeps * entries, (varying + 2) * entries, 8 * entries)
     return forward, forward + Work((4 * sweeps + 8) * entries, (varying + 2) * entries, 12 * entries)
 
 
-def varying_steps(iterations: int, eps: float, eps_init: float | None, decay: float) -> int:
-    """In how many of the steps eps is not yet at its end."""
-    count, at = 0, eps if eps_init is None else eps_init
-    while count < iterations and at > eps:
-        count, at = count + 1, at * decay
-    return count
+def _schedule(n_iters: int, eps: float, eps_init: float | None, eps_decay: float) -> list[float]:
+    """eps of each iteration."""
+    found = [max(eps, eps if eps_init is None else eps_init)]
+    while len(found) < n_iters:
+        found.append(max(found[-1] * eps_decay, eps))
+    return found
+
+
+def _first_needed(n: int, k: float, schedule: list[float]) -> int:
+    """Thresholds above all entries leave nothing behind: the first iteration after those that are known beforehand to be so."""
+    largest = NormalDist().inv_cdf(1 - 1 / max(n, 2))
+    first = 0
+    while first < len(schedule) - 1 and (k <= 1 and first or schedule[first] * log(n / k) >= largest):
+        first += 1
+    return first
 
 
 def attention(b: int, h: int, n: int, pairs: float, d: int) -> tuple[Work, Work]:
