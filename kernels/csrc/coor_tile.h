@@ -55,25 +55,7 @@
 static inline VF S(splat)(double x) { return (VF){0} + (REAL)x; }
 static inline VF S(pick)(VI mask, VF yes, VF no) { return (VF)((mask & (VI)yes) | (~mask & (VI)no)); }
 static inline VF S(keep)(VI mask, VF yes) { return (VF)(mask & (VI)yes); }
-/* a < b ? a : b and a > b ? a : b, so that b = NaN stays NaN. Compilers do not find the one instruction by themselves. */
-static inline VF S(least)(VF a, VF b) {
-#if defined(__AVX512F__)
-    return (VF)X86(_mm512_min)((XF)a, (XF)b);
-#elif defined(__AVX__)
-    return (VF)X86(_mm256_min)((XF)a, (XF)b);
-#else
-    return S(pick)(a < b, a, b);
-#endif
-}
-static inline VF S(most)(VF a, VF b) {
-#if defined(__AVX512F__)
-    return (VF)X86(_mm512_max)((XF)a, (XF)b);
-#elif defined(__AVX__)
-    return (VF)X86(_mm256_max)((XF)a, (XF)b);
-#else
-    return S(pick)(a > b, a, b);
-#endif
-}
+#include "extremes.h"
 static inline int S(any)(VI mask) {
 #if defined(__AVX512F__) && WIDE
     return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;

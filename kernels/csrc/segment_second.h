@@ -92,8 +92,8 @@ void S(segment_attention_second)(const segment_call *call, double scale) {
                     S(segment_spread)(dv, at, tp + x, g_r + x * wide_e, size, queries, wide_e);
                     if (tg) S(segment_spread)(dv, at, p + x, tg_r + x * wide_e, size, queries, wide_e);
                 }
-                for (int64_t i = 0; i < block->rows; i++)
-                    for (int64_t c = 0; c < d; c++) dq[positions[i] * of[12].row + c] = (REAL)scale * dq_t[c * SPAN + i];
+                for (int64_t i = 0; i < SPAN; i++) norm[i] = (REAL)scale;
+                S(segment_results)(dq_t, q_t, d, dq, of[12].row, positions, block->rows, norm);
             }
             S(sums_back)(of + 13, batch, keys, dk, n, d);
             S(sums_back)(of + 14, batch, keys, dv, n, e);

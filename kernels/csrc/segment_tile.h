@@ -71,17 +71,24 @@ static int segment_keys(const segment_lists *lists, const segment_tile *tile, co
 }
 #endif
 
-/* The largest register blocks; see MANY_ROWS in softmax_tile.h. Each product runs over the columns X vectors at a time. */
+/* The largest register blocks; see MANY_ROWS in softmax_tile.h. Each product runs over the columns X vectors at a time. Scores read
+ * rows from anywhere, whose addresses need registers too: FEW for them, MANY for what reads at fixed distances. */
 #undef PRODUCT_COLUMNS
+#undef FEW
+#undef MANY
 #if WIDEST == 4
-#define PRODUCT_COLUMNS(PRODUCT, NEXT)                                  \
-    for (; vectors >= 4; vectors -= 4, NEXT(4)) { int64_t i = 0; PRODUCT(4, 4) PRODUCT(1, 4) } \
-    for (; vectors >= 2; vectors -= 2, NEXT(2)) { int64_t i = 0; PRODUCT(8, 2) PRODUCT(4, 2) PRODUCT(1, 2) } \
-    for (; vectors >= 1; vectors -= 1, NEXT(1)) { int64_t i = 0; PRODUCT(8, 1) PRODUCT(1, 1) }
+#define FEW(X) (X == 4 ? 4 : 8)
+#define MANY(X) (X == 4 ? 6 : 12)
+#define PRODUCT_COLUMNS(PRODUCT, NEXT, MOST)                                                                     \
+    for (; vectors >= 4; vectors -= 4, NEXT(4)) { int64_t i = 0; PRODUCT(MOST(4), 4) PRODUCT(1, 4) }             \
+    for (; vectors >= 2; vectors -= 2, NEXT(2)) { int64_t i = 0; PRODUCT(MOST(2), 2) PRODUCT(4, 2) PRODUCT(1, 2) } \
+    for (; vectors >= 1; vectors -= 1, NEXT(1)) { int64_t i = 0; PRODUCT(MOST(1), 1) PRODUCT(1, 1) }
 #else
-#define PRODUCT_COLUMNS(PRODUCT, NEXT)                                  \
-    for (; vectors >= 2; vectors -= 2, NEXT(2)) { int64_t i = 0; PRODUCT(4, 2) PRODUCT(1, 2) } \
-    for (; vectors >= 1; vectors -= 1, NEXT(1)) { int64_t i = 0; PRODUCT(4, 1) PRODUCT(1, 1) }
+#define FEW(X) 4
+#define MANY(X) (X == 2 ? 6 : 8)
+#define PRODUCT_COLUMNS(PRODUCT, NEXT, MOST)                                                       \
+    for (; vectors >= 2; vectors -= 2, NEXT(2)) { int64_t i = 0; PRODUCT(MOST(2), 2) PRODUCT(1, 2) } \
+    for (; vectors >= 1; vectors -= 1, NEXT(1)) { int64_t i = 0; PRODUCT(MOST(1), 1) PRODUCT(1, 1) }
 #endif
 
 #undef SCORES
@@ -110,7 +117,7 @@ static int segment_keys(const segment_lists *lists, const segment_tile *tile, co
 /* p [count][queries] = (more: +=) k[at] q_t, the scores of keys, whose rows lie k_row apart, with queries q_t [d][queries]. */
 static void S(segment_scores)(REAL *restrict p, const REAL *restrict k, int64_t k_row, const int32_t *restrict at,
                               const REAL *restrict q_t, int64_t count, int64_t d, int64_t vectors, int more) {
-    PRODUCT_COLUMNS(SCORES, SCORES_NEXT)
+    PRODUCT_COLUMNS(SCORES, SCORES_NEXT, FEW)
 }
 
 #undef VALUES
@@ -138,7 +145,7 @@ static void S(segment_scores)(REAL *restrict p, const REAL *restrict k, int64_t 
 /* acc [e][queries] = acc shrink + v[at]^T p, a weighted sum of values, whose rows lie v_row apart; shrink [queries] or NULL. */
 static void S(segment_values)(REAL *restrict acc, const REAL *restrict v, int64_t v_row, const int32_t *restrict at,
                               const REAL *restrict p, const REAL *restrict shrink, int64_t count, int64_t e, int64_t vectors) {
-    PRODUCT_COLUMNS(VALUES, VALUES_NEXT)
+    PRODUCT_COLUMNS(VALUES, VALUES_NEXT, MANY)
 }
 
 #undef SPREAD
@@ -167,7 +174,7 @@ static void S(segment_spread)(S(sums) sums, const int32_t *restrict at, const RE
     REAL *restrict dk = sums.at;
     const int64_t dk_row = sums.row;
     int64_t vectors = width / LANES;
-    PRODUCT_COLUMNS(SPREAD, SPREAD_NEXT)
+    PRODUCT_COLUMNS(SPREAD, SPREAD_NEXT, FEW)
 }
 
 /* -infinity over the scores of the pairs that words, shifted to the tile's first query, do not name. */
@@ -184,16 +191,22 @@ static void S(segment_hide)(REAL *p, const uint32_t *words, int64_t first, int64
     }
 }
 
-/* rows of x, x_row apart, into the columns of t [d][SPAN], and, if there is a place, into the rows of r [SPAN][width], each times
- * factor. Queries that are not there are zeros in both. */
+/* rows of x, x_row apart, times factor into r [SPAN][width], zeros where there is none, and from there into the columns of t [d][SPAN]. */
 static void S(segment_queries)(REAL *t, REAL *r, int64_t width, const REAL *x, int64_t x_row, const int32_t *positions, int64_t rows,
                                int64_t d, REAL factor) {
-    memset(t, 0, (size_t)(SPAN * d) * sizeof(REAL));
-    if (r) memset(r, 0, (size_t)(SPAN * width) * sizeof(REAL));
+    if (rows < SPAN || width > d) memset(r, 0, (size_t)(SPAN * width) * sizeof(REAL));
     for (int64_t i = 0; i < rows; i++) {
         const REAL *x_i = x + positions[i] * x_row;
-        for (int64_t c = 0; c < d; c++) t[c * SPAN + i] = factor * x_i[c];
-        if (r)
-            for (int64_t c = 0; c < d; c++) r[i * width + c] = factor * x_i[c];
+        for (int64_t c = 0; c < d; c++) r[i * width + c] = factor * x_i[c];
     }
+    S(turn)(t, SPAN, r, width, SPAN, d);
+}
+
+/* The columns of t [width][SPAN], each times its factor, into rows of x, x_row apart. r [SPAN][width] is scratch. */
+static void S(segment_results)(REAL *t, REAL *r, int64_t width, REAL *x, int64_t x_row, const int32_t *positions, int64_t rows,
+                               const REAL *factor) {
+    for (int64_t c = 0; c < width * SPAN; c += SPAN)
+        for (int64_t y = 0; y < SPAN; y += LANES) *(VF *)(t + c + y) *= *(const VF *)(factor + y);
+    S(turn)(r, width, t, SPAN, width, SPAN);
+    for (int64_t i = 0; i < rows; i++) memcpy(x + positions[i] * x_row, r + i * width, (size_t)width * sizeof(REAL));
 }

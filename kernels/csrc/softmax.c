@@ -30,11 +30,7 @@ static inline void S(weigh)(REAL *p, REAL *w, int64_t count, int64_t e, int64_t 
     const VF nothing = (VF){0} - (REAL)INFINITY;
     for (; x < WIDTH; x += LANES) {
         const VF old = *(VF *)(top + x);
-        VF best = old, total = {0}, t_total = {0};
-        for (int64_t j = x; j < x + count * WIDTH; j += WIDTH) {
-            const VF score = *(VF *)(p + j);
-            best = S(select)(score > best, score, best);
-        }
+        VF best = S(largest_of)(p + x, WIDTH, count, old), total = {0}, t_total = {0};
         const S(ints) grown = best > old + (REAL)SLACK;
         best = S(select)(grown, best, old);
         const VF base = S(select)(best == nothing, (VF){0}, best);
@@ -65,17 +61,23 @@ static void S(attend)(const softmax_call *call, double scale, int moving) {
     if (!tasks || !g) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        REAL *memory = scratch((size_t)(WIDTH * (1 + moving) * (d + KEYS + e + 2)) * sizeof(REAL));
+        const int64_t near_size = S(nearby_size)(m, (1 + moving) * (d + e), blocks * (h / g));
+        REAL *memory = scratch((size_t)(WIDTH * (1 + moving) * (d + KEYS + e + 2) + near_size) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_t = memory, *p = q_t + d * WIDTH, *acc = p + KEYS * WIDTH, *sum = acc + e * WIDTH, *top = sum + WIDTH;
         REAL *tq_t = top + WIDTH, *w = tq_t + d * WIDTH, *t_acc = w + KEYS * WIDTH, *t_sum = t_acc + e * WIDTH;
+        const strided *const read[] = {of + 1, of + 2, of_tk, of_tv};
+        const int64_t widths[] = {d, e, d, e};
+        S(nearby) rows_of = S(nearby_none)(near_size ? memory + WIDTH * (1 + moving) * (d + KEYS + e + 2) : NULL);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             /* The last queries of a causal head have the most keys: first, so that no thread is left with them alone. */
             const int64_t i0 = (blocks - 1 - task % blocks) * WIDTH, rows = min64(WIDTH, n - i0);
             const int64_t batch = task / blocks / h, head = task / blocks % h, keys = head / (h / g);
-            const REAL *k = S(head)(of + 1, batch, keys), *v = S(head)(of + 2, batch, keys), *tq = S(head)(of_tq, batch, head);
-            const REAL *tk = S(head)(of_tk, batch, keys), *tv = S(head)(of_tv, batch, keys);
+            S(come_near)(&rows_of, read, widths, moving ? 4 : 2, m, batch, keys);
+            const REAL *k = rows_of.at[0], *v = rows_of.at[1], *tq = S(head)(of_tq, batch, head);
+            const REAL *tk = moving ? rows_of.at[2] : NULL, *tv = moving ? rows_of.at[3] : NULL;
+            const int64_t k_row = rows_of.row[0], v_row = rows_of.row[1], tk_row = rows_of.row[2], tv_row = rows_of.row[3];
             const uint8_t *seen = mask_row(call, batch, head, i0);
             const int64_t end = causal ? min64(m, start + i0 + rows) : m, diagonal = causal ? start + i0 : m;
             S(queries)(q_t, NULL, 0, S(head)(of, batch, head) + i0 * of->row, of->row, rows, d, (REAL)scale);
@@ -85,15 +87,15 @@ static void S(attend)(const softmax_call *call, double scale, int moving) {
             for (int64_t i = 0; i < WIDTH; i++) top[i] = -INFINITY;
             for (int64_t j0 = 0, x, count; j0 < end; j0 += count) {
                 count = next_tile(j0, end, KEYS, diagonal, LANES, &x);
-                S(scores)(p, k + j0 * of[1].row, of[1].row, q_t, count, d, x, 0);
+                S(scores)(p, k + j0 * k_row, k_row, q_t, count, d, x, 0);
                 S(hide)(p, x, rows, count, j0 - diagonal, seen ? seen + j0 : NULL, call->mask.row);
-                if (tq) S(scores)(w, k + j0 * of[1].row, of[1].row, tq_t, count, d, x, 0);
-                if (tk) S(scores)(w, tk + j0 * of_tk->row, of_tk->row, q_t, count, d, x, tq != NULL);
+                if (tq) S(scores)(w, k + j0 * k_row, k_row, tq_t, count, d, x, 0);
+                if (tk) S(scores)(w, tk + j0 * tk_row, tk_row, q_t, count, d, x, tq != NULL);
                 if (tq || tk) S(weigh)(p, w, count, e, x, acc, t_acc, sum, t_sum, top);
                 else S(weigh)(p, NULL, count, e, x, acc, NULL, sum, NULL, top);
-                S(values)(acc, v + j0 * of[2].row, of[2].row, p, count, e, x);
-                if (tq || tk) S(values)(t_acc, v + j0 * of[2].row, of[2].row, w, count, e, x);
-                if (tv) S(values)(t_acc, tv + j0 * of_tv->row, of_tv->row, p, count, e, x);
+                S(values)(acc, v + j0 * v_row, v_row, p, count, e, x);
+                if (tq || tk) S(values)(t_acc, v + j0 * v_row, v_row, w, count, e, x);
+                if (tv) S(values)(t_acc, tv + j0 * tv_row, tv_row, p, count, e, x);
             }
             double *lse = double_row(of + 4, batch, head, i0);
             for (int64_t i = 0; i < rows; i++) {
@@ -130,20 +132,27 @@ void S(softmax_backward)(const softmax_call *call, double scale) {
     const strided *of = call->of;
     const int64_t blocks = (n + WIDTH - 1) / WIDTH, tasks = b * g, shared = g ? h / g : 0;
     const int64_t wide_d = (d + LANES - 1) / LANES * LANES, wide_e = (e + LANES - 1) / LANES * LANES;
-    /* Sums of dk and dv are taken in place, unless a row is no whole number of vectors. */
-    const int64_t own_d = wide_d == d ? 0 : m * wide_d, own_e = wide_e == e ? 0 : m * wide_e;
+    const int64_t near_size = S(nearby_size)(m, d + e, blocks * shared), near = near_size > 0;
+    /* Sums of dk and dv are taken in place, unless a row is no whole number of vectors, or they are better taken nearby. */
+    const int64_t own_d = wide_d == d && (!near || of[7].row == d) ? 0 : m * wide_d;
+    const int64_t own_e = wide_e == e && (!near || of[8].row == e) ? 0 : m * wide_e;
     if (!tasks) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        REAL *memory = scratch((size_t)(WIDTH * (2 * d + e + wide_d + wide_e + 4 + 2 * m) + own_d + own_e) * sizeof(REAL));
+        REAL *memory = scratch((size_t)(WIDTH * (2 * d + e + wide_d + wide_e + 4 + 2 * m) + own_d + own_e + near_size) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_r = memory, *g_r = q_r + wide_d * WIDTH, *q_t = g_r + wide_e * WIDTH, *g_t = q_t + d * WIDTH, *dq_t = g_t + e * WIDTH;
         REAL *norm = dq_t + d * WIDTH, *rest = norm + WIDTH, *delta = rest + WIDTH, *lost = delta + WIDTH, *p_all = lost + WIDTH;
         REAL *ds_all = p_all + m * WIDTH, *own = ds_all + m * WIDTH;
+        const strided *const read[] = {of + 2, of + 3};
+        const int64_t widths[] = {d, e};
+        S(nearby) rows_of = S(nearby_none)(near ? own + own_d + own_e : NULL);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {
-            const int64_t batch = task / g, keys = task % g, k_row = of[2].row, v_row = of[3].row;
-            const REAL *k = S(head)(of + 2, batch, keys), *v = S(head)(of + 3, batch, keys);
+            const int64_t batch = task / g, keys = task % g;
+            S(come_near)(&rows_of, read, widths, 2, m, batch, keys);
+            const REAL *k = rows_of.at[0], *v = rows_of.at[1];
+            const int64_t k_row = rows_of.row[0], v_row = rows_of.row[1];
             const S(sums) dk = S(sums_of)(of + 7, batch, keys, own_d ? own : NULL, m, d, wide_d);
             const S(sums) dv = S(sums_of)(of + 8, batch, keys, own_e ? own + own_d : NULL, m, e, wide_e);
             for (int64_t block = 0; block < shared * blocks; block++) {

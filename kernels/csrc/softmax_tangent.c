@@ -22,17 +22,23 @@ void S(softmax_tangent)(const softmax_call *call, double scale) {
     if (!tasks || !g) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        REAL *memory = scratch((size_t)(WIDTH * (2 * d + 2 * KEYS + e + 3)) * sizeof(REAL));
+        const int64_t near_size = S(nearby_size)(m, 2 * (d + e), blocks * (h / g));
+        REAL *memory = scratch((size_t)(WIDTH * (2 * d + 2 * KEYS + e + 3) + near_size) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_t = memory, *tq_t = q_t + d * WIDTH, *p = tq_t + d * WIDTH, *w = p + KEYS * WIDTH, *acc = w + KEYS * WIDTH;
         REAL *norm = acc + e * WIDTH, *rest = norm + WIDTH, *sum = rest + WIDTH;
+        const strided *const read[] = {of + 1, of + 2, of + 6, of + 7};
+        const int64_t widths[] = {d, e, d, e};
+        S(nearby) rows_of = S(nearby_none)(near_size ? sum + WIDTH : NULL);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             /* The last queries of a causal head have the most keys: first, so that no thread is left with them alone. */
             const int64_t i0 = (blocks - 1 - task % blocks) * WIDTH, rows = min64(WIDTH, n - i0);
             const int64_t batch = task / blocks / h, head = task / blocks % h, keys = head / (h / g);
-            const REAL *k = S(head)(of + 1, batch, keys), *v = S(head)(of + 2, batch, keys), *tq = S(head)(of + 5, batch, head);
-            const REAL *tk = S(head)(of + 6, batch, keys), *tv = S(head)(of + 7, batch, keys);
+            S(come_near)(&rows_of, read, widths, 4, m, batch, keys);
+            const REAL *k = rows_of.at[0], *v = rows_of.at[1], *tk = rows_of.at[2], *tv = rows_of.at[3];
+            const REAL *tq = S(head)(of + 5, batch, head);
+            const int64_t k_row = rows_of.row[0], v_row = rows_of.row[1], tk_row = rows_of.row[2], tv_row = rows_of.row[3];
             const REAL *out = S(head)(of + 3, batch, head) + i0 * of[3].row;
             const double *lse = double_row(of + 4, batch, head, i0);
             const uint8_t *seen = mask_row(call, batch, head, i0);
@@ -43,10 +49,10 @@ void S(softmax_tangent)(const softmax_call *call, double scale) {
             for (int64_t i = 0; i < rows; i++) S(split)(lse[i * of[4].row], norm + i, rest + i);
             for (int64_t j0 = 0, x, count; j0 < end; j0 += count) {
                 count = next_tile(j0, end, KEYS, diagonal, LANES, &x);
-                S(scores)(p, k + j0 * of[1].row, of[1].row, q_t, count, d, x, 0);
+                S(scores)(p, k + j0 * k_row, k_row, q_t, count, d, x, 0);
                 S(hide)(p, x, rows, count, j0 - diagonal, seen ? seen + j0 : NULL, call->mask.row);
-                if (tq) S(scores)(w, k + j0 * of[1].row, of[1].row, tq_t, count, d, x, 0);
-                if (tk) S(scores)(w, tk + j0 * of[6].row, of[6].row, q_t, count, d, x, tq != NULL);
+                if (tq) S(scores)(w, k + j0 * k_row, k_row, tq_t, count, d, x, 0);
+                if (tk) S(scores)(w, tk + j0 * tk_row, tk_row, q_t, count, d, x, tq != NULL);
                 for (int64_t y = x; y < WIDTH; y += LANES) {
                     VF total = {0};
                     for (int64_t j = y; j < y + count * WIDTH; j += WIDTH) {
@@ -55,8 +61,8 @@ void S(softmax_tangent)(const softmax_call *call, double scale) {
                     }
                     *(VF *)(sum + y) += total;
                 }
-                if (tq || tk) S(values)(acc, v + j0 * of[2].row, of[2].row, w, count, e, x);
-                if (tv) S(values)(acc, tv + j0 * of[7].row, of[7].row, p, count, e, x);
+                if (tq || tk) S(values)(acc, v + j0 * v_row, v_row, w, count, e, x);
+                if (tv) S(values)(acc, tv + j0 * tv_row, tv_row, p, count, e, x);
             }
             REAL *t_out = S(head)(of + 8, batch, head) + i0 * of[8].row;
             double *t_lse = double_row(of + 9, batch, head, i0);

@@ -20,7 +20,6 @@
 #undef LN2_HIGH
 #undef LN2_LOW
 #undef LOWEST
-#undef HIGHEST
 #undef DEGREE
 #undef WIDTH
 #if PRECISION == 32
@@ -34,8 +33,7 @@
 #define LN2_HIGH 0.693359375f
 #define LN2_LOW -2.12194440e-4f
 #define LOWEST -87.0f
-#define HIGHEST 88.0f
-#define DEGREE 7
+#define DEGREE 6
 #else
 #define REAL double
 #define S(x) PASTE(fnattn_, x, _, f64)
@@ -47,7 +45,6 @@
 #define LN2_HIGH 6.93145751953125e-1
 #define LN2_LOW 1.42860682030941723212e-6
 #define LOWEST -708.0
-#define HIGHEST 709.0
 #define DEGREE 13
 #endif
 #define WIDTH (4 * LANES)
@@ -68,14 +65,21 @@ static inline int S(any)(S(ints) yes) {
 #endif
 #endif
 #include "taylor_square.h"
+#include "extremes.h"
+#include "head_rows.h"
 
-/* exp to one or two units in the last place: 2^j times the Taylor polynomial on [-ln 2 / 2, ln 2 / 2]. 0 below LOWEST. */
+/* exp of what is not far above 0, to one or two units in the last place: 2^j times a polynomial on [-ln 2 / 2, ln 2 / 2], in float32 the
+ * one of least relative error (2e-9), in float64 Taylor's. 0 below LOWEST. */
 static inline VF S(exponential)(VF x) {
-    static const REAL factor[] = {1., 1., 1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800,
-                                  1. / 39916800, 1. / 479001600, 1. / 6227020800};
-    const VF lowest = (VF){0} + (REAL)LOWEST, highest = (VF){0} + (REAL)HIGHEST;
+#if PRECISION == 32
+    static const float factor[] = {1, 1, 0.49999991f, 0.1666642f, 0.04166823f, 0.008374857f, 0.0013836794f};
+#else
+    static const double factor[] = {1., 1., 1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800,
+                                    1. / 39916800, 1. / 479001600, 1. / 6227020800};
+#endif
+    const VF lowest = (VF){0} + (REAL)LOWEST;
     const S(ints) vanishes = x < lowest;
-    x = S(select)(x > highest, highest, S(select)(vanishes, lowest, x));
+    x = S(most)(lowest, x);
     VF shifted = x * (REAL)1.44269504088896340736 + (REAL)ROUNDER, j = shifted - (REAL)ROUNDER;
     x = (x - j * (REAL)LN2_HIGH) - j * (REAL)LN2_LOW;
     VF sum = (VF){0} + factor[DEGREE];
