@@ -6,6 +6,7 @@
  * [b], marks [b, h, n, T] (exact: cut and m, T = 2). Query i of a sequence sees key j if j < nulls or j - nulls <= start + i, and
  * if keep[j]. */
 #include "strided.h"
+#include "head_rows.h"
 
 #define BLOCK (2 * LANES)
 #ifndef COOR_ROWS
@@ -92,14 +93,15 @@ static inline REAL *S(row)(const strided *t, int64_t batch, int64_t head, int64_
 
 /* count rows, `step` numbers apart, -> out [width][BLOCK] times scale, 0 in the lanes that are left. */
 static void S(lanes_of)(const REAL *rows, int64_t step, int64_t count, int64_t width, REAL scale, REAL *out) {
-    for (int64_t c = 0; c < width; c++)
-        for (int64_t l = 0; l < BLOCK; l++) out[c * BLOCK + l] = l < count ? scale * rows[l * step + c] : 0;
+    if (count < BLOCK) memset(out, 0, (size_t)(BLOCK * width) * sizeof(REAL));
+    S(turn)(out, BLOCK, rows, step, count, width);
+    for (int64_t c = 0; c < width * BLOCK && scale != 1; c += LANES) *(VF *)(out + c) *= scale;
 }
 
-/* in [width][BLOCK] times scale -> count rows, `step` numbers apart. */
-static void S(rows_of)(const REAL *in, int64_t count, int64_t width, REAL scale, REAL *rows, int64_t step) {
-    for (int64_t l = 0; l < count; l++)
-        for (int64_t c = 0; c < width; c++) rows[l * step + c] = scale * in[c * BLOCK + l];
+/* in [width][BLOCK], multiplied by scale, -> count rows, `step` numbers apart. */
+static void S(rows_of)(REAL *in, int64_t count, int64_t width, REAL scale, REAL *rows, int64_t step) {
+    for (int64_t c = 0; c < width * BLOCK && scale != 1; c += LANES) *(VF *)(in + c) *= scale;
+    S(turn)(rows, step, in, BLOCK, width, count);
 }
 
 /* count rows, `step` numbers apart, times scale -> out [BLOCK][padded width], 0 elsewhere. */
@@ -140,15 +142,20 @@ void S(coor_attention)(const strided *of, const REAL *log_k, const uint8_t *keep
     if (!b || !h || !n) return;
 #pragma omp parallel num_threads((int)min64(threads, b * h * blocks)) if (threads > 1 && b * h * blocks > 1)
     {
-        VF *s = S(tiles)(5, m, p.T + 2 * d + 2 * e), *y = s + 2 * m, *open = y + 2 * m, *mark = open + m;
+        const int64_t near_size = S(nearby_size)(m, d + e, blocks * (h / g));
+        VF *s = S(tiles)(5, m, p.T + 2 * d + 2 * e + S(padded)(near_size) / LANES), *y = s + 2 * m, *open = y + 2 * m, *mark = open + m;
         REAL *q_lanes = (REAL *)(mark + p.T), *sum = q_lanes + d * BLOCK;
+        const strided *const read[] = {of + 1, of + 2};
+        const int64_t widths[] = {d, e};
+        S(nearby) near = S(nearby_none)(near_size ? sum + e * BLOCK : NULL);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * h * blocks; i++) {
             int64_t head = i / blocks, i0 = (blocks - 1 - i % blocks) * BLOCK, count = min64(BLOCK, n - i0), batch = head / h;
             int64_t own = head % h, kv = own / (h / g), row = head * n + i0;
             S(lanes_of)(S(row)(of, batch, own, i0), of[0].row, count, d, p.scale, q_lanes);
+            S(come_near)(&near, read, widths, 2, m, batch, kv);
             int nv = count > LANES ? 2 : 1;
-            int64_t keys = S(scores)(&p, batch, i0, nv, S(row)(of + 1, batch, kv, 0), of[1].row, q_lanes, s);
+            int64_t keys = S(scores)(&p, batch, i0, nv, near.at[0], near.row[0], q_lanes, s);
             for (int64_t half = 0; half * LANES < count; half++) {
                 int64_t first = row + half * LANES, some = min64(LANES, count - half * LANES);
                 VF lk;
@@ -158,7 +165,7 @@ void S(coor_attention)(const strided *of, const REAL *log_k, const uint8_t *keep
                 S(scatter)(mark, some, p.T, marks + first * p.T);
             }
             memset(sum, 0, (size_t)(e * BLOCK) * sizeof(REAL));
-            S(product)(sum, LANES, BLOCK, (const REAL *)y, m * LANES, LANES, S(row)(of + 2, batch, kv, 0), 1, of[2].row, e, keys, nv);
+            S(product)(sum, LANES, BLOCK, (const REAL *)y, m * LANES, LANES, near.at[1], 1, near.row[1], e, keys, nv);
             S(rows_of)(sum, count, e, 1, S(row)(of + 3, batch, own, i0), of[3].row);
         }
         free(s);
@@ -167,20 +174,18 @@ void S(coor_attention)(const strided *of, const REAL *log_k, const uint8_t *keep
 
 /* One block of queries of one head: dq, the gradient of log k, and its part of dk and dv [m][padded width]. of: q, k, v, grad, dq. */
 static void S(attention_block_back)(const S(problem) *p, int64_t batch, int64_t head, int64_t i0, const strided *of,
-                                    const REAL *log_k, const REAL *marks, REAL *dlogk, REAL *dk, REAL *dv, VF *memory) {
+                                    const S(nearby) *near, const REAL *log_k, const REAL *marks, REAL *dlogk, REAL *dk, REAL *dv, VF *memory) {
     int64_t m = p->m, d = p->d, e = p->e, count = min64(BLOCK, p->n - i0), row = (batch * p->h + head) * p->n + i0;
-    const int64_t kv = head / (p->h / p->g);
-    const REAL *q = S(row)(of, batch, head, i0), *k = S(row)(of + 1, batch, kv, 0), *v = S(row)(of + 2, batch, kv, 0);
-    const REAL *grad = S(row)(of + 3, batch, head, i0);
+    const REAL *q = S(row)(of, batch, head, i0), *grad = S(row)(of + 3, batch, head, i0), *k = near->at[0], *v = near->at[1];
     VF *s = memory, *ds = s + 2 * m, *E = ds + 2 * m, *y = E + m, *open = y + m, *mark = open + 2 * m + 1;
     REAL *lanes = (REAL *)(mark + p->T), *q_rows = lanes + max64(d, e) * BLOCK, *g_rows = q_rows + S(padded)(d) * BLOCK;
     S(lanes_of)(q, of[0].row, count, d, p->scale, lanes);
     int nv = count > LANES ? 2 : 1;
-    int64_t keys = S(scores)(p, batch, i0, nv, k, of[1].row, lanes, s);
+    int64_t keys = S(scores)(p, batch, i0, nv, k, near->row[0], lanes, s);
     S(lanes_of)(grad, of[3].row, count, e, 1, lanes);
     memset(ds, 0, (size_t)keys * sizeof(VF));
     memset(ds + m, 0, (size_t)keys * sizeof(VF));
-    S(product)((REAL *)ds, m * LANES, LANES, lanes, LANES, BLOCK, v, of[2].row, 1, keys, e, nv);
+    S(product)((REAL *)ds, m * LANES, LANES, lanes, LANES, BLOCK, v, near->row[1], 1, keys, e, nv);
     S(pad_rows)(q, of[0].row, count, d, p->scale, q_rows);
     S(pad_rows)(grad, of[3].row, count, e, 1, g_rows);
     for (int64_t half = 0; half * LANES < count; half++) {
@@ -195,7 +200,7 @@ static void S(attention_block_back)(const S(problem) *p, int64_t batch, int64_t 
         S(rows_product)(dk, q_rows + half * LANES * S(padded)(d), ds + half * m, keys, S(padded)(d));
     }
     memset(lanes, 0, (size_t)(d * BLOCK) * sizeof(REAL));
-    S(product)(lanes, LANES, BLOCK, (const REAL *)ds, m * LANES, LANES, k, 1, of[1].row, d, keys, nv);
+    S(product)(lanes, LANES, BLOCK, (const REAL *)ds, m * LANES, LANES, k, 1, near->row[0], d, keys, nv);
     S(rows_of)(lanes, count, d, p->scale, S(row)(of + 4, batch, head, i0), of[4].row);
 }
 
@@ -209,14 +214,19 @@ void S(coor_attention_back)(const strided *of, const REAL *log_k, const uint8_t 
 #pragma omp parallel num_threads((int)min64(threads, b * g)) if (threads > 1 && b * g > 1)
     {
         int64_t parts = p.T + 1 + 2 * (max64(d, e) + wide_d + wide_e), sums = m * (wide_d + wide_e) / LANES;
-        VF *memory = S(tiles)(8, m, parts + sums);
+        const int64_t near_size = S(nearby_size)(m, d + e, (n + BLOCK - 1) / BLOCK * group);
+        VF *memory = S(tiles)(8, m, parts + sums + S(padded)(near_size) / LANES);
         REAL *sum_k = (REAL *)(memory + 8 * m + parts), *sum_v = sum_k + m * wide_d;
+        const strided *const read[] = {of + 1, of + 2};
+        const int64_t widths[] = {d, e};
+        S(nearby) near = S(nearby_none)(near_size ? sum_v + m * wide_e : NULL);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * g; i++) {
             memset(sum_k, 0, (size_t)sums * sizeof(VF));
+            S(come_near)(&near, read, widths, 2, m, i / g, i % g);
             for (int64_t r = 0; r < group; r++)
                 for (int64_t i0 = 0; i0 < n; i0 += BLOCK)
-                    S(attention_block_back)(&p, i / g, i % g * group + r, i0, of, log_k, marks, dlogk, sum_k, sum_v, memory);
+                    S(attention_block_back)(&p, i / g, i % g * group + r, i0, of, &near, log_k, marks, dlogk, sum_k, sum_v, memory);
             for (int64_t j = 0; j < m; j++) {
                 memcpy(S(row)(of + 5, i / g, i % g, j), sum_k + j * wide_d, (size_t)d * sizeof(REAL));
                 memcpy(S(row)(of + 6, i / g, i % g, j), sum_v + j * wide_e, (size_t)e * sizeof(REAL));

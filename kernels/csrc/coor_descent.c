@@ -49,7 +49,7 @@ typedef int64_t coor_vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)))
 #define LANES (VECTOR_BYTES / 8)
 #include "coor_descent.c"
 #else
-#include "taylor_square.h"
+#include "square.h"
 
 #include "coor_tile.h"
 #include "coor_exact.h"

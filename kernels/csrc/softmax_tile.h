@@ -64,7 +64,7 @@ static inline int S(any)(S(ints) yes) {
 #define HAVE_SHUFFLE
 #endif
 #endif
-#include "taylor_square.h"
+#include "square.h"
 #include "extremes.h"
 #include "head_rows.h"
 
@@ -189,15 +189,6 @@ static inline void S(values)(REAL *acc, const REAL *v, int64_t v_row, const REAL
 static inline void S(keys)(REAL *dk, int64_t dk_row, const REAL *p, const REAL *q_r, int64_t wide, int64_t count, int64_t rows,
                            int64_t x) {
     S(multiply)(dk, dk_row, p + x, WIDTH, 1, q_r + x * wide, wide, count, rows - x, wide / LANES, 1);
-}
-
-/* to[c][i] = from[i][c] for i < rows, c < columns. */
-static void S(turn)(REAL *to, int64_t to_row, const REAL *from, int64_t from_row, int64_t rows, int64_t columns) {
-    const int64_t whole_rows = rows / LANES * LANES, whole_columns = columns / LANES * LANES;
-    for (int64_t i = 0; i < whole_rows; i += LANES)
-        for (int64_t c = 0; c < whole_columns; c += LANES) S(square)(from + i * from_row + c, from_row, to + c * to_row + i, to_row);
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t c = i < whole_rows ? whole_columns : 0; c < columns; c++) to[c * to_row + i] = from[i * from_row + c];
 }
 
 /* t [d][WIDTH] times a number. */

@@ -49,7 +49,7 @@ enum { FORWARD = 8, BACKWARD = 15, TANGENT = 18, SECOND = 22 }; /* how many part
 #define LANES (VECTOR_BYTES / 8)
 #include "taylor.c"
 #else
-#include "taylor_square.h"
+#include "square.h"
 #include "taylor_parts.h"
 #include "taylor_pairs.h"
 #include "taylor_step.h"

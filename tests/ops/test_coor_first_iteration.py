@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import assert_close
@@ -24,7 +26,8 @@ def rows(shape, seed):
     """Rows of every width and height, one of them flat, one with a single entry, one with none."""
     draw = torch.Generator().manual_seed(seed)
     s = torch.randn(*shape, generator=draw, dtype=torch.float64)
-    s = s * torch.logspace(-2, 1.5, shape[0], dtype=torch.float64)[:, None] + 100 * torch.randn(shape[0], 1, generator=draw, dtype=torch.float64)
+    s = s * torch.logspace(-2, 1.5, shape[0], dtype=torch.float64)[:, None]
+    s = s + 100 * torch.randn(shape[0], 1, generator=draw, dtype=torch.float64)
     s[3], s[4, 1:], s[5] = 2.5, -torch.inf, -torch.inf
     return torch.where(torch.rand(*shape, generator=draw) < 0.1, -torch.inf, s)
 
@@ -72,13 +75,12 @@ def test_value_and_derivatives_are_those_of_all_iterations(shape, options, k):
     level = torch.as_tensor(level, dtype=torch.float64).expand(shape[:1]).clone()
     found = {}
     for impl in ("reference", "native"):
-        def run(s, k):
-            return coor_descent(s, k, impl=impl, **options)
+        run = partial(coor_descent, impl=impl, **options)
         y, pull = vjp(run, s, level)
         _, ty = jvp(run, (s, level), (t, level))
         # Blocks of rows that the kernel works on together are others here: three batches of 37.
         many = vmap(pull)(torch.stack((g, t, g - t)))
-        found[impl] = y, *pull(g), ty, *many, *jvp(lambda s, k: vjp(run, s, k)[1](g), (s, level), (t, level))[1]
+        found[impl] = y, *pull(g), ty, *many, *jvp(lambda s, k, run=run: vjp(run, s, k)[1](g), (s, level), (t, level))[1]
     for mine, true in zip(found["native"], found["reference"]):
         assert_close(mine, true)
     assert all(x.abs().max() > 1e-6 for x in found["reference"])
@@ -113,8 +115,7 @@ def test_attention_too(k):
     q, kk, v, g, t = (torch.randn(1, 2, 45, 8, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(5))
     found = {}
     for impl in ("reference", "native"):
-        def run(q, kk, v):
-            return coor_descent_attention(q, kk, v, k, eps=0.1, eps_init=4.0, eps_decay=0.7, n_iters=20, impl=impl)
+        run = partial(coor_descent_attention, sparsity_k=k, eps=0.1, eps_init=4.0, eps_decay=0.7, n_iters=20, impl=impl)
         out, pull = vjp(run, q, kk, v)
         found[impl] = out, *pull(g), jvp(run, (q, kk, v), (t, g, t))[1], *vmap(pull)(torch.stack((g, t)))
     for mine, true in zip(found["native"], found["reference"]):

@@ -9,7 +9,7 @@ from torch.func import jvp
 
 from fnattn import ops
 
-REASON = build.why_not("softmax") or build.why_not("segment_attention")
+REASON = next(filter(None, map(build.why_not, ("softmax", "segment_attention", "coor_descent"))), None)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 PICTURE = {"text_len": 45, "image_size": 16}
 LAYOUT = torch.ones(1, 19, 19).tril().bool()
@@ -20,6 +20,7 @@ CALLS = {
     "axial": lambda *qkv, **how: ops.axial_attention(*qkv, **PICTURE, **how),
     "column": lambda *qkv, **how: ops.axial_attention(*qkv, **PICTURE, axis=1, **how),
     "block_sparse": lambda *qkv, **how: ops.block_sparse_attention(*qkv, LAYOUT, block=16, causal=True, **how),
+    "coor_descent": lambda *qkv, **how: ops.coor_descent_attention(*qkv, 2.0, eps_init=4.0, eps_decay=0.7, **how),
 }
 MASK = torch.rand(300, 300, generator=torch.Generator().manual_seed(9)) < 0.7
 
@@ -44,7 +45,7 @@ def everything(call, args, tangents):
 @pytest.mark.parametrize("d, e, g", [(16, 16, 4), (12, 20, 4), (16, 8, 2)])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_packed_projection_gives_the_bits_of_separate_heads(name, d, e, g, dtype):
-    n = {"softmax": 300, "masked": 300, "block_sparse": 304}.get(name, 45 + 16 * 16 - 1)
+    n = {"softmax": 300, "masked": 300, "block_sparse": 304, "coor_descent": 300}.get(name, 45 + 16 * 16 - 1)
     g = 4 if name == "block_sparse" else g  # it has a key head for each query head
     packed, tangents = draw(n, d, e, g, dtype, 1), draw(n, d, e, g, dtype, 2)
     alone = everything(CALLS[name], [t.contiguous() for t in packed], [t.contiguous() for t in tangents])

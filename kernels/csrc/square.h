@@ -1,4 +1,4 @@
-/* Transposes one square of LANES x LANES; included once per precision by taylor.c. */
+/* Transposes one square of LANES x LANES, and tables made of them; included once per precision. */
 
 /* Lane l of the exchange at distance B: the first row takes l or its partner's l - B, the second l + B or its own l. */
 #define KEEP_(l, B, N) ((l) & (B) ? (N) + (l) - (B) : (l))
@@ -54,6 +54,15 @@ static inline void S(square)(const REAL *in, int64_t ldi, REAL *out, int64_t ldo
     for (int i = 0; i < LANES; i++)
         for (int j = 0; j < LANES; j++) out[i * ldo + j] = in[j * ldi + i];
 #endif
+}
+
+/* to[c][i] = from[i][c] for i < rows, c < columns. */
+static inline void S(turn)(REAL *to, int64_t to_row, const REAL *from, int64_t from_row, int64_t rows, int64_t columns) {
+    const int64_t whole_rows = rows / LANES * LANES, whole_columns = columns / LANES * LANES;
+    for (int64_t i = 0; i < whole_rows; i += LANES)
+        for (int64_t c = 0; c < whole_columns; c += LANES) S(square)(from + i * from_row + c, from_row, to + c * to_row + i, to_row);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t c = i < whole_rows ? whole_columns : 0; c < columns; c++) to[c * to_row + i] = from[i * from_row + c];
 }
 
 #undef KEEP_
