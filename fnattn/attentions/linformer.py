@@ -156,9 +156,11 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
 def _mix(context: Tensor, proj: Tensor, weight: Tensor) -> Tensor:
     """proj^T context weight^T [b, k, g d], in the order that takes fewer multiplications. context [b, m, dim]."""
     proj = proj[:context.shape[1]]
+    # Not `proj.T @ context`: where a gradient may be asked for, matmul makes one product of the batch, from a transposed copy of context.
+    mixing = proj.T.expand(context.shape[0], -1, -1)
     if mixes_first(context.shape[1], context.shape[2], weight.shape[0], proj.shape[1]):
-        return F.linear(proj.T @ context, weight)
-    return proj.T @ F.linear(context, weight)
+        return F.linear(torch.bmm(mixing, context), weight)
+    return torch.bmm(mixing, F.linear(context, weight))
 
 
 def mixes_first(m: int, dim: int, kv: int, k: int) -> bool:
