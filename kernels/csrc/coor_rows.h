@@ -159,25 +159,38 @@ static inline void S(settle)(const S(results) *of) {
 static inline const VF *S(row_of)(const S(some) *of, int64_t r) { return (const VF *)(of->first + r * of->step); }
 
 static S(rows) S(look_rows)(const S(some) *s) {
-    VF low = S(splat)(-INFINITY), one = S(splat)(1), top = low, count = {0}, sum = {0}, clean = one;
+    VF low = S(splat)(-INFINITY), one = S(splat)(1), top = low, bottom = {0}, count = {0}, sum = {0}, clean = one;
     for (int64_t r = 0; r < s->count; r++) {
         const VF *row = S(row_of)(s, r);
-        VF t = low, c = {0}, a = {0};
+        VF t = low, u = S(splat)(INFINITY), c = {0}, a = {0};
         VI nan = {0};
         for (int64_t i = 0; i < s->width; i++) {
             VF x = row[i];
             VI there = x != low;
-            t = S(most)(x, t);
+            t = S(most)(x, t), u = S(least)(x, u);
             c += S(keep)(there, one), a += S(keep)(there, x);
             nan |= x != x;
         }
-        top[r] = S(largest)(t), count[r] = S(total)(c), sum[r] = S(total)(a);
+        top[r] = S(largest)(t), bottom[r] = -S(largest)(-u), count[r] = S(total)(c), sum[r] = S(total)(a);
         if (S(any)(nan)) clean[r] = NAN;
     }
     VI none = count == 0;
     count = S(pick)(none, one, count);
-    S(rows) found = {S(pick)(none, (VF){0}, top), count, sum / count, S(keep)(none, one), clean};
+    S(rows) found = {S(pick)(none, (VF){0}, top), bottom, count, sum / count, S(keep)(none, one), clean};
     return found;
+}
+
+/* sum_j exp(min(s_j, cap) - at) / eps) over a row; `least` is the lowest exponent, which some entry may fall below if `clamp`. */
+static inline __attribute__((always_inline)) REAL S(hot_sum)(const VF *row, int64_t width, VF cap, VF at, VF least, REAL rate,
+                                                             const int clamp) {
+    VF a = {0}, b = {0};
+    int64_t i = 0;
+    for (; i + 2 <= width; i += 2) {
+        VF x = S(least)(row[i], cap) - at, z = S(least)(row[i + 1], cap) - at;
+        a += S(power_sum)(clamp ? S(most)(x, least) : x, rate), b += S(power_sum)(clamp ? S(most)(z, least) : z, rate);
+    }
+    if (i < width) a += S(power_sum)(S(most)(S(least)(row[i], cap) - at, least), rate);
+    return S(total)(a + b);
 }
 
 /* Some iterations M <- (sum_j min(E_j, M) + none) / k, a few rows at a time: M [steps] with rows in lanes, from cap on. If
@@ -242,19 +255,14 @@ static void S(iterate_rows)(const S(some) *s, const S(results) *y, VF *E, VF *op
         REAL rate = (REAL)(LOG2_E / eps[t]), now = (REAL)eps[t];
         int still = eps[t] == eps[t + 1], anew = still && !fresh;
         if (!anew && !fresh) {
-            VF a = r.none, least = S(splat)((REAL)(EXP_LOW * eps[t]));
+            VF a = r.none;
+            const REAL least = (REAL)(EXP_LOW * eps[t]); /* nobody notices e^EXP_LOW in the sum */
             c = S(least)(r.top, m);
             for (int64_t l = 0; l < count; l++) {
                 const VF *row = S(row_of)(s, l), cap = S(splat)(m[l]), at = S(splat)(c[l]);
-                VF p = zero, q = zero;
-                int64_t i = 0;
                 if (t < own[l]) continue;
-                for (; i + 2 <= width; i += 2) {
-                    p += S(power)(S(most)(S(least)(row[i], cap) - at, least), rate);
-                    q += S(power)(S(most)(S(least)(row[i + 1], cap) - at, least), rate);
-                }
-                if (i < width) p += S(power)(S(most)(S(least)(row[i], cap) - at, least), rate);
-                a[l] += S(total)(p + q);
+                a[l] += r.bottom[l] - c[l] > least ? S(hot_sum)(row, width, cap, at, S(splat)(least), rate, 0)
+                                                   : S(hot_sum)(row, width, cap, at, S(splat)(least), rate, 1);
             }
             m = c + now * (S(logarithm)(a) - log_k);
             m_out[t] = m = S(pick)(own > (INT)t, S(splat)(INFINITY), m), t++;
