@@ -57,9 +57,9 @@ def room(who: str, state: Any, kind: type, x: Tensor, heads: int, width: int, **
     capacity = state.k.main.shape[2] if state.k.main.ndim == 4 else 0
     for name, d in {"k": width, "v": width, **others}.items():
         shapes = [list(t.shape) for t in getattr(state, name)]
-        check(shapes == [[b, heads, capacity, d], [b, heads, window(capacity), d]],
-              "{}.apply: the state must have [batch, key heads, capacity, width] = [{}, {}, capacity, {}]; got {} for the two parts of "
-              "its {}.", who, b, heads, d, ", ".join(map(str, shapes)) or "nothing", name, remedy=_MAKE)
+        if shapes != [[b, heads, capacity, d], [b, heads, window(capacity), d]]:
+            raise ValueError(f"{who}.apply: the state must have [batch, key heads, capacity, width] = [{b}, {heads}, capacity, {d}]; got "
+                             f"{', '.join(map(str, shapes)) or 'nothing'} for the two parts of its {name}.\n  {_MAKE}")
     visible = getattr(state, "visible", None)
     check(visible is None or list(visible.shape) == [b, capacity], "{}.apply: the state's visible must be [{}, {}]; got {}.", who, b,
           capacity, None if visible is None else list(visible.shape), remedy=_MAKE)

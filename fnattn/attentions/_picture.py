@@ -115,11 +115,11 @@ def attend(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, *,
            impl: str) -> tuple[Tensor, State | Empty]:
     """The family's attend, see there."""
     cfg, streaming = params.cfg, not isinstance(state, Empty)
-    used = _check(pattern.who, cfg, x, state, mask, context)
-    if used and _step.asked_for(x, state, impl, mask, dropout_key):
+    if _step.asked_for(x, state, impl, mask, context, dropout_key):
         others = () if angles is None else (angles,)
         if done := _step.layer(partial(step, pattern, angles=angles), params, x, state, cfg.dim, *others):
             return done
+    used = _check(pattern.who, cfg, x, state, mask, context)
     qkv = linear(x, params.to_qkv, impl=impl).chunk(3, -1)
     q, k, v = (split_heads(part, cfg.heads) for part in qkv)
     if angles is not None:
@@ -150,9 +150,10 @@ def step(pattern: Pattern, steps: _step.Steps, params: Params, x: _step.Row, sta
          angles: Tensor | None = None) -> tuple[_step.Row, State]:
     """What `attend` does for one pixel of few sequences, as instructions: only the keys that it sees are read."""
     cfg, t = params.cfg, text_len(params.cfg)
-    _step.fits(isinstance(state, State))
+    _step.fits(isinstance(state, State) and state.k_text.shape[1:3] == (cfg.heads, t) and
+               state.k_image.shape[2] == (cfg.image_size ** 2 if pattern.columns else pattern.reach))
     pos, inner, d = _step.position(state.pos), cfg.heads * cfg.dim_head, cfg.dim_head
-    _step.fits(t <= pos <= cfg.seq_len)
+    _step.fits(max(t, 1) <= pos <= cfg.seq_len)
     q, k, v = steps.parts(x, params.to_qkv, inner, inner, inner)
     if angles is not None:
         _step.fits(angles.dtype == torch.float32 and angles.ndim == 2 and pos < angles.shape[0])

@@ -21,8 +21,8 @@ from fnattn_kernels.native.steps import Row, Steps, Unfit, begin, fits
 from torch import Tensor
 
 from .. import ops, taps
-from ..core import Empty, peek_int
-from ._cache import Rows
+from ..core import Empty
+from ._cache import Rows, window
 
 Step = Callable[[Steps, Any, Row, Any, "Row | None"], "tuple[Row, Any]"]
 
@@ -65,11 +65,9 @@ def tensors(*trees: Any) -> list[Tensor]:
 
 
 def position(pos: Tensor) -> int:
-    """The number of positions seen, which Python may look at here."""
-    seen = peek_int(pos)
-    if seen is None:
-        raise Unfit
-    return seen
+    """The number of positions seen, which Python may look at: `begin` found the state unwatched."""
+    fits(pos.ndim == 0 and pos.dtype == torch.int64)
+    return pos.item()
 
 
 def turned(steps: Steps, x: Row, weight: Tensor, widths: Sequence[int], d: int, pos: int, rotary: bool,
@@ -86,9 +84,11 @@ def turned(steps: Steps, x: Row, weight: Tensor, widths: Sequence[int], d: int, 
     return rows
 
 
-def cached(steps: Steps, k: Rows, v: Rows, rows: Sequence[Row], pos: int) -> tuple[Rows, Rows, int, int]:
-    """Two caches after keys and values at `pos`; how many positions they then hold in their main parts, and in all."""
-    end = pos + 1
+def cached(steps: Steps, state: Any, rows: Sequence[Row], pos: int) -> tuple[Rows, Rows, int, int]:
+    """A state's two caches after keys and values at `pos`; how many positions they then hold in their main parts, and in all."""
+    (k, v), end = state[:2], pos + 1
+    capacity, seen = k.main.shape[2], getattr(state, "visible", None)
+    fits(k.late.shape[2] == window(capacity) and (seen is None or seen.shape[1:] == (capacity,)))
     return Rows(*steps.append(*k, rows[0], pos)), Rows(*steps.append(*v, rows[1], pos)), end - end % k.late.shape[2], end
 
 

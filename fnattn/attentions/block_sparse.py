@@ -192,7 +192,7 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     _step.fits(cfg.causal and isinstance(state, State))
     pos, d = _step.position(state.pos), cfg.dim_head
     q, k, v = _step.turned(steps, x, params.to_qkv, (cfg.heads * d,) * 3, d, pos, cfg.rotary_emb, angles)
-    keys, values, first, end = _step.cached(steps, state.k, state.v, (k, v), pos)
+    keys, values, first, end = _step.cached(steps, state, (k, v), pos)
     seen = steps.layout(params.layout, cfg.heads, pos // cfg.block_size, cfg.block_size, state.visible, end)
     heads = steps.decode(q, keys, values, seen, first, end, d ** -0.5)
     return steps.linear(heads, params.to_out, params.to_out_bias, out=out), State(keys, values, state.visible, state.pos + 1)

@@ -182,7 +182,7 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     pos, d = _step.position(state.pos), cfg.dim_head
     x = steps.layer_norm(x, params.norm, params.norm_bias)
     q, k, v = steps.parts(x, params.to_qkv, *(cfg.heads * d,) * 3)
-    keys, values, first, end = _step.cached(steps, state.k, state.v, (k, v), pos)
+    keys, values, first, end = _step.cached(steps, state, (k, v), pos)
     after, seen = State(keys, values, state.visible, state.pos + 1), steps.mask(state.visible)
     if not cfg.use_coor_descent:
         return steps.linear(steps.decode(q, keys, values, seen, first, end, d ** -0.5), params.to_out, out=out), after

@@ -149,12 +149,12 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: Tensor | None = None, mask: Tensor | None = None,
            context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
-    cfg, n = params.cfg, x.shape[1]
-    used = _check(cfg, x, state, mask, context, angles)
-    if _step.asked_for(x, state, impl, mask, dropout_key):
+    cfg = params.cfg
+    if _step.asked_for(x, state, impl, mask, context, dropout_key):
         others = () if angles is None else (angles,)
         if done := _step.layer(partial(step, angles=angles), params, x, state, cfg.dim, *others):
             return done
+    used, n = _check(cfg, x, state, mask, context, angles), x.shape[1]
     pos = state.pos if isinstance(state, State) else torch.zeros((), dtype=torch.int64, device=x.device)
 
     turn = impl if impl == "reference" else "auto"
@@ -191,7 +191,7 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     pos, d = _step.position(state.pos), cfg.dim_head
     widths = cfg.heads * d, cfg.key_heads * d, cfg.key_heads * d
     q, k, v = _step.turned(steps, x, params.to_qkv, widths, d, pos, cfg.rotary_emb, angles)
-    keys, values, first, end = _step.cached(steps, state.k, state.v, (k, v), pos)
+    keys, values, first, end = _step.cached(steps, state, (k, v), pos)
     heads = steps.decode(q, keys, values, steps.mask(state.visible), first, end, d ** -0.5)
     return steps.linear(heads, params.to_out, params.to_out_bias, out=out), State(keys, values, state.visible, state.pos + 1)
 

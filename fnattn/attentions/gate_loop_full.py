@@ -200,7 +200,7 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     _step.fits(isinstance(state, State) and (not cfg.data_dependent_rel_pos or cfg.ablate_state_transition))
     pos, d = _step.position(state.pos), cfg.dim_head
     q, k, v = _step.turned(steps, x, params.to_qkv, (cfg.heads * d,) * 3, d, pos, cfg.rotary_emb)
-    keys, values, first, end = _step.cached(steps, state.k, state.v, (k, v), pos)
+    keys, values, first, end = _step.cached(steps, state, (k, v), pos)
     if cfg.softmax:
         heads = steps.decode(q, keys, values, None, first, end, d ** -0.5)
     else:
