@@ -15,8 +15,10 @@ from fnattn_kernels.contracts import reference_jvp, reference_vjp
 from fnattn_kernels.native import decode as native
 from fnattn_kernels.native.build import why_not
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ._door import Kernel, cast, check_heads, choose, no_autocast, widen
+from ._softmax_rules import backward_formula, tangent_formula
 from .softmax import KERNELS as SOFTMAX
 from .softmax import _check_mask
 from .softmax import reference as dense
@@ -114,10 +116,44 @@ def _native(q, k, v, k_late, v_late, mask, first, length, scale):
     return native.attend(*parts, mask, first, length, scale)
 
 
-native.attend.derive(
-    vjp=lambda needs, args, outs, cotangents: reference_vjp(_joined_native, needs, args, cotangents),
-    jvp=lambda args, outs, tangents: reference_jvp(_joined_native, args, tangents),
-    save_outputs=False)
+def _gradients(g, q, k, v, k_late, v_late, mask, first, length, scale):
+    keys, values = join(k, k_late, first, length), join(v, v_late, first, length)
+    dq, dk, dv = backward_formula(g, q, keys, values, mask, None, None, length - q.shape[2], scale)
+
+    def rows(d: Tensor, begin: int, end: int, like: Tensor) -> Tensor:
+        """A part's gradient: 0 in the rows that nobody reads."""
+        return pad(d.narrow(2, begin, end - begin), (0, 0, 0, like.shape[2] - end + begin))
+
+    return dq, rows(dk, 0, first, k), rows(dv, 0, first, v), rows(dk, first, length, k_late), rows(dv, first, length, v_late)
+
+
+def _tangent(q, k, v, k_late, v_late, mask, tq, tk, tv, tk_late, tv_late, first, length, scale):
+    keys, values, t_keys, t_values = (join(*parts, first, length) for parts in ((k, k_late), (v, v_late), (tk, tk_late), (tv, tv_late)))
+    lse = q  # of which the formula takes the dtype alone
+    return tangent_formula(q, keys, values, mask, None, lse, tq, t_keys, t_values, length - q.shape[2], scale)[0]
+
+
+def _vjp(needs, args, outs, cotangents):
+    if cotangents[0] is None:
+        return (None,) * len(args)
+    grads = native.attend_backward(cotangents[0], *args)
+    return (*(grad if need else None for grad, need in zip(grads, needs)), *(None for _ in args[5:]))
+
+
+def _jvp(args, outs, tangents):
+    moves = (torch.zeros_like(a) if t is None else t for a, t in zip(args, tangents[:5]))
+    return native.attend_tangent(*args[:6], *moves, *args[6:])
+
+
+def _close(operator, formula) -> None:
+    """Derivatives of a derivative: those of the plain formula."""
+    operator.derive(vjp=lambda needs, args, outs, cotangents: reference_vjp(formula, needs, args, cotangents),
+                    jvp=lambda args, outs, tangents: reference_jvp(formula, args, tangents), save_outputs=False)
+
+
+native.attend.derive(vjp=_vjp, jvp=_jvp, save_outputs=False)
+_close(native.attend_backward, _gradients)
+_close(native.attend_tangent, _tangent)
 
 
 KERNELS = (

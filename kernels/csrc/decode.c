@@ -6,6 +6,11 @@
  * contiguous. mask: bytes [b, h, n, m] with strides (sb, sh, sn, 1), or NULL. Key j is seen if j <= start + i; 0 for a query that
  * sees no key.
  *
+ * Its gradient and its tangent, with g the cotangent of out, and a dot for the change of a thing:
+ *
+ *     ds_ij = p_ij (g_i . v_j - sum_j p_ij g_i . v_j)     dq = scale ds k     dk = scale ds^T q     dv = p^T g
+ *     out_i. = sum_j (w_ij v_j + p_ij v_j.)               w_ij = p_ij (x_ij - sum_j p_ij x_ij)      x = scale (q. k + q k.)
+ *
  * Keys and values are read once for all queries of a key head, in blocks that stay in the first cache. One task is a key head;
  * the lanes of a vector lie along the channels, so a single query fills them. */
 #ifndef PRECISION
@@ -38,47 +43,182 @@ static void S(normalise)(REAL *p, int64_t count) {
     for (int64_t j = 0; j < count; j += LANES) *(VF *)(p + j) *= part;
 }
 
+/* What all three kernels are called with. */
+typedef struct {
+    const REAL *q, *k, *v, *k_late, *v_late;
+    const uint8_t *mask;
+    int64_t b, h, g, n, d, e, room, late, first, m, sb, sh, sn, start;
+    REAL scale;
+} S(cache);
+
+/* The rows of part `main` or `late`, `width` numbers each, of key head `task` from position j on, and in *stop where a block ends. */
+static inline const REAL *S(block_of)(const S(cache) *a, const REAL *main, const REAL *late, int64_t width, int64_t task, int64_t j,
+                                      int64_t *stop) {
+    *stop = min64(j + KEYS, j < a->first ? a->first : a->m);
+    return j < a->first ? main + (task * a->room + j) * width : late + (task * a->late + j - a->first) * width;
+}
+
+/* table [rows][row] = (more: +=) factor x . y_j over the keys, for rows of x [rows][width] and the two parts of y; spare [KEYS]. */
+static void S(meet_cache)(const S(cache) *a, const REAL *x, const REAL *main, const REAL *late, int64_t width, REAL factor, int64_t task,
+                          int64_t rows, int64_t row, int more, REAL *spare, REAL *table) {
+    for (int64_t j = 0, stop; j < a->m; j = stop) {
+        const REAL *y = S(block_of)(a, main, late, width, task, j, &stop);
+        for (int64_t i = 0; i < rows; i++) {
+            REAL *to = table + i * row + j;
+            S(score_keys)(x + i * width, y, stop - j, width, factor, more ? spare : to);
+            for (int64_t l = 0; more && l < stop - j; l++) to[l] += spare[l];
+        }
+    }
+}
+
+/* out [rows][width] += table times the two parts of y. */
+static void S(mix_cache)(const S(cache) *a, const REAL *table, const REAL *main, const REAL *late, int64_t width, int64_t task,
+                         int64_t rows, int64_t row, REAL *out) {
+    for (int64_t j = 0, stop; j < a->m; j = stop) {
+        const REAL *y = S(block_of)(a, main, late, width, task, j, &stop);
+        for (int64_t i = 0; i < rows; i++) S(sum_values)(out + i * width, table + i * row + j, y, stop - j, width);
+    }
+}
+
+/* The weights p [rows][row] of the queries of a key head. */
+static void S(weights_of)(const S(cache) *a, int64_t task, int64_t rows, int64_t row, REAL *p) {
+    const int64_t r = a->h / a->g, n = a->n;
+    S(meet_cache)(a, a->q + task * rows * a->d, a->k, a->k_late, a->d, a->scale, task, rows, row, 0, NULL, p);
+    for (int64_t i = 0; i < rows; i++, p += row) {
+        const int64_t head = task % a->g * r + i / n, end = max64(0, min64(a->m, a->start + i % n + 1));
+        const uint8_t *seen = a->mask ? a->mask + task / a->g * a->sb + head * a->sh + i % n * a->sn : NULL;
+        for (int64_t j = end; j < row; j++) p[j] = -(REAL)INFINITY;
+        if (seen)
+            for (int64_t j = 0; j < end; j++) p[j] = seen[j] ? p[j] : -(REAL)INFINITY;
+        S(normalise)(p, row);
+    }
+}
+
+/* x_j = p_j (x_j - sum_j p_j x_j), whose own sum, 0 but for rounding, is taken off once more. */
+static void S(centre)(const REAL *p, REAL *x, int64_t row, int64_t m) {
+    for (int64_t j = m; j < row; j++) x[j] = 0;
+    for (int again = 0; again < 2; again++) {
+        REAL mean = 0;
+        for (int64_t j = 0; j < row;) {
+            VF sum = {0};
+            for (int64_t stop = min64(row, j + KEYS); j < stop; j += LANES)
+                sum += again ? *(VF *)(x + j) : *(const VF *)(p + j) * *(VF *)(x + j);
+            mean += S(add_lanes)(sum);
+        }
+        for (int64_t j = 0; j < row; j += LANES)
+            *(VF *)(x + j) = again ? *(VF *)(x + j) - *(const VF *)(p + j) * mean : *(const VF *)(p + j) * (*(VF *)(x + j) - mean);
+    }
+}
+
+/* to_j = factor sum_i table_ij x_i for the keys of one part, `from` being its first, and 0 in the rows behind its `count`. */
+static void S(spread)(const REAL *table, const REAL *x, int64_t rows, int64_t row, int64_t from, int64_t count, int64_t room, int64_t width,
+                      REAL factor, REAL *to) {
+    for (int64_t j = 0; j < count; j++, to += width) {
+        const REAL *share = table + from + j;
+        int64_t c = 0;
+        for (; c + LANES <= width; c += LANES) {
+            VF sum = {0};
+            for (int64_t i = 0; i < rows; i++) sum += share[i * row] * *(const VF *)(x + i * width + c);
+            *(VF *)(to + c) = factor * sum;
+        }
+        for (; c < width; c++) {
+            REAL sum = 0;
+            for (int64_t i = 0; i < rows; i++) sum += share[i * row] * x[i * width + c];
+            to[c] = factor * sum;
+        }
+    }
+    memset(to, 0, (size_t)((room - count) * width) * sizeof(REAL));
+}
+
+#define CACHE(a)                                                                                                               \
+    const S(cache) a = {q, k, v, k_late, v_late, mask, b, h, g, n, d, e, room, late, first, m, sb, sh, sn, start, (REAL)scale}; \
+    const int64_t rows = h / g * n, row = (m + LANES - 1) / LANES * LANES;                                                     \
+    int failed = 0
+
+/* Scratch for `tables` tables, and KEYS numbers; says so where there is none. */
+#define TABLES(memory, tables)                                                     \
+    REAL *memory = scratch((size_t)((tables) * rows * row + KEYS) * sizeof(REAL)); \
+    if (!memory) {                                                                 \
+        _Pragma("omp atomic write") failed = 1;                                    \
+    }
+
 int S(try_decode)(const REAL *q, const REAL *k, const REAL *v, const REAL *k_late, const REAL *v_late, const uint8_t *mask,
                   REAL *out, int64_t b, int64_t h, int64_t g, int64_t n, int64_t d, int64_t e, int64_t room, int64_t late,
                   int64_t first, int64_t m, int64_t sb, int64_t sh, int64_t sn, int64_t start, int64_t threads, double scale) {
-    const int64_t r = h / g, rows = r * n, row = (m + LANES - 1) / LANES * LANES;
-    int failed = 0;
+    CACHE(a);
     memset(out, 0, (size_t)(b * h * n * e) * sizeof(REAL));
     if (!rows || !m) return 0;
 #pragma omp parallel num_threads((int)min64(threads, b * g)) if (threads > 1 && b * g > 1)
     {
-        REAL *scores = scratch((size_t)(rows * row) * sizeof(REAL));
-        if (!scores) {
-#pragma omp atomic write
-            failed = 1;
-        }
+        TABLES(p, 1)
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < b * g; task++) {
-            if (!scores) continue;
-            const REAL *q_t = q + task * rows * d;
-            REAL *out_t = out + task * rows * e;
-            for (int64_t j = 0, stop; j < m; j = stop) {
-                stop = min64(j + KEYS, j < first ? first : m);
-                const REAL *k_j = j < first ? k + (task * room + j) * d : k_late + (task * late + j - first) * d;
-                for (int64_t i = 0; i < rows; i++) S(score_keys)(q_t + i * d, k_j, stop - j, d, (REAL)scale, scores + i * row + j);
-            }
-            for (int64_t i = 0; i < rows; i++) {
-                REAL *p = scores + i * row;
-                const int64_t head = task % g * r + i / n, end = max64(0, min64(m, start + i % n + 1));
-                const uint8_t *seen = mask ? mask + task / g * sb + head * sh + i % n * sn : NULL;
-                for (int64_t j = end; j < row; j++) p[j] = -(REAL)INFINITY;
-                if (seen)
-                    for (int64_t j = 0; j < end; j++) p[j] = seen[j] ? p[j] : -(REAL)INFINITY;
-                S(normalise)(p, row);
-            }
-            for (int64_t j = 0, stop; j < m; j = stop) {
-                stop = min64(j + KEYS, j < first ? first : m);
-                const REAL *v_j = j < first ? v + (task * room + j) * e : v_late + (task * late + j - first) * e;
-                for (int64_t i = 0; i < rows; i++) S(sum_values)(out_t + i * e, scores + i * row + j, v_j, stop - j, e);
-            }
+            if (!p) continue;
+            S(weights_of)(&a, task, rows, row, p);
+            S(mix_cache)(&a, p, v, v_late, e, task, rows, row, out + task * rows * e);
         }
-        free(scores);
+        free(p);
     }
     return failed;
 }
+
+/* grad like out; dq, dk, dv, dk_late, dv_late like their namesakes. */
+int S(try_decode_backward)(const REAL *grad, const REAL *q, const REAL *k, const REAL *v, const REAL *k_late, const REAL *v_late,
+                           const uint8_t *mask, REAL *dq, REAL *dk, REAL *dv, REAL *dk_late, REAL *dv_late, int64_t b, int64_t h, int64_t g,
+                           int64_t n, int64_t d, int64_t e, int64_t room, int64_t late, int64_t first, int64_t m, int64_t sb, int64_t sh,
+                           int64_t sn, int64_t start, int64_t threads, double scale) {
+    CACHE(a);
+    memset(dq, 0, (size_t)(b * h * n * d) * sizeof(REAL));
+#pragma omp parallel num_threads((int)max64(1, min64(threads, b * g))) if (threads > 1 && b * g > 1)
+    {
+        TABLES(p, 2)
+        REAL *ds = p + rows * row, *spare = ds + rows * row;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < b * g; task++) {
+            if (!p) continue;
+            const REAL *q_t = q + task * rows * d, *g_t = grad + task * rows * e;
+            if (rows && m) S(weights_of)(&a, task, rows, row, p);
+            S(meet_cache)(&a, g_t, v, v_late, e, 1, task, rows, row, 0, spare, ds);
+            for (int64_t i = 0; i < rows; i++) S(centre)(p + i * row, ds + i * row, row, m);
+            S(mix_cache)(&a, ds, k, k_late, d, task, rows, row, dq + task * rows * d);
+            for (int64_t c = 0; c < rows * d; c++) dq[task * rows * d + c] *= a.scale;
+            S(spread)(ds, q_t, rows, row, 0, first, room, d, a.scale, dk + task * room * d);
+            S(spread)(ds, q_t, rows, row, first, m - first, late, d, a.scale, dk_late + task * late * d);
+            S(spread)(p, g_t, rows, row, 0, first, room, e, 1, dv + task * room * e);
+            S(spread)(p, g_t, rows, row, first, m - first, late, e, 1, dv_late + task * late * e);
+        }
+        free(p);
+    }
+    return failed;
+}
+
+/* tq, tk, tv, tk_late, tv_late like their namesakes; t_out like out. */
+int S(try_decode_tangent)(const REAL *q, const REAL *k, const REAL *v, const REAL *k_late, const REAL *v_late, const uint8_t *mask,
+                          const REAL *tq, const REAL *tk, const REAL *tv, const REAL *tk_late, const REAL *tv_late, REAL *t_out, int64_t b,
+                          int64_t h, int64_t g, int64_t n, int64_t d, int64_t e, int64_t room, int64_t late, int64_t first, int64_t m,
+                          int64_t sb, int64_t sh, int64_t sn, int64_t start, int64_t threads, double scale) {
+    CACHE(a);
+    memset(t_out, 0, (size_t)(b * h * n * e) * sizeof(REAL));
+    if (!rows || !m) return 0;
+#pragma omp parallel num_threads((int)min64(threads, b * g)) if (threads > 1 && b * g > 1)
+    {
+        TABLES(p, 2)
+        REAL *w = p + rows * row, *spare = w + rows * row;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < b * g; task++) {
+            if (!p) continue;
+            REAL *out = t_out + task * rows * e;
+            S(weights_of)(&a, task, rows, row, p);
+            S(meet_cache)(&a, tq + task * rows * d, k, k_late, d, a.scale, task, rows, row, 0, spare, w);
+            S(meet_cache)(&a, q + task * rows * d, tk, tk_late, d, a.scale, task, rows, row, 1, spare, w);
+            for (int64_t i = 0; i < rows; i++) S(centre)(p + i * row, w + i * row, row, m);
+            S(mix_cache)(&a, w, v, v_late, e, task, rows, row, out);
+            S(mix_cache)(&a, p, tv, tv_late, e, task, rows, row, out);
+        }
+        free(p);
+    }
+    return failed;
+}
+#undef CACHE
+#undef TABLES
 #endif
