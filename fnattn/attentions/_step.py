@@ -45,7 +45,7 @@ def layer(step: Step, params: Any, x: Tensor, state: Any, width: int, *others: T
     if steps is None:
         return None
     try:
-        out, row = steps.result(width)
+        out, row = steps.result(width, x)
         _, after = step(steps, params, steps.given(x), state, row)
     except (Unfit, KernelUnavailable):
         return None

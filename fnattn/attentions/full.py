@@ -151,8 +151,8 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
     cfg = params.cfg
     if _step.asked_for(x, state, impl, mask, context, dropout_key):
-        others = () if angles is None else (angles,)
-        if done := _step.layer(partial(step, angles=angles), params, x, state, cfg.dim, *others):
+        own, others = (step, ()) if angles is None else (partial(step, angles=angles), (angles,))
+        if done := _step.layer(own, params, x, state, cfg.dim, *others):
             return done
     used, n = _check(cfg, x, state, mask, context, angles), x.shape[1]
     pos = state.pos if isinstance(state, State) else torch.zeros((), dtype=torch.int64, device=x.device)

@@ -90,9 +90,12 @@ class Steps:
         self.space = at + -(-self.rows * width // _LINE) * _LINE
         return Row(-1 - at, width, width)
 
-    def result(self, width: int) -> tuple[Tensor, Row]:
-        """Rows that outlive the call, as a tensor [b, 1, width] too."""
-        out = torch.empty((self.rows, 1, width), dtype=self.dtype)
+    def result(self, width: int, x: Tensor | None = None) -> tuple[Tensor, Row]:
+        """Rows that outlive the call, as a tensor [b, 1, width] too; x: one that may be shaped so already."""
+        if x is not None and x.dtype is self.dtype and x.shape == (self.rows, 1, width) and x.is_contiguous():
+            out = torch.empty_like(x)  # a third of the time of the other
+        else:
+            out = torch.empty((self.rows, 1, width), dtype=self.dtype)
         return out, Row(out.data_ptr(), width, width)
 
     def given(self, x: Tensor) -> Row:
@@ -339,6 +342,7 @@ def kernel(source: str, name: str, dtype: torch.dtype) -> int:
     return ctypes.cast(getattr(load(source), f"fnattn_{name}_{SUFFIX[dtype]}"), ctypes.c_void_p).value
 
 
+@functools.lru_cache(maxsize=256)
 def bits(number: float) -> int:
     """A double as an integer with the same bits."""
     return struct.unpack("q", struct.pack("d", number))[0]
