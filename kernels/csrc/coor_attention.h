@@ -214,7 +214,8 @@ void S(coor_attention_back)(const strided *of, const REAL *log_k, const uint8_t 
 #pragma omp parallel num_threads((int)min64(threads, b * g)) if (threads > 1 && b * g > 1)
     {
         int64_t parts = p.T + 1 + 2 * (max64(d, e) + wide_d + wide_e), sums = m * (wide_d + wide_e) / LANES;
-        const int64_t near_size = S(nearby_size)(m, d + e, (n + BLOCK - 1) / BLOCK * group);
+        int64_t near_size = S(nearby_size)(m, d + e, (n + BLOCK - 1) / BLOCK * group);
+        if ((8 * m + parts + sums) * (int64_t)sizeof(VF) + near_size * (int64_t)sizeof(REAL) > NEARBY_IN_ALL) near_size = 0;
         VF *memory = S(tiles)(8, m, parts + sums + S(padded)(near_size) / LANES);
         REAL *sum_k = (REAL *)(memory + 8 * m + parts), *sum_v = sum_k + m * wide_d;
         const strided *const read[] = {of + 1, of + 2};

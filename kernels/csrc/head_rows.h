@@ -2,10 +2,12 @@
  *
  * Rows of a packed projection lie kilobytes apart: a tile of them touches a page per row and few sets of the first cache. Products
  * that read them for several blocks of queries are a fifth faster from a copy of the head, whose rows lie side by side. One head at
- * a time is copied by each thread, if it fits the second cache beside what else is there. */
+ * a time is copied by each thread, if it fits the second cache beside what else is there. Sums for rows of keys are better taken
+ * nearby too, under the same condition. */
 
 #ifndef NEARBY_BYTES
 #define NEARBY_BYTES (1 << 20)
+#define NEARBY_IN_ALL (3 << 19) /* with whatever else a thread has */
 #define NEARBY_BLOCKS 4 /* blocks of queries for which a copy pays */
 #define NEARBY_TENSORS 4
 #define AHEAD 32 /* rows */

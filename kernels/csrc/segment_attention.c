@@ -94,18 +94,18 @@ void S(segment_attention)(const segment_call *call, double scale) {
 /* call->of: grad, q, k, v, out, lse; dq, dk, dv. */
 void S(segment_attention_backward)(const segment_call *call, double scale) {
     UNPACK;
-    const int64_t n = call->n, tasks = b * g, shared = g ? h / g : 0;
+    const int64_t n = call->n, tasks = b * g, shared = g ? h / g : 0, row = call->row;
     const int64_t wide_d = (d + LANES - 1) / LANES * LANES, wide_e = (e + LANES - 1) / LANES * LANES;
+    const int64_t tables = SPAN * (2 * d + e + wide_d + wide_e + 2 * row + 4);
     if (!tasks) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
         const int64_t near_size = S(nearby_size)(n, d + e, count * shared), near = near_size > 0;
+        const int sum_near = near && (tables + near_size + n * (wide_d + wide_e)) * (int64_t)sizeof(REAL) <= NEARBY_IN_ALL;
         /* Sums in place, unless a row is no whole number of vectors, or they are better taken nearby. */
-        const int64_t own_d = wide_d == d && (!near || of[7].row == d) ? 0 : n * wide_d;
-        const int64_t own_e = wide_e == e && (!near || of[8].row == e) ? 0 : n * wide_e;
-        const int64_t row = call->row;
-        REAL *memory = scratch((size_t)(SPAN * (2 * d + e + wide_d + wide_e + 2 * row + 4) + own_d + own_e + near_size) *
-                               sizeof(REAL));
+        const int64_t own_d = wide_d == d && (!sum_near || of[7].row == d) ? 0 : n * wide_d;
+        const int64_t own_e = wide_e == e && (!sum_near || of[8].row == e) ? 0 : n * wide_e;
+        REAL *memory = scratch((size_t)(tables + own_d + own_e + near_size) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_r = memory, *g_r = q_r + wide_d * SPAN, *q_t = g_r + wide_e * SPAN, *g_t = q_t + d * SPAN, *dq_t = g_t + e * SPAN;
         REAL *norm = dq_t + d * SPAN, *rest = norm + SPAN, *delta = rest + SPAN, *lost = delta + SPAN, *p_all = lost + SPAN;

@@ -133,13 +133,15 @@ void S(softmax_backward)(const softmax_call *call, double scale) {
     const int64_t blocks = (n + WIDTH - 1) / WIDTH, tasks = b * g, shared = g ? h / g : 0;
     const int64_t wide_d = (d + LANES - 1) / LANES * LANES, wide_e = (e + LANES - 1) / LANES * LANES;
     const int64_t near_size = S(nearby_size)(m, d + e, blocks * shared), near = near_size > 0;
+    const int64_t tables = WIDTH * (2 * d + e + wide_d + wide_e + 4 + 2 * m);
+    const int sum_near = near && (tables + near_size + m * (wide_d + wide_e)) * (int64_t)sizeof(REAL) <= NEARBY_IN_ALL;
     /* Sums of dk and dv are taken in place, unless a row is no whole number of vectors, or they are better taken nearby. */
-    const int64_t own_d = wide_d == d && (!near || of[7].row == d) ? 0 : m * wide_d;
-    const int64_t own_e = wide_e == e && (!near || of[8].row == e) ? 0 : m * wide_e;
+    const int64_t own_d = wide_d == d && (!sum_near || of[7].row == d) ? 0 : m * wide_d;
+    const int64_t own_e = wide_e == e && (!sum_near || of[8].row == e) ? 0 : m * wide_e;
     if (!tasks) return;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        REAL *memory = scratch((size_t)(WIDTH * (2 * d + e + wide_d + wide_e + 4 + 2 * m) + own_d + own_e + near_size) * sizeof(REAL));
+        REAL *memory = scratch((size_t)(tables + own_d + own_e + near_size) * sizeof(REAL));
         if (!memory) abort();
         REAL *q_r = memory, *g_r = q_r + wide_d * WIDTH, *q_t = g_r + wide_e * WIDTH, *g_t = q_t + d * WIDTH, *dq_t = g_t + e * WIDTH;
         REAL *norm = dq_t + d * WIDTH, *rest = norm + WIDTH, *delta = rest + WIDTH, *lost = delta + WIDTH, *p_all = lost + WIDTH;
