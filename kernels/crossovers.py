@@ -5,7 +5,8 @@
 times every implementation at short and long sequences and prints, beside this table, where another choice would have been
 faster. What a person learns from it is written here, with processor and date; nothing else decides. A whole run is kept in
 benchmarks/results/2026-11-29-epyc-avx512-crossovers.json: the choice was the fastest but for rotary at 64 positions, where both take
-0.5 ms, and gradients through cached_attention, whose value is what counts: native 0.03 ms against 0.11, with gradient 1.4 against 0.75.
+0.5 ms, and gradients through cached_attention. Those have a kernel of their own since, which on one core of a Xeon takes 0.44 ms where
+plain torch takes 1.26 (one query, 8 heads of 256 keys), and 2.7 ms where it takes 11 (4096 keys).
 """
 
 from __future__ import annotations

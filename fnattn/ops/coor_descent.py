@@ -42,7 +42,8 @@ def coor_descent(s: Tensor, k: float | Tensor, *, eps: float = 0.1, eps_init: fl
     step but stays at least eps, and its last value is used for y. solver="exact" gives the limit, in which only eps counts.
     Not `k * softmax(s)`, which exceeds 1.
 
-    Time grows with n * n_iters, memory with n. k = 1 gives softmax(s / eps). A row with no more than k entries is all ones,
+    Time grows with n * n_iters, memory with n; the C kernel leaves out first iterations of which it is known that they cannot matter.
+    k = 1 gives softmax(s / eps). A row with no more than k entries is all ones,
     one without entries all zeros.
 
     Args:
