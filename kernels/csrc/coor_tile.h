@@ -10,7 +10,7 @@
  * While eps stands still, E_j = exp((s_j - c) / eps) is taken once and an iteration is M <- sum_j min(E_j, M) / k.
  *
  * A threshold above all entries caps none: what follows does not depend on it, neither m_t nor a derivative. So iterations of which
- * that is known beforehand are left out, and their thresholds are INFINITY. That is so for k <= 1, and in the hot first iterations
+ * that is known beforehand are left out, and their thresholds are INFINITY: below a first threshold all for k <= 1, else the hot ones
  * of a schedule. No iteration is left out because thresholds have settled: what the last one gives is what is returned. */
 
 #undef X86

@@ -1,4 +1,4 @@
-/* Keys and values of one head where products read them fast; included once per precision by softmax_tile.h.
+/* Keys and values of one head where products read them fast; included once per precision by softmax_tile.h and coor_attention.h.
  *
  * Rows of a packed projection lie kilobytes apart: a tile of them touches a page per row and few sets of the first cache. Products
  * that read them for several blocks of queries are a fifth faster from a copy of the head, whose rows lie side by side. One head at
