@@ -87,6 +87,7 @@ def turned(steps: Steps, x: Row, weight: Tensor, widths: Sequence[int], d: int, 
 def cached(steps: Steps, state: Any, rows: Sequence[Row], pos: int) -> tuple[Rows, Rows, int, int]:
     """A state's two caches after keys and values at `pos`; how many positions they then hold in their main parts, and in all."""
     (k, v), end = state[:2], pos + 1
+    fits(k.main.ndim == k.late.ndim == 4)
     capacity, seen = k.main.shape[2], getattr(state, "visible", None)
     fits(k.late.shape[2] == window(capacity) and (seen is None or seen.shape[1:] == (capacity,)))
     return Rows(*steps.append(*k, rows[0], pos)), Rows(*steps.append(*v, rows[1], pos)), end - end % k.late.shape[2], end

@@ -180,7 +180,7 @@ static S(rows) S(look_rows)(const S(some) *s) {
     return found;
 }
 
-/* sum_j exp(min(s_j, cap) - at) / eps) over a row; `least` is the lowest exponent, which some entry may fall below if `clamp`. */
+/* sum_j exp((min(s_j, cap) - at) / eps) over a row; `least` is the lowest exponent, which some entry may fall below if `clamp`. */
 static inline __attribute__((always_inline)) REAL S(hot_sum)(const VF *row, int64_t width, VF cap, VF at, VF least, REAL rate,
                                                              const int clamp) {
     VF a = {0}, b = {0};

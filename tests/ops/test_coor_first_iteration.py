@@ -105,7 +105,7 @@ def test_rows_with_infinity_or_nan_are_those_of_plain_torch_and_spoil_no_other(s
     options = dict(n_iters=20, eps_init=4.0, eps_decay=0.7)
     for k in (1.0, 8.0):
         mine, true = coor_descent(wrong, k, impl="native", **options), coor_descent(wrong, k, impl="reference", **options)
-        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9, equal_nan=True)
+        torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12, equal_nan=True)  # as assert_close, which takes no NaN
         others = torch.arange(shape[0]) != 7
         assert_close(mine[others], coor_descent(s, k, impl="native", **options)[others])
 
