@@ -5,7 +5,7 @@ per transform level and reaches that kernel each time, exactly as it does for a 
 node. The documented ways (`custom_op` with `register_autograd`, a bare `autograd.Function`) return zero derivatives
 without an error under some transforms, which is why none of them is used.
 
-Private torch names are confined to this file, mapping.py, watchers.py and sharding.py.
+Private torch names are confined to this file, forward_mode.py, mapping.py, watchers.py and sharding.py.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
-from torch._C._functorch import get_single_level_autograd_function_allowed, is_batchedtensor, set_single_level_autograd_function_allowed
+from torch._C._functorch import get_single_level_autograd_function_allowed, set_single_level_autograd_function_allowed
 
 from . import sharding, watchers
+from .forward_mode import along, any_moves, apart, laid_out, unpack_dual
 from .mapping import fold, mapped
 
 NAMESPACE = "fnattn"
 _LIB = torch.library.Library(NAMESPACE, "FRAGMENT")
 _C = torch._C
 _FLOPS: dict[Any, Callable] = {}
-_UNPACK = torch._VF._unpack_dual
-_OWN_VMAP = _C._dispatch_key_parse("VmapMode")  # of torch.autograd.functional and gradcheck; torch.func has another
 
 
 OPERATORS: list[Operator] = []  # all that were made
@@ -40,18 +39,6 @@ class KernelUnavailable(RuntimeError):
 
 class DerivativeUnsupported(RuntimeError):
     """A derivative was asked for that does not exist; the alternative would be a wrong number."""
-
-
-# level=0 always: the public forward_ad functions read a Python global that compiled graphs do not set.
-def unpack_dual(t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Primal and tangent (or None) of t at the innermost forward-mode level."""
-    primal, tangent = torch._VF._unpack_dual(t, level=0)
-    return primal, tangent
-
-
-def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
-    """A dual tensor at the innermost forward-mode level."""
-    return torch._VF._make_dual(primal, tangent, level=0)
 
 
 class Operator:
@@ -168,13 +155,13 @@ class Operator:
             watchers.RECORDS[-1].append(self)
         forward_on = _C._is_fwd_grad_enabled()
         reverse = _C.is_grad_enabled() and _C._any_requires_grad(*args)
-        if reverse or (forward_on and _any_moves(args)):
+        if reverse or (forward_on and any_moves(args)):
             if self._vjp is None:
                 raise DerivativeUnsupported(
                     f"{self.qualified} is a raw kernel without derivatives, and an input carries a gradient or tangent.\n"
                     f"  Call the public operator in fnattn.ops instead.")
-            if self._both is not None and not reverse and (split := _apart(args)) is not None:
-                return self._along(split)
+            if self._both is not None and not reverse and (split := apart(args)) is not None:
+                return along(self._both, split)
             before = get_single_level_autograd_function_allowed()
             set_single_level_autograd_function_allowed(True)
             try:
@@ -183,24 +170,6 @@ class Operator:
                 set_single_level_autograd_function_allowed(before)
         with _C._AutoDispatchBelowADInplaceOrView():
             return self.op.redispatch(keyset & _C._after_autograd_keyset, *args)
-
-    def _along(self, split):
-        """Value and tangent of a level that has forward mode only."""
-        outs, tangents = self._both([primal for primal, _ in split], [tangent for _, tangent in split])
-        return tuple(make_dual(out, _laid_out(t, out.stride())) for out, t in zip(outs, tangents, strict=True))
-
-
-def _apart(args: Sequence[Any]) -> list[tuple[Any, Tensor | None]] | None:
-    """Primal and tangent of each argument; None where value and tangent are better computed one after the other.
-
-    That is where vmap maps the tangent alone, as jacfwd does: one value serves all tangents. And inside the vmap that
-    torch.autograd.functional and gradcheck have of their own, which cannot make a dual of a mapped value.
-    """
-    if _C._dispatch_tls_is_dispatch_key_included(_OWN_VMAP):
-        return None
-    split = [unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in args]
-    alone = any(t is not None and is_batchedtensor(t) and not is_batchedtensor(primal) for primal, t in split)
-    return None if alone else split
 
 
 @contextlib.contextmanager
@@ -211,14 +180,6 @@ def recording() -> Iterator[list[Operator]]:
         yield watchers.RECORDS[-1]
     finally:
         watchers.RECORDS.pop()
-
-
-def _any_moves(args: Sequence[Any]) -> bool:
-    """Whether a tensor has a tangent at the innermost level. On the way of every call: no generator, no lookup by name."""
-    for a in args:
-        if isinstance(a, Tensor) and _UNPACK(a, level=0)[1] is not None:
-            return True
-    return False
 
 
 def register_flops() -> None:
@@ -277,8 +238,8 @@ def _node(operator: Operator) -> type:
                     args[i] = t
                 moved = operator._jvp(args, saved[count:], tangents)
                 if isinstance(moved, tuple):
-                    return tuple(map(_laid_out, moved, ctx.strides))
-                return _laid_out(moved, ctx.strides[0])
+                    return tuple(map(laid_out, moved, ctx.strides))
+                return laid_out(moved, ctx.strides[0])
 
         @staticmethod
         def _compiled_autograd_key(ctx):
@@ -313,25 +274,6 @@ def _reverse(operator: Operator) -> type:
 
     Reverse.__name__ = Reverse.__qualname__ = operator.name
     return Reverse
-
-
-def _laid_out(tangent: Tensor | None, strides: Sequence[int]) -> Tensor | None:
-    """The tangent in memory like its value: torch copies one that lies otherwise, and a compiled program cannot."""
-    if tangent is None or tangent.stride() == tuple(strides):
-        return tangent
-    order = sorted(range(tangent.ndim), key=lambda i: -strides[i])
-    packed = tangent.permute(order).clone(memory_format=torch.contiguous_format)
-    return packed.permute(sorted(range(tangent.ndim), key=order.__getitem__))
-
-
-def reference_jvp(fn: Callable, args: Sequence[Any], tangents: Sequence[Tensor | None]):
-    """Tangents of the plain-torch function fn; unlike torch.func.jvp it may be called inside a jvp rule."""
-    outs = fn(*[make_dual(a, t) if isinstance(a, Tensor) and t is not None else a for a, t in zip(args, tangents)])
-    results = []
-    for out in outs if isinstance(outs, tuple) else (outs,):
-        primal, tangent = unpack_dual(out)
-        results.append(torch.zeros_like(primal) if tangent is None else tangent)
-    return tuple(results) if isinstance(outs, tuple) else results[0]
 
 
 def reference_vjp(fn: Callable, needs: Sequence[bool], args: Sequence[Any], cotangents: Sequence[Tensor | None]):

@@ -18,10 +18,12 @@ def bits(key: str) -> int:
     return _C.DispatchKeySet(_C._dispatch_key_parse(key)).raw_repr()
 
 
-CPU = bits("CPU")
+CPU, CUDA = bits("CPU"), bits("CUDA")
 # What every plain tensor brings with it, and has nothing to do for one that carries neither gradient nor tangent.
 _PASSED = (bits("BackendSelect") | bits("ADInplaceOrView") | bits("AutogradCPU")) & ~CPU
 _PLAIN = (Tensor, torch.nn.Parameter)
+_FRONT_AND_BACK = bits("FuncTorchDynamicLayerFrontMode") | bits("FuncTorchDynamicLayerBackMode")
+_AUTOCAST = (bits("AutocastCPU") | bits("AutocastCUDA")) & ~(CPU | CUDA)
 
 
 def backend(tensors: Sequence[Tensor | None]) -> int | None:
@@ -37,11 +39,15 @@ def backend(tensors: Sequence[Tensor | None]) -> int | None:
             found |= _C._dispatch_keys(t).raw_repr()
         elif t is not None:
             return None
-    # Profilers and `recording` want to see the call. No level of forward mode, no tangent: outside of compiled programs,
-    # which do not come this way, this global is right.
-    if RECORDS or _C._autograd._profiler_enabled() or _C._len_torch_function_stack() or fwad._current_level >= 0:
+    # No level of forward mode, no tangent: outside of compiled programs, which do not come this way, this global is right.
+    if _listened() or fwad._current_level >= 0 and _C._is_fwd_grad_enabled():
         return None
     return found & ~_C._dispatch_tls_local_exclude_set().raw_repr() & ~_PASSED
+
+
+def _listened() -> bool:
+    """Whether profilers, modes of torch functions or `contracts.recording` want to see every call."""
+    return bool(RECORDS) or _C._autograd._profiler_enabled() or _C._len_torch_function_stack() > 0
 
 
 def mapping() -> bool:
@@ -51,8 +57,56 @@ def mapping() -> bool:
     return any(layer.key() == _functorch.TransformType.Vmap for layer in _functorch.get_interpreter_stack())
 
 
-def unwatched(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are plain CPU tensors, and nothing would see a use of them, nor differentiate it."""
-    if torch.compiler.is_compiling() or _C.is_grad_enabled() and _C._any_requires_grad(*tensors):
+def unwatched(tensors: Sequence[Tensor], known: Sequence[Tensor] = ()) -> bool:
+    """Whether these are plain CPU tensors, and nothing would see a use of them, nor differentiate it.
+
+    known: more of them, which are plain CPU tensors for certain; what watches could want their gradients only.
+    """
+    if torch.compiler.is_compiling() or _C.is_grad_enabled() and _C._any_requires_grad(*tensors, *known):
         return False
     return backend(tensors) == CPU
+
+
+def lone_level() -> int | None:
+    """Inside a kernel of the Autograd key: the level of torch.func.jvp if that, or 0 if a dual level, is all there is; else None."""
+    if torch.compiler.is_compiling() or _listened():
+        return None
+    if _C._dispatch_tls_local_include_set().raw_repr() & ~(_PASSED | _FRONT_AND_BACK):  # a mode
+        return None
+    depth = _functorch.get_dynamic_layer_stack_depth()
+    if depth == 0:
+        return 0
+    layer = _functorch.peek_interpreter_stack()
+    return layer.level() if depth == 1 and layer.key() == _functorch.TransformType.Jvp else None
+
+
+def plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are plain tensors of one backend, through which no gradient is to flow."""
+    found = 0
+    for t in tensors:
+        if type(t) not in _PLAIN:
+            return False
+        found |= _C._dispatch_keys(t).raw_repr()
+    return found & ~(_PASSED | _AUTOCAST) in (CPU, CUDA) and not (_C.is_grad_enabled() and _C._any_requires_grad(*tensors))
+
+
+class Below:
+    """Below the level that `lone_level` gave: nothing is there but plain tensors."""
+
+    def __init__(self, level: int):
+        self.level = level
+
+    def __enter__(self) -> None:
+        self.forward = fwad._set_fwd_grad_enabled(False)
+        self.forward.__enter__()
+        if self.level:
+            self.layer = _functorch.pop_dynamic_layer_stack()
+            include = _C._dispatch_tls_local_include_set().raw_repr() & ~_FRONT_AND_BACK
+            self.keys = _C._ForceDispatchKeyGuard(_C.DispatchKeySet.from_raw_repr(include), _C.DispatchKeySet.from_raw_repr(_AUTOCAST))
+            self.keys.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self.level:
+            self.keys.__exit__(*error)
+            _functorch.push_dynamic_layer_stack(self.layer)
+        self.forward.__exit__(*error)

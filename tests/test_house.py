@@ -27,6 +27,7 @@ FLOORS = (
 # Private names of torch may move with any release; each file that touches them is here: one knows where to look.
 PRIVATE = {
     "kernels/contracts.py": "the Autograd-key kernel that every operator rests on",
+    "kernels/forward_mode.py": "duals of a level, and the way below it",
     "kernels/mapping.py": "how vmap reaches a rule without taking trees of arguments apart",
     "kernels/watchers.py": "what stands between a call and its backend",
     "kernels/sharding.py": "what DTensor remembers a decision by",

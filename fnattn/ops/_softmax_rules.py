@@ -19,7 +19,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from fnattn_kernels.contracts import Operator, reference_jvp, reference_vjp
+from fnattn_kernels.contracts import Operator, reference_vjp
+from fnattn_kernels.forward_mode import reference_jvp
 from torch import Tensor
 
 # b batch, h query heads, g key heads, r = h / g, n queries, m keys, d width of q and k, e width of v

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import torch
 from fnattn_kernels import crossovers
-from fnattn_kernels.contracts import reference_jvp, reference_vjp
+from fnattn_kernels.contracts import reference_vjp
+from fnattn_kernels.forward_mode import reference_jvp
 from fnattn_kernels.native import decode as native
 from fnattn_kernels.native.build import why_not
 from torch import Tensor

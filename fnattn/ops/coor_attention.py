@@ -10,7 +10,8 @@ Source: Attention of coordinate-descent-attention 0.0.11; the solver is describe
 from __future__ import annotations
 
 import torch
-from fnattn_kernels.contracts import reference_jvp, reference_vjp
+from fnattn_kernels.contracts import reference_vjp
+from fnattn_kernels.forward_mode import reference_jvp
 from fnattn_kernels.native import coor_attention as native
 from fnattn_kernels.native.coor_descent import SOURCE
 from torch import Tensor

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import torch
 from fnattn_kernels import colt5
-from fnattn_kernels.contracts import reference_jvp, reference_vjp
+from fnattn_kernels.contracts import reference_vjp
+from fnattn_kernels.forward_mode import reference_jvp
 from fnattn_kernels.native import coor_descent as native
 from fnattn_kernels.triton import coor_descent as triton
 from fnattn_kernels.watchers import unwatched

@@ -9,7 +9,8 @@ import math
 
 import torch
 from fnattn_kernels import crossovers
-from fnattn_kernels.contracts import Operator, reference_jvp, reference_vjp
+from fnattn_kernels.contracts import Operator, reference_vjp
+from fnattn_kernels.forward_mode import reference_jvp
 from fnattn_kernels.native import rms_norm as native
 from fnattn_kernels.watchers import mapping
 from torch import Tensor

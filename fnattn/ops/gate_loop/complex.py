@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from fnattn_kernels.contracts import reference_jvp, reference_vjp
+from fnattn_kernels.contracts import reference_vjp
+from fnattn_kernels.forward_mode import reference_jvp
 from fnattn_kernels.native import gate_loop as native
 from fnattn_kernels.native import gate_loop_tangent as native_tangent
 from fnattn_kernels.watchers import unwatched

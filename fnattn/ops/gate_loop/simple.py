@@ -6,7 +6,8 @@ Source: the simple gate loop layer of Katsch 2023, arXiv 2311.01927, with one st
 from __future__ import annotations
 
 import torch
-from fnattn_kernels.contracts import reference_jvp, reference_vjp
+from fnattn_kernels.contracts import reference_vjp
+from fnattn_kernels.forward_mode import reference_jvp
 from fnattn_kernels.native import gate_loop as native
 from fnattn_kernels.native import gate_loop_tangent as native_tangent
 from fnattn_kernels.native import scan as native_scan

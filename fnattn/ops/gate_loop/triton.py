@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from fnattn_kernels.contracts import reference_jvp, reference_vjp
+from fnattn_kernels.contracts import reference_vjp
+from fnattn_kernels.forward_mode import reference_jvp
 from fnattn_kernels.triton import gate_loop_channels as channels
 from fnattn_kernels.triton import gate_loop_heads as heads
 from fnattn_kernels.triton import scan as triton_scan

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
-from fnattn_kernels.contracts import reference_jvp, reference_vjp
+from fnattn_kernels.contracts import reference_vjp
+from fnattn_kernels.forward_mode import reference_jvp
 
 from .reference import gradients, reference, tangents
 from .second import gradient_tangents
