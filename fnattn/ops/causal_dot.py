@@ -15,12 +15,13 @@ from collections.abc import Callable
 
 import torch
 from fnattn_kernels import fast_transformers
-from fnattn_kernels.contracts import reference_jvp, reference_vjp
+from fnattn_kernels.contracts import reference_vjp
+from fnattn_kernels.forward_mode import reference_jvp
 from fnattn_kernels.native import causal_dot as native
 from fnattn_kernels.triton import causal_dot as triton
 from torch import Tensor
 
-from ._door import Kernel, cast, check_heads, choose, native_reason, no_autocast, widen
+from ._door import Kernel, cast, check_heads, choose, native_reason, no_autocast, rows_as_they_are, widen
 
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
 CHUNK = 64
@@ -58,7 +59,8 @@ def causal_dot(q: Tensor, k: Tensor, v: Tensor, *, reverse: bool = False, impl: 
     kernel = choose("causal_dot", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):
-        return cast(run(*widen(q, k, v), reverse), v.dtype)
+        args = rows_as_they_are((q, k, v)) if run is native.dot else widen(q, k, v)
+        return cast(run(*args, reverse), v.dtype)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, reverse: bool = False) -> Tensor:
@@ -96,10 +98,10 @@ def _rules(dot: Callable) -> dict[str, Callable]:
                 dot(k, q, g, not reverse) if needs[2] else None, None)
 
     def jvp(args, outs, tangents):
-        q, k, v, reverse = args
-        terms = [dot(*(tangents[j] if j == i else args[j] for j in range(3)), reverse)
-                 for i in range(3) if tangents[i] is not None]
-        return sum(terms[1:], terms[0])
+        *rows, reverse = args
+        wide, moves = widen(*rows), [None if t is None else widen(t)[0] for t in tangents[:3]]  # three terms, rounded once
+        terms = [dot(*(moves[j] if j == i else wide[j] for j in range(3)), reverse) for i in range(3) if moves[i] is not None]
+        return cast(sum(terms[1:], terms[0]), rows[2].dtype)
 
     return {"vjp": vjp, "jvp": jvp}
 

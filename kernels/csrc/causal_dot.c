@@ -3,7 +3,7 @@
  *
  * q [b, h, n, d], k [b, g, n, d], v [b, g, n, e], out [b, h, n, e], all contiguous. If g < h, each key head serves h / g
  * query heads; if h < g, S sums over the g / h key heads of a query head. Where threads outnumber groups of heads they share the
- * columns of v, which do not meet. */
+ * columns of v, which do not meet. Rows of bfloat16 are widened ROWS positions at a time, and summed in float. */
 #include "common.h"
 
 #ifndef REAL
@@ -14,27 +14,62 @@
 #endif
 #define RECENT 64 /* a multiple of ROWS */
 #define REAL float
+#define NUM float
+#define HALF 0
 #define S(x) PASTE(fnattn_, x, _, f32)
 #define VF vf32
 #define LANES LANES_f32
+#define WIDE 0
 #include "causal_dot.c"
 #undef REAL
+#undef NUM
+#undef HALF
 #undef S
 #undef VF
+#undef VI
+#undef INT
 #undef LANES
+#undef WIDE
 #define REAL double
+#define NUM double
+#define HALF 0
 #define S(x) PASTE(fnattn_, x, _, f64)
 #define VF vf64
 #define LANES LANES_f64
+#define WIDE 1
+#include "causal_dot.c"
+#undef REAL
+#undef NUM
+#undef HALF
+#undef S
+#undef VF
+#undef VI
+#undef INT
+#undef LANES
+#undef WIDE
+#define REAL float
+#define NUM uint16_t
+#define HALF 1
+#define S(x) PASTE(fnattn_, x, _, bf16)
+#define VF vf32
+#define LANES LANES_f32
+#define WIDE 0
 #include "causal_dot.c"
 #else
+#include "gate_lanes.h"
+#include "gate_rows.h"
 
-/* One vector of columns of `rows` positions; step: d, or -d if reversed. v: [keys][rows][width]. The first query head takes the
- * keys in; the sums that it reads on the way go to seen [d][rows] for the others. `one`: keys is 1, `alone`: queries is 1. */
-static inline __attribute__((always_inline)) void S(dot_rows)(const REAL *q, const REAL *k, const REAL *v, REAL *out, int64_t queries,
-                                                              int64_t keys, int64_t n, int64_t d, int64_t e, int64_t size,
-                                                              int64_t step, const REAL *base, REAL *recent, int64_t width, VF *seen,
-                                                              const int rows, const int one, const int alone) {
+/* Rows of q, k or out: from head to head, and from one position visited to the next. */
+typedef struct {
+    int64_t head, row;
+} S(apart);
+
+/* One vector of columns of `rows` positions. v: [keys][rows][width]. The first query head takes the keys in; the sums that it
+ * reads on the way go to seen [d][rows] for the others. `one`: keys is 1, `alone`: queries is 1. */
+INLINE void S(dot_rows)(const REAL *q, const REAL *k, const REAL *v, NUM *out, S(apart) in, S(apart) on, int64_t queries, int64_t keys,
+                        int64_t d, int64_t size, const REAL *base, REAL *recent, int64_t width, VF *seen, const int rows, const int one,
+                        const int alone) {
+    int64_t step = in.row;
     for (int64_t r = 0; r < (alone ? 1 : queries); r++) {
         VF a[ROWS], x[ROWS];
 #pragma GCC unroll 8
@@ -43,7 +78,7 @@ static inline __attribute__((always_inline)) void S(dot_rows)(const REAL *q, con
             if (one) x[t] = *(const VF *)(v + t * width);
         }
         /* One pointer per three rows: offsets 0, 1 and 2 strides are addressing modes, so few registers hold addresses. */
-        const REAL *p = q + r * n * d, *q0[3] = {p, p + 3 * step, p + 6 * step}, *k0[3] = {k, k + 3 * step, k + 6 * step};
+        const REAL *p = q + r * in.head, *q0[3] = {p, p + 3 * step, p + 6 * step}, *k0[3] = {k, k + 3 * step, k + 6 * step};
         if (r)
             for (int64_t i = 0; i < d; i++)
 #pragma GCC unroll 8
@@ -54,7 +89,7 @@ static inline __attribute__((always_inline)) void S(dot_rows)(const REAL *q, con
                 for (int64_t s = 0; s < keys && !one; s++)
 #pragma GCC unroll 8
                     for (int t = 0; t < rows; t++) {
-                        VF product = k0[t / 3][s * n * d + t % 3 * step + i] * *(const VF *)(v + (s * rows + t) * width);
+                        VF product = k0[t / 3][s * in.head + t % 3 * step + i] * *(const VF *)(v + (s * rows + t) * width);
                         more[t] = s ? more[t] + product : product;
                     }
 #pragma GCC unroll 8
@@ -67,28 +102,50 @@ static inline __attribute__((always_inline)) void S(dot_rows)(const REAL *q, con
                 *own = sum;
             }
 #pragma GCC unroll 8
-        for (int t = 0; t < rows; t++) memcpy(out + r * n * e + t * (step < 0 ? -e : e), &a[t], (size_t)size * sizeof(REAL));
+        for (int t = 0; t < rows; t++) S(write)(out + r * on.head + t * on.row, a[t], size);
     }
+}
+
+/* Rows of bfloat16 [heads][rows][d] as floats, in the order in which they are visited. */
+INLINE void S(widened)(REAL *to, const NUM *from, S(apart) apart, int64_t heads, int64_t rows, int64_t d) {
+    for (int64_t s = 0; s < heads; s++)
+        for (int64_t t = 0; t < rows; t++)
+            for (int64_t i = 0; i < d; i += LANES) {
+                int64_t count = min64(LANES, d - i);
+                S(store)(to + (s * rows + t) * d + i, S(read)(from + s * apart.head + t * apart.row + i, count), count);
+            }
 }
 
 /* One (batch, group), `part` columns of v and out from the first of them on, whose rows are e apart. The sum is in two halves, so
  * that a long one is as precise as a short one: that of the last RECENT positions, and that of all before, to which it is added
  * then. base and recent are [d][width] with width = part rounded up to whole vectors, zeroed by the caller, like `values`. */
-static void S(dot_group)(const REAL *q, const REAL *k, const REAL *v, REAL *out, int64_t queries, int64_t keys, int64_t n,
-                         int64_t d, int64_t e, int64_t part, int reverse, REAL *base, REAL *values, int64_t width) {
-    REAL *recent = base + d * width;
-    VF *seen = (VF *)(values + keys * ROWS * width);
+static void S(dot_group)(const NUM *q, const NUM *k, const NUM *v, NUM *out, int64_t queries, int64_t keys, int64_t n, int64_t d,
+                         int64_t e, int64_t part, int reverse, REAL *base, REAL *values, int64_t width) {
+    REAL *recent = base + d * width, *wide = values + keys * ROWS * width;
+    VF *seen = (VF *)(wide + (HALF ? (queries + keys) * ROWS * d : 0));
+    S(apart) there = {n * d, reverse ? -d : d}, on = {n * e, reverse ? -e : e};
     for (int64_t at = 0, rows; at < n; at += rows) {
         rows = n - at < ROWS ? 1 : ROWS;
-        int64_t t = reverse ? n - 1 - at : at, step = reverse ? -d : d;
+        int64_t t = reverse ? n - 1 - at : at;
         for (int64_t s = 0; s < keys; s++)
-            for (int64_t i = 0; i < rows; i++)
-                memcpy(values + (s * rows + i) * width, v + (s * n + t + (reverse ? -i : i)) * e, (size_t)part * sizeof(REAL));
+            for (int64_t i = 0; i < rows; i++) {
+                const NUM *row = v + (s * n + t) * e + i * on.row;
+                if (HALF) S(widened)(values + (s * rows + i) * width, row, there, 1, 1, part);
+                else memcpy(values + (s * rows + i) * width, row, (size_t)part * sizeof(REAL));
+            }
+        const REAL *q_rows = (const REAL *)(q + t * d), *k_rows = (const REAL *)(k + t * d);
+        S(apart) in = there;
+        if (HALF) {
+            in = (S(apart)){rows * d, d};
+            S(widened)(wide, q + t * d, there, queries, rows, d);
+            S(widened)(wide + queries * rows * d, k + t * d, there, keys, rows, d);
+            q_rows = wide, k_rows = wide + queries * rows * d;
+        }
         for (int64_t c = 0; c < width; c += LANES) {
             int64_t size = min64(LANES, part - c);
 #define DOT(COUNT, ONE, ALONE)                                                                                                     \
-    S(dot_rows)(q + t * d, k + t * d, values + c, out + t * e + c, queries, keys, n, d, e, size, step, base + c, recent + c, width, \
-                seen, COUNT, ONE, ALONE)
+    S(dot_rows)(q_rows, k_rows, values + c, out + t * e + c, in, on, queries, keys, d, size, base + c, recent + c, width, seen, COUNT, \
+                ONE, ALONE)
             if (rows > 1) {
                 if (keys > 1) DOT(ROWS, 0, 1);
                 else if (queries > 1) DOT(ROWS, 1, 0);
@@ -106,17 +163,17 @@ static void S(dot_group)(const REAL *q, const REAL *k, const REAL *v, REAL *out,
     }
 }
 
-void S(causal_dot)(const REAL *q, const REAL *k, const REAL *v, REAL *out, int64_t b, int64_t h, int64_t g, int64_t n, int64_t d,
+void S(causal_dot)(const NUM *q, const NUM *k, const NUM *v, NUM *out, int64_t b, int64_t h, int64_t g, int64_t n, int64_t d,
                    int64_t e, int64_t reverse, int64_t threads) {
     if (!b || !h || !g || !n || !e) return;
     int64_t groups = min64(h, g), queries = h / groups, keys = g / groups, vectors = (e + LANES - 1) / LANES;
     /* Parts of whole vectors; the last may end in a piece of one. */
     int64_t parts = threads > b * groups ? min64(vectors, (threads + b * groups - 1) / (b * groups)) : 1, tasks = b * groups * parts;
     size_t numbers = (size_t)(2 * d + keys * ROWS) * (size_t)((vectors + parts - 1) / parts * LANES);
-    size_t seen = queries > 1 ? (size_t)(d * ROWS * LANES) : 0;
+    size_t seen = queries > 1 ? (size_t)(d * ROWS * LANES) : 0, wide = HALF ? (size_t)((queries + keys) * ROWS * d) : 0;
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
     {
-        REAL *state = scratch((numbers + seen) * sizeof(REAL));
+        REAL *state = scratch((numbers + wide + seen) * sizeof(REAL));
         if (!state) abort();
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {

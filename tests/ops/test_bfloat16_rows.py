@@ -12,7 +12,7 @@ from fnattn_kernels.native.call import function
 from fnattn import ops
 
 BF16 = torch.bfloat16
-pytestmark = pytest.mark.skipif(any(build.why_not(source) for source in ("scan", "rotary", "gate_loop")), reason="no C kernel here")
+pytestmark = pytest.mark.skipif(any(build.why_not(source) for source in ("scan", "rotary", "gate_loop", "causal_dot")), reason="no C kernel here")
 
 
 def heads_of_one(t):
@@ -34,6 +34,8 @@ CASES = {
     "simple_gate_loop": (lambda *x: ops.simple_gate_loop(*x, impl="native"), ((),) * 3, ((),)),
     "simple_gate_loop, reverse": (lambda *x: ops.simple_gate_loop(*x, reverse=True, impl="native"), ((),) * 3, ((),)),
     "gate_loop": (gate_loop, ((), (), (), (2,)), ((2,), (2,))),
+    "causal_dot": (lambda q, k, v: ops.causal_dot(q[:, None], k[:, None], v[:, None], impl="native"), ((),) * 3, ()),
+    "causal_dot, reverse": (lambda q, k, v: ops.causal_dot(q[:, None], k[:, None], v[:, None], reverse=True, impl="native"), ((),) * 3, ()),
     "rotary": (lambda x, h: ops.rotary(x, torch.arange(x.shape[1]), h[0, :x.shape[2] // 3], impl="native"), ((),), ((),)),
 }
 every_case = pytest.mark.parametrize("name", CASES)
@@ -115,7 +117,7 @@ def test_a_wider_gate_or_state_widens_all():
 
 @pytest.fixture(params=["native", "avx2", "baseline"])
 def instructions(request, monkeypatch):
-    """The scan and rotary kernels, built for these instructions."""
+    """The kernels, built for these instructions."""
     monkeypatch.setenv("FNATTN_ISA", request.param)
     try:
         build._extra_flags(request.param)
@@ -124,6 +126,25 @@ def instructions(request, monkeypatch):
     function.cache_clear()
     yield
     function.cache_clear()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_causal_dot_takes_the_rows_of_all_heads_apart(instructions, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for h, g, n, d, e in ((4, 2, 37, 19, 33), (3, 3, 16, 16, 67), (6, 1, 9, 5, 3)):
+            low = [inputs("scan", 2, heads * n, width)[0].unflatten(1, (heads, n)) for heads, width in ((h, d), (g, d), (g, e))]
+            found = []
+            for args in (low, [t.float() for t in low]):
+                leaves = [a.detach().requires_grad_() for a in args]
+                out = ops.causal_dot(*leaves, impl="native")
+                found.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+            for ours, wide in zip(*found):
+                assert wide.any() and ours.dtype == BF16
+                assert_close(ours, wide.to(BF16), BF16)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_every_number_is_read_and_rounded_as_torch_does(instructions):
