@@ -152,7 +152,7 @@ def step(pattern: Pattern, steps: _step.Steps, params: Params, x: _step.Row, sta
     cfg, t = params.cfg, text_len(params.cfg)
     _step.fits(isinstance(state, State) and state.k_text.shape[1:3] == (cfg.heads, t) and
                state.k_image.shape[2:3] == (cfg.image_size ** 2 if pattern.columns else pattern.reach,))
-    pos, inner, d = _step.position(state.pos), cfg.heads * cfg.dim_head, cfg.dim_head
+    pos, inner, d = _step.position(steps, state.pos), cfg.heads * cfg.dim_head, cfg.dim_head
     _step.fits(max(t, 1) <= pos <= cfg.seq_len)
     q, k, v = steps.parts(x, params.to_qkv, inner, inner, inner)
     if angles is not None:

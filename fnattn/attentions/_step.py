@@ -12,11 +12,12 @@ goes its ordinary way.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from fnattn_kernels.contracts import KernelUnavailable
+from fnattn_kernels.native import kept_steps
 from fnattn_kernels.native.steps import Row, Steps, Unfit, begin, fits
 from torch import Tensor
 
@@ -41,32 +42,71 @@ def asked_for(x: Tensor, state: Any, impl: str, *options: Tensor | None) -> bool
 
 def layer(step: Step, params: Any, x: Tensor, state: Any, width: int, *others: Tensor) -> tuple[Tensor, Any] | None:
     """`apply` by a family's step: out [b, 1, width] and the state after it; None where that cannot be. It may read `others`."""
-    steps = begin(x.shape[0], x, [*tensors(params, state), *others])
+    def write(steps: Steps) -> tuple[Tensor, Any]:
+        out, row = steps.result(width, x)
+        return out, step(steps, params, steps.given(x), state, row)[1]
+
+    return in_one_call(write, params, x, state, *others)
+
+
+def in_one_call(write: Callable[[Steps], tuple[Tensor, Any]], params: Any, x: Tensor, state: Any,
+                *others: Tensor) -> tuple[Tensor, Any] | None:
+    """What `write` gives, results that the instructions that it writes will fill; None where that cannot be.
+
+    If the same was written for the step before, that is carried out, and `write` not called.
+    """
+    weights, states, rest = [], [], []
+    _take_apart(params, weights, rest)
+    _take_apart(state, states, rest)
+    if not others and (kept := kept_steps.find(weights, x, states, rest)) is not None:
+        done = kept.run(x, states)
+        return None if done is None else (done[0], _put_together(state, iter(done[1])))
+    steps = begin(x.shape[0], x, [*weights, *states, *others])
     if steps is None:
         return None
     try:
-        out, row = steps.result(width, x)
-        _, after = step(steps, params, steps.given(x), state, row)
+        out, after = write(steps)
     except (Unfit, KernelUnavailable):
         return None
-    return (out, after) if steps.run() else None
+    if not steps.run():
+        return None
+    if not others and not steps.fixed:
+        new: list[Tensor] = []
+        _take_apart(after, new, again := [])
+        if rest[len(rest) - len(again):] == again and len(new) == len(states):
+            kept_steps.keep(steps, weights, x, states, rest, out, new)
+    return out, after
 
 
-def tensors(*trees: Any) -> list[Tensor]:
-    """The tensors of params and states, which are nested tuples."""
-    found: list[Tensor] = []
-    for part in trees:
-        for item in part:
-            if isinstance(item, Tensor):
-                found.append(item)
-            elif isinstance(item, tuple):
-                found += tensors(item)
-    return found
+def _take_apart(node: tuple, leaves: list, rest: list) -> None:
+    """The tensors of params or states, which are nested tuples, in `leaves`; in `rest` all else, and what the tuples are."""
+    rest.append(type(node))
+    for item in node:
+        if isinstance(item, Tensor):
+            leaves.append(item)
+        elif isinstance(item, tuple):
+            _take_apart(item, leaves, rest)
+        else:
+            rest.append(item)
 
 
-def position(pos: Tensor) -> int:
-    """The number of positions seen, which Python may look at: `begin` found the state unwatched."""
+def _put_together(node: tuple, leaves: Iterator[Tensor]) -> tuple:
+    """The same tuples with other tensors."""
+    items = [next(leaves) if isinstance(item, Tensor) else _put_together(item, leaves) if isinstance(item, tuple) else item
+             for item in node]
+    return tuple.__new__(type(node), items)
+
+
+def position(steps: Steps, pos: Tensor, counted: bool = False) -> int:
+    """The number of positions seen, which Python may look at: `begin` found the state unwatched.
+
+    counted: the family uses it for nothing but arguments of `turned`, `cached` and `Steps.decode`, which count it.
+    """
     fits(pos.ndim == 0 and pos.dtype == torch.int64)
+    if counted:
+        steps.clock(pos)
+    else:
+        steps.fixed = True
     return pos.item()
 
 

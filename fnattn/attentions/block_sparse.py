@@ -190,7 +190,7 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
     _step.fits(cfg.causal and isinstance(state, State))
-    pos, d = _step.position(state.pos), cfg.dim_head
+    pos, d = _step.position(steps, state.pos), cfg.dim_head
     q, k, v = _step.turned(steps, x, params.to_qkv, (cfg.heads * d,) * 3, d, pos, cfg.rotary_emb, angles)
     keys, values, first, end = _step.cached(steps, state, (k, v), pos)
     seen = steps.layout(params.layout, cfg.heads, pos // cfg.block_size, cfg.block_size, state.visible, end)

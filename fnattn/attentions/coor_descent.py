@@ -179,7 +179,7 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
     _step.fits(isinstance(state, State) and (cfg.use_coor_descent or not cfg.attn_null_kv))
-    pos, d = _step.position(state.pos), cfg.dim_head
+    pos, d = _step.position(steps, state.pos), cfg.dim_head
     x = steps.layer_norm(x, params.norm, params.norm_bias)
     q, k, v = steps.parts(x, params.to_qkv, *(cfg.heads * d,) * 3)
     keys, values, first, end = _step.cached(steps, state, (k, v), pos)

@@ -188,7 +188,7 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
     _step.fits(cfg.causal and cfg.static_mask is None and isinstance(state, State))
-    pos, d = _step.position(state.pos), cfg.dim_head
+    pos, d = _step.position(steps, state.pos, counted=angles is None), cfg.dim_head
     widths = cfg.heads * d, cfg.key_heads * d, cfg.key_heads * d
     q, k, v = _step.turned(steps, x, params.to_qkv, widths, d, pos, cfg.rotary_emb, angles)
     keys, values, first, end = _step.cached(steps, state, (k, v), pos)

@@ -198,7 +198,7 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     """What `apply` does for one position of few sequences, as instructions: without data_dependent_rel_pos."""
     cfg = params.cfg
     _step.fits(isinstance(state, State) and (not cfg.data_dependent_rel_pos or cfg.ablate_state_transition))
-    pos, d = _step.position(state.pos), cfg.dim_head
+    pos, d = _step.position(steps, state.pos, counted=cfg.softmax), cfg.dim_head
     q, k, v = _step.turned(steps, x, params.to_qkv, (cfg.heads * d,) * 3, d, pos, cfg.rotary_emb)
     keys, values, first, end = _step.cached(steps, state, (k, v), pos)
     if cfg.softmax:

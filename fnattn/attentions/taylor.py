@@ -188,8 +188,9 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     q = steps.linear(normed, params.to_q)
     k, v = steps.parts(normed, params.to_kv, width, width)
     if cfg.rotary_emb:
+        pos = _step.position(steps, state.pos, counted=True)
         for turned in (q, k):
-            steps.turn(turned, _step.lang_freqs(cfg.dim_head), cfg.dim_head, _step.position(state.pos))
+            steps.turn(turned, _step.lang_freqs(cfg.dim_head), cfg.dim_head, pos)
     heads, sums = steps.taylor(q, k, v, state.sums, cfg.dim_head ** -0.5, EPS)
     if cfg.gate_value_heads:
         steps.gate(heads, steps.linear(shifted, params.to_v_gates))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fnattn_kernels.contracts import KernelUnavailable
-from fnattn_kernels.native.steps import Row, Steps, Unfit, begin, fits
+from fnattn_kernels.native.steps import Row, Steps, fits
 from torch import Tensor
 
 from .. import attentions
-from ..attentions._step import tensors
+from ..attentions._step import in_one_call
 from ..core import Empty
 from .block import Block, Gelu, LayerNorm, RmsNorm
 
@@ -19,20 +18,18 @@ def model(params: Any, ids: Tensor, state: Any) -> tuple[Tensor, tuple] | None:
     cfg = params.cfg
     if cfg.seq_len or not isinstance(cfg.ff, Gelu):
         return None
-    steps = begin(ids.shape[0], ids, tensors(params, state))
-    if steps is None:
-        return None
     head = params.embed if isinstance(params.to_logits, Empty) else params.to_logits
-    try:
+
+    def write(steps: Steps) -> tuple[Tensor, tuple]:
         out, row = steps.result(head.shape[0])
         x, after = steps.embed(ids, params.embed), []
         for one, before in zip(params.blocks, state.blocks, strict=True):
             x, new = _block(steps, one, x, before, cfg.post_norm)
             after.append(new)
         steps.linear(_norm(steps, params.norm, x), head, None if isinstance(params.logits_bias, Empty) else params.logits_bias, out=row)
-    except (Unfit, KernelUnavailable):
-        return None
-    return (out, tuple(after)) if steps.run() else None
+        return out, tuple(after)
+
+    return in_one_call(write, params, ids, state.blocks)
 
 
 def _block(steps: Steps, params: Block, x: Row, state: Any, post_norm: bool) -> tuple[Row, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import array
 import ctypes
 import functools
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -83,6 +84,11 @@ class Steps:
         self.code: list[int] = []
         self.kept: list[Any] = []  # what must live until the run
         self.space = 0
+        # For kept_steps.py: whether the instructions serve this position only; else positions of states, and from which on the
+        # instructions are others; which numbers in the code grow with which of these.
+        self.fixed = False
+        self.clocks: list[tuple[Tensor, float]] = []
+        self.counts: list[tuple[int, int]] = []
 
     def room(self, width: int) -> Row:
         """Rows in the scratch."""
@@ -102,6 +108,17 @@ class Steps:
         """The rows of x [b, 1, width], where they lie."""
         fits(x.ndim == 3 and x.shape[:2] == (self.rows, 1) and (x.stride(2) == 1 or x.shape[2] == 1))
         return Row(x.data_ptr(), x.shape[2], x.stride(0))
+
+    def clock(self, position: Tensor) -> None:
+        """What follows depends on this position of a state by nothing but numbers that `counted` knows of."""
+        self.clocks.append((position, math.inf))
+
+    def counted(self, from_end: int, until: float = math.inf) -> None:
+        """The number that was written so many places before the end is one more at the next position, up to `until`."""
+        if self.clocks:
+            self.counts.append((len(self.code) - from_end, len(self.clocks) - 1))
+            position, before = self.clocks[-1]
+            self.clocks[-1] = position, min(before, until)
 
     # -------------------------------------------------------------------------------------------- instructions
 
@@ -183,6 +200,7 @@ class Steps:
         """Rotary positions, in place, for heads of d numbers; float32 frequencies for up to d / 2 pairs."""
         fits(x.stride == x.width and x.width % d == 0 and 2 * freqs.shape[0] <= d)
         self.code += (TURN, x.at, freqs.data_ptr(), self.rows, x.width // d, d, freqs.shape[0], position)
+        self.counted(1)
 
     def append(self, main: Tensor, late: Tensor, x: Row, position: int) -> tuple[Tensor, Tensor]:
         """Both parts of a cache, main [b, g, c, d] and late [b, g, w, d], after the heads of x at `position`: attentions/_cache.py.
@@ -195,7 +213,9 @@ class Steps:
         if at + 1 < w:
             out = torch.empty_like(late)
             self.code += (APPEND, late.data_ptr(), x.at, out.data_ptr(), b * g, w, d, at)
+            self.counted(1, min(position - at + w - 1, room))
             return main, out
+        self.fixed = True
         whole, out = torch.empty_like(main), torch.zeros_like(late)
         self.code += (FLUSH, main.data_ptr(), late.data_ptr(), x.at, whole.data_ptr(), b * g, room, w, d, position - at)
         return whole, out
@@ -249,6 +269,7 @@ class Steps:
         out = self.room(q.width)
         self.code += (CALL_DECODE, kernel("decode", "try_decode", self.dtype), q.at, *places, out.at, self.rows, q.width // sizes[1],
                       *sizes, bits(scale))
+        self.counted(2)  # the length; the keys in the main part are as many until it changes
         return out
 
     def slots(self, q: Row, new: tuple[Row, Row], text: Sequence[Tensor], image: Sequence[Tensor], slots: Tensor, every: bool,
@@ -323,11 +344,21 @@ class Steps:
         Raises:
             MemoryError: there is none for the scratch.
         """
-        place, length = (code := array.array("q", self.code)).buffer_info()
-        outcome = function("steps", "try_steps", self.dtype, "piii")(place, length, self.space + _LINE, torch.get_num_threads())
-        if outcome == NO_MEMORY:
-            raise MemoryError(f"fnattn: no memory for the scratch of a step ({self.space * self.size} bytes)")
-        return outcome == DONE
+        return carry_out(array.array("q", self.code), self.space, self.dtype) == DONE
+
+
+def carry_out(code: array.array, space: int, dtype: torch.dtype) -> int:
+    """Carries out instructions that need `space` numbers of scratch. DONE or OUT_OF_RANGE; MemoryError as in `Steps.run`."""
+    place, length = code.buffer_info()
+    outcome = entry(dtype)(place, length, space + _LINE, torch.get_num_threads())
+    if outcome == NO_MEMORY:
+        raise MemoryError(f"fnattn: no memory for the scratch of a step ({space} numbers of {dtype})")
+    return outcome
+
+
+def entry(dtype: torch.dtype) -> Any:
+    """The C function that carries out instructions."""
+    return function("steps", "try_steps", dtype, "piii")
 
 
 def fits(so: bool) -> None:
