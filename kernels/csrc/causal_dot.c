@@ -175,7 +175,7 @@ void S(causal_dot)(const NUM *q, const NUM *k, const NUM *v, NUM *out, int64_t b
     {
         REAL *state = scratch((numbers + wide + seen) * sizeof(REAL));
         if (!state) abort();
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             int64_t i = task / parts, part = task % parts, from = part * vectors / parts * LANES, to = (part + 1) * vectors / parts * LANES;
             memset(state, 0, numbers * sizeof(REAL));

@@ -116,7 +116,7 @@ void S(coor_iterate)(const REAL *s, const REAL *log_k, REAL *y, REAL *m, int64_t
     {
         VF *tile = S(tiles)(3, n, T), *out = tile + n, *open = out + n, *marks = open + n;
         INT *list = S(places)(n);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks; i++) {
             int64_t first = i * LANES, count = min64(LANES, rows - first);
             VF lk;
@@ -145,7 +145,7 @@ void S(coor_iterate_back)(const REAL *s, const REAL *log_k, const REAL *m, const
     {
         VF *tile = S(tiles)(6, n, 3 * T + 12), *grad = tile + n, *E = grad + n, *open = E + n, *marks = open + 3 * n + 12;
         S(work) work = {tile, grad, open, open + n + 4, marks + T, marks + 2 * T, (VI *)(open + 2 * n + 8), S(places)(n)};
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks; i++) {
             int64_t first = i * LANES, count = min64(LANES, rows - first), done = 0;
             VF lk, slope;
@@ -175,7 +175,7 @@ void S(coor_exact)(const REAL *s, const REAL *k, REAL *y, REAL *cut, REAL *m, in
 #pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
     {
         VF *tile = S(tiles)(2, n, 0), *out = tile + n;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks; i++) {
             int64_t first = i * LANES, count = min64(LANES, rows - first);
             VF kk, edge, level;
@@ -197,7 +197,7 @@ void S(coor_exact_back)(const REAL *s, const REAL *cut, const REAL *m, const REA
 #pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
     {
         VF *tile = S(tiles)(3, n, 0), *grad = tile + n, *E = grad + n;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks; i++) {
             int64_t first = i * LANES, count = min64(LANES, rows - first);
             VF edge, level;
@@ -221,7 +221,7 @@ void S(coor_tangent)(const REAL *s, const REAL *log_k, const REAL *m, const REAL
 #pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
     {
         VF *tile = S(tiles)(5, n, count_m), *tangent = tile + n, *spare = tangent + n, *open = spare + n, *marks = open + 2 * n;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks; i++) {
             int64_t first = i * LANES, count = min64(LANES, rows - first);
             VF lk, dlk;

@@ -55,7 +55,7 @@ void S(gate_loop_narrow)(const NUM *q, const NUM *k, const NUM *v, const NUM *a,
                          int64_t k_batch, int64_t k_row, int64_t v_batch, int64_t v_row, int64_t a_batch, int64_t a_row,
                          int64_t threads) {
     int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
-#pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(static) if (threads > 1 && tasks > 1)
+#pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(dynamic) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
         S(narrow_state) st[2]; /* before and after a step, by turns */
@@ -137,7 +137,7 @@ void S(gate_loop_narrow_backward)(const NUM *q, const NUM *k, const NUM *v, cons
     {
         S(narrow_kept) *kept = scratch(sizeof(S(narrow_kept)) * VECTORS * EVERY);
         if (!kept) abort();
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from);
             int64_t full = width / LANES * LANES;

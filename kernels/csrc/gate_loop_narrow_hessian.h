@@ -96,7 +96,7 @@ void S(gate_loop_narrow_hessian)(const REAL *q, const REAL *k, const REAL *v, co
         S(twice_kept) *kept = scratch(sizeof(S(twice_kept)) * VECTORS * EVERY);
         S(twice_state) *st = scratch(sizeof(S(twice_state)));
         if (!kept || !st) abort();
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from);
             int64_t full = width / LANES * LANES;

@@ -13,7 +13,7 @@ void S(simple_gate_loop)(const NUM *q, const NUM *x, const NUM *a, const REAL *h
                          int64_t a_batch, int64_t a_row, int64_t reverse, int64_t threads) {
     int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
     int64_t one = reverse ? -1 : 1, first = reverse ? n - 1 : 0;
-#pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(static) if (threads > 1 && tasks > 1)
+#pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(dynamic) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
         VF h[VECTORS] = {{0}};
@@ -61,7 +61,7 @@ void S(simple_gate_loop_backward)(const NUM *q, const NUM *x, const NUM *a, cons
     {
         VF *gates = scratch(sizeof(VF) * VECTORS * (2 * EVERY + 1)), *states = gates + VECTORS * EVERY; /* states[0]: the mark */
         if (!gates) abort();
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from);
             int64_t full = width / LANES * LANES;

@@ -12,7 +12,7 @@ void S(simple_gate_loop_tangent)(const REAL *q, const REAL *x, const REAL *a, co
                                  int64_t tq_batch, int64_t tq_row, int64_t tx_batch, int64_t tx_row, int64_t ta_batch,
                                  int64_t ta_row, int64_t reverse, int64_t threads) {
     int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
-#pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(static) if (threads > 1 && tasks > 1)
+#pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(dynamic) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
         VF h[VECTORS] = {{0}}, th[VECTORS] = {{0}};
@@ -77,7 +77,7 @@ void S(gate_loop_narrow_tangent)(const REAL *q, const REAL *k, const REAL *v, co
                                  int64_t tk_batch, int64_t tk_row, int64_t tv_batch, int64_t tv_row, int64_t ta_batch,
                                  int64_t ta_row, int64_t threads) {
     int64_t most = task_channels(b, c, threads, CHANNELS), blocks = (c + most - 1) / most, tasks = b * blocks;
-#pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(static) if (threads > 1 && tasks > 1)
+#pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(dynamic) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
         S(narrow_tangent_state) st[2]; /* before and after a step, by turns */
@@ -194,7 +194,7 @@ void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
         REAL *scores = oc + CHUNK * ep, *t_scores = scores + CHUNK * CHUNK;
         S(gates) g;
         S(gate_tangents) tg;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < tasks; i++) {
             double gates[2] = {1, 0}, whole[2] = {0, 0};
             S(plain_state_in)(h0 ? h0 + i * 2 * d * e : NULL, state, d, e, dp, ep);

@@ -167,7 +167,7 @@ void S(gate_loop_wide)(const REAL *q, const REAL *k, const REAL *v, const REAL *
             REAL *state = scratch((size_t)size * sizeof(REAL));
             S(wide_work) *w = S(wide_room)(dp, ep);
             if (!state) abort();
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < tasks; i++) {
                 double whole[2] = {1, 0};
                 S(plain_state_in)(h0 ? h0 + i * 2 * d * e : NULL, state, d, e, dp, ep);

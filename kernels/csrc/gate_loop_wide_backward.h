@@ -206,7 +206,7 @@ void S(gate_loop_wide_backward)(const REAL *q, const REAL *k, const REAL *v, con
         if (!shared) {
             REAL *hs = scratch((size_t)(each + size) * sizeof(REAL)), *rt = hs + each;
             if (!hs) abort();
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < tasks; i++) {
                 double whole[2] = {1, 0};
                 START(hs, h0);

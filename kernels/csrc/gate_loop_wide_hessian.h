@@ -189,7 +189,7 @@ void S(gate_loop_wide_hessian)(
         S(hessian_share)(w, rest, dp, ep);
         const S(gates) *x = &w->gates;
         const S(gate_tangents) *tx = &w->along;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < tasks; i++) {
             double whole[2] = {1, 0}, logs[2] = {0, 0}, ignored[2];
             memset(hs, 0, (size_t)state * sizeof(REAL)), memset(ts, 0, (size_t)state * sizeof(REAL));

@@ -115,7 +115,7 @@ void S(segment_attention_backward)(const segment_call *call, double scale) {
         const strided *const read[] = {of + 2, of + 3};
         const int64_t widths[] = {d, e};
         S(nearby) rows_of = S(nearby_none)(near ? own + own_d + own_e : NULL);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t batch = task / g, keys = task % g;
             S(come_near)(&rows_of, read, widths, 2, n, batch, keys);

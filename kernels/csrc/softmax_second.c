@@ -41,7 +41,7 @@ void S(softmax_second)(const softmax_call *call, double scale) {
         REAL *q_t = tds + KEYS * WIDTH, *tq_t = q_t + d * WIDTH, *g_t = tq_t + d * WIDTH, *tg_t = g_t + e * WIDTH;
         REAL *dq_t = tg_t + e * WIDTH, *norm = dq_t + d * WIDTH, *rest = norm + WIDTH, *t_norm = rest + WIDTH, *delta = t_norm + WIDTH;
         REAL *t_delta = delta + WIDTH, *own = t_delta + WIDTH;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t batch = task / g, keys = task % g, k_row = of[2].row, v_row = of[3].row, tk_row = of[10].row, tv_row = of[11].row;
             const REAL *k = S(head)(of + 2, batch, keys), *v = S(head)(of + 3, batch, keys);

@@ -181,7 +181,7 @@ int S(try_taylor_forward)(const REAL *q, const REAL *k, const REAL *v, const REA
 #pragma omp atomic write
             failed = 1;
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * g; i++)
             if (steps && !bad)
                 S(group_steps)(space, q + i * queries * n * d, k + i * m * d, v + i * m * e, keep ? keep + i / g * m : NULL,

@@ -231,7 +231,7 @@ int S(try_taylor_backward)(const REAL *q, const REAL *k, const REAL *v, const RE
 #pragma omp atomic write
             failed = 1;
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * g; i++) {
             int64_t x = i * queries * n;
             S(backward) a = {q + x * d, k + i * m * d, v + i * m * e, keep ? keep + i / g * m : NULL,

@@ -167,7 +167,7 @@ int S(try_taylor_second)(const REAL *q, const REAL *k, const REAL *v, const REAL
 #pragma omp atomic write
             failed = 1;
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * g; i++) {
             int64_t x = i * queries * n, y = i * m, z = i * entries;
             S(second) a = {{q + x * d, k + y * d, v + y * e, AT(keep, i / g * m), AT(sums0, z), out + x * e, den + x,

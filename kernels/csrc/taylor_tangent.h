@@ -128,7 +128,7 @@ int S(try_taylor_tangent)(const REAL *q, const REAL *k, const REAL *v, const REA
 #pragma omp atomic write
             failed = 1;
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * g; i++) {
             int64_t x = i * queries * n, y = i * m;
             S(tangent) a = {q + x * d, k + y * d, v + y * e, AT(keep, i / g * m), AT(sums0, i * entries), AT(tq, x * d),
