@@ -20,11 +20,9 @@ from torch import Tensor
 from ..watchers import unwatched
 from .steps import DONE, Steps, carry_out, entry
 
-MOST = 16  # lists that are kept, those last used
+MOST = 16  # lists that are kept, those last written
 _KEPT: dict[tuple, Kept] = {}
 _LAST: list = [None]  # whose step was the one before: only who takes a second one is likely to take a third
-
-
 # By map, without a frame of Python for each tensor: they stand on the way of every step.
 _place, _whole, _kind = Tensor.data_ptr, Tensor.is_contiguous, operator.attrgetter("shape", "dtype")
 
@@ -102,8 +100,8 @@ def keep(steps: Steps, weights: Sequence[Tensor], x: Tensor, states: Sequence[Te
     here = [weakref.ref(t, lambda _: _KEPT.pop(who, None)) for t in weights]
     clocks = [(number[id(t)] - 1, t.item(), until) for t, until in steps.clocks]
     _KEPT.pop(who, None)
-    while len(_KEPT) >= MOST:
-        _KEPT.pop(next(iter(_KEPT)))
+    for old in list(_KEPT)[:max(len(_KEPT) + 1 - MOST, 0)]:  # a copy: other threads keep theirs too
+        _KEPT.pop(old, None)
     _KEPT[who] = Kept(
         array.array("q", steps.code), steps.space, steps.dtype, entry(steps.dtype), [(at, number[id(t)], far) for at, t, far in moves],
         list(steps.counts), clocks, list(rest), list(map(_place, weights)), list(map(_kind, (*weights, x, *states))), x.stride(),
