@@ -20,6 +20,7 @@ def mapped(op: Any, rule: Callable) -> Callable:
     Taking trees of arguments apart and together, as that does, costs a small operator ten times what it computes.
     """
     below = _C.DispatchKeySet(_C._dispatch_key_parse("FuncTorchBatched"))
+    of_none = _none_of(op)
 
     def kernel(_, *args):
         here = retrieve_current_functorch_interpreter()
@@ -30,7 +31,8 @@ def mapped(op: Any, rule: Callable) -> Callable:
         with _C._ExcludeDispatchKeyGuard(below):
             if all(dim is None for dim in dims):
                 return op(*args)
-            out, out_dims = rule(VmapInfo(here.batch_size(), here.randomness()), tuple(dims), *plain)
+            of_some = rule if here.batch_size() else of_none
+            out, out_dims = of_some(VmapInfo(here.batch_size(), here.randomness()), tuple(dims), *plain)
         if isinstance(out, tuple):
             return tuple(o if dim is None else _add_batch_dim(o, dim, level) for o, dim in zip(out, out_dims, strict=True))
         return out if out_dims is None else _add_batch_dim(out, out_dims, level)
@@ -59,4 +61,19 @@ def fold(operator: Callable) -> Callable:
 
 
 def _unfold(out: Tensor, size: int) -> Tensor:
-    return out.unflatten(0, (size, out.shape[0] // size if size else 0))
+    return out.unflatten(0, (size, out.shape[0] // size))
+
+
+def _none_of(op: Any) -> Callable:
+    """The rule for an axis of no entries: no result tells how large an example's axes are, so the operator sees one of zeros.
+
+    It is made from the arguments, and the results from its results, so that derivatives find their way, if only to zeros.
+    """
+    def rule(info, in_dims, *args):
+        out = op(*[a if dim is None else a.any(dim) if a.dtype == torch.bool else a.sum(dim, dtype=a.dtype)
+                   for a, dim in zip(args, in_dims)])
+        if isinstance(out, tuple):
+            return tuple(o.unsqueeze(0)[:0] for o in out), (0,) * len(out)
+        return out.unsqueeze(0)[:0], 0
+
+    return rule

@@ -169,8 +169,8 @@ def _along_rows(operator) -> Callable:
     def run(s: Tensor, log_or_k: Tensor, *options) -> Tensor:
         if s.ndim == 2:
             return operator(s, log_or_k, *options)[0]
-        rows = s.reshape(-1, s.shape[-1]) if s.numel() else s.flatten(0, -2) if s.ndim > 1 else s[None]
-        return operator(rows, log_or_k.reshape(-1), *options)[0].view(s.shape)
+        rows = s.flatten(0, -2) if s.ndim > 1 else s[None]
+        return operator(rows, log_or_k.flatten(), *options)[0].view(s.shape)
 
     return run
 

@@ -61,8 +61,10 @@ def decayed_attention(q: Tensor, k: Tensor, v: Tensor, log_sum_q: Tensor, phase_
         scores = torch.einsum("bhix,bhjx->bhij", turned_q.to(wide), turned_k.to(wide))
         weights = safe_softmax(scores, seen) if softmax else torch.where(seen, scores, 0.0)
         outs.append(torch.einsum("bhij,bhje->bhie", weights, v_wide))
-    out = torch.cat(outs, 2) if outs else v_wide.new_zeros(*q.shape[:3], v.shape[-1])
-    return out.to(v.dtype)
+    if outs:
+        return torch.cat(outs, 2).to(v.dtype)
+    rows = q.sum((-1, -2)) + log_sum_q.sum(-1) + phase_sum_q.sum(-1)  # none, but derivatives find their way
+    return (rows.unsqueeze(-1) * (v_wide + k.sum((-1, -2)).unsqueeze(-1)).sum(2, keepdim=True)).to(v.dtype)
 
 
 def _turn(x: Tensor, log_size: Tensor, angle: Tensor, sign: float) -> Tensor:

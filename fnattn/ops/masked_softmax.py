@@ -69,7 +69,7 @@ deepspeed.softmax.derive(vjp=lambda needs, args, outs, cotangents: (_slope(outs[
 
 def _deepspeed(scores: Tensor, mask: Tensor | None) -> Tensor:
     x = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.flatten(0, -2) if x.ndim > 1 else x[None]
+    rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
     return deepspeed.softmax(rows).view(x.shape)
 
 

@@ -49,7 +49,7 @@ def narrow(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tup
     alpha, kv = gate(a), k * v
     if q.shape[1] == 0:
         h = torch.zeros_like(a[:, :0].sum(1)) if h0 is None else h0
-        return q * kv, h, _one(h)
+        return q * kv + alpha[..., 0], h, _one(h)  # none, but derivatives find their way
     states = scan_reference(alpha, torch.stack((kv, torch.zeros_like(kv)), -1), h0, False, True)
     return q * states[..., 0], states[:, -1], product(alpha, 1)
 
@@ -60,7 +60,8 @@ def wide(q: Tensor, k: Tensor, v: Tensor, a: Tensor, h0: Tensor | None) -> tuple
     if h0 is None:
         h0 = q.new_zeros(b, h, d, v.shape[-1], 2)
     if n == 0 or b * h == 0:
-        return q.sum(-1, keepdim=True) * v, h0 + 0 * k.sum(), _one(a[:, :, :0].sum(2))
+        none = (q + k).sum(-1, keepdim=True) + a.sum(-1, keepdim=True)  # but derivatives find their way
+        return none * v, h0 + k.sum(2)[..., None, None], _one(a[:, :, :0].sum(2))
     q, k, v, p = chunks(q, k, v, a)  # [b, h, c, m, ...]
     to_now, to_end = decays(p)
     intra = (q @ k.mT * to_now[0]) @ v
