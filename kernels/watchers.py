@@ -33,10 +33,10 @@ def backend(tensors: Sequence[Tensor | None]) -> int | None:
     """
     if torch.compiler.is_compiling():
         return None
-    found = _C._dispatch_tls_local_include_set().raw_repr()
+    found, keys = _C._dispatch_tls_local_include_set().raw_repr(), _C._dispatch_keys
     for t in tensors:
         if type(t) in _PLAIN:
-            found |= _C._dispatch_keys(t).raw_repr()
+            found |= keys(t).raw_repr()
         elif t is not None:
             return None
     # No level of forward mode, no tangent: outside of compiled programs, which do not come this way, this global is right.
@@ -57,12 +57,9 @@ def mapping() -> bool:
     return any(layer.key() == _functorch.TransformType.Vmap for layer in _functorch.get_interpreter_stack())
 
 
-def unwatched(tensors: Sequence[Tensor], known: Sequence[Tensor] = ()) -> bool:
-    """Whether these are plain CPU tensors, and nothing would see a use of them, nor differentiate it.
-
-    known: more of them, which are plain CPU tensors for certain; what watches could want their gradients only.
-    """
-    if torch.compiler.is_compiling() or _C.is_grad_enabled() and _C._any_requires_grad(*tensors, *known):
+def unwatched(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are plain CPU tensors, and nothing would see a use of them, nor differentiate it."""
+    if torch.compiler.is_compiling() or _C.is_grad_enabled() and _C._any_requires_grad(*tensors):
         return False
     return backend(tensors) == CPU
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
 from fnattn_kernels.native import kept_steps
 from fnattn_kernels.native.build import why_not
+from torch.fx.experimental.proxy_tensor import make_fx
 from test_steps import MODELS, ORDINARY, STREAMING, WATCHERS, WIDE, N, moved, sequence
 
 import fnattn
@@ -180,7 +182,7 @@ def test_weights_that_change_their_layout(again):
     assert not again
 
 
-def test_weights_that_are_gone_are_forgotten(again):
+def test_weights_that_come_where_others_were(again):
     for i in range(40):
         params, x, state = sequence(CONFIG)
         params = tree.map(lambda t: t * (1 + i), params)
@@ -188,9 +190,60 @@ def test_weights_that_are_gone_are_forgotten(again):
         torch.testing.assert_close(fnattn.apply(params, x[:, :1], state)[0],
                                    fnattn.apply(params, x[:, :1], state, impl="reference")[0])
     assert len(again) >= 40  # more where a weight has the address of one that is gone
+
+
+def test_nothing_is_kept_of_the_weights(again):
+    params, x, state = sequence(CONFIG)
+    warm(params, x[:, :1], state)
+    gone = weakref.ref(params.to_q)
+    torch.utils.swap_tensors(params.to_out, params.to_out.clone())  # which no other reference allows
     del params
     gc.collect()
-    assert not kept_steps._KEPT
+    assert gone() is None
+
+
+def test_weights_that_change_their_sign_where_they_lie(again):
+    params, x, state = sequence(CONFIG)
+    state = warm(params, x[:, :1], state)
+    before = fnattn.apply(params, x[:, :1], state)[0]
+    params.to_out.data = torch._neg_view(params.to_out.data)
+    torch.testing.assert_close(fnattn.apply(params, x[:, :1], state)[0], -before)
+
+
+def test_lists_of_weights_and_weights_in_other_places(again):
+    cfg = MODELS[0]
+    params = moved(lm.init(random.key(0), cfg))
+    ids, state = torch.tensor([[3]]), lm.init_state(params, 1, capacity=9)
+    listed = params._replace(blocks=list(params.blocks))
+    for _ in range(4):
+        lm.apply(listed, ids, state)
+    listed.blocks[0] = tree.map(lambda t: t * 2, listed.blocks[0])
+    torch.testing.assert_close(lm.apply(listed, ids, state)[0], lm.apply(listed, ids, state, impl="reference")[0])
+    for _ in range(3):
+        lm.apply(params, ids, state)
+    assert again
+    tied = params._replace(to_logits=fnattn.EMPTY, positions=params.to_logits)
+    torch.testing.assert_close(lm.apply(tied, ids, state)[0], lm.apply(tied, ids, state, impl="reference")[0])
+
+
+def test_the_switch_of_native_kernels(again, monkeypatch):
+    params, x, state = sequence(CONFIG)
+    state = warm(params, x[:, :1], state)
+    monkeypatch.setenv("FNATTN_NATIVE", "0")
+    fnattn.apply(params, x[:, :1], state)
+    assert not again
+    monkeypatch.delenv("FNATTN_NATIVE")
+    fnattn.apply(params, x[:, :1], state)
+    assert again
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_sizes_that_are_symbols(kept, again):
+    params, x, state = sequence(CONFIG)
+    if kept:
+        warm(params, x[:, :1], state)
+    program = make_fx(lambda x: fnattn.apply(params, x, state)[0], tracing_mode="symbolic", _allow_non_fake_inputs=True)(x[:, :1])
+    torch.testing.assert_close(program(x[:, :1]), fnattn.apply(params, x[:, :1], state)[0])
 
 
 def test_so_many_are_kept(again):

@@ -44,5 +44,5 @@ def test_the_text_shows_versions():
     out = io.StringIO()
     print_report(out)
     lines = [line.split() for line in out.getvalue().splitlines()]
-    assert ["causal_dot", "cpu", "*", "native", "causal_dot_native_v1"] in lines
+    assert ["causal_dot", "cpu", "*", "native", "causal_dot_native_v2"] in lines
     assert ["causal_dot", "cpu", "reference", "torch", torch.__version__] in lines

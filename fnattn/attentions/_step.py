@@ -58,8 +58,9 @@ def in_one_call(write: Callable[[Steps], tuple[Tensor, Any]], params: Any, x: Te
     weights, states, rest = [], [], []
     _take_apart(params, weights, rest)
     _take_apart(state, states, rest)
-    if not others and (kept := kept_steps.find(weights, x, states, rest)) is not None:
-        done = kept.run(x, states)
+    if not others and (found := kept_steps.find(weights, x, states, rest)) is not None:
+        kept, passed = found
+        done = kept.run(x, states, passed)
         return None if done is None else (done[0], _put_together(state, iter(done[1])))
     steps = begin(x.shape[0], x, [*weights, *states, *others])
     if steps is None:
@@ -79,11 +80,12 @@ def in_one_call(write: Callable[[Steps], tuple[Tensor, Any]], params: Any, x: Te
 
 
 def _take_apart(node: tuple, leaves: list, rest: list) -> None:
-    """The tensors of params or states, which are nested tuples, in `leaves`; in `rest` all else, and what the tuples are."""
+    """The tensors of params or states, which are nested tuples, in `leaves`; in `rest` all else, and where they and tuples are."""
     rest.append(type(node))
     for item in node:
         if isinstance(item, Tensor):
             leaves.append(item)
+            rest.append(Tensor)
         elif isinstance(item, tuple):
             _take_apart(item, leaves, rest)
         else:

@@ -94,6 +94,9 @@ def _rules(dot: Callable) -> dict[str, Callable]:
     def vjp(needs, args, outs, cotangents):
         q, k, v, reverse = args
         (g,) = cotangents
+        if v.dtype == torch.bfloat16 and torch.is_grad_enabled():  # for derivatives of these, whose terms are rounded once
+            grads = vjp(needs, (*widen(q, k, v), reverse), outs, widen(g))
+            return *(None if grad is None else cast(grad, v.dtype) for grad in grads[:3]), None
         return (dot(g, v, k, reverse) if needs[0] else None,
                 dot(v, g, q, not reverse) if needs[1] else None,
                 dot(k, q, g, not reverse) if needs[2] else None, None)

@@ -30,6 +30,6 @@ def flops(q, k, v, *args, **kwargs) -> int:
 
 # q [b, h, n, d], k [b, g, n, d], v [b, g, n, e]: one of h, g divides the other. With fewer query heads than key heads,
 # the products of a group of key heads are summed, which makes the operator closed under differentiation.
-dot = Operator("causal_dot_native", 1, "(Tensor q, Tensor k, Tensor v, bool reverse) -> Tensor", fake=_fake, cpu=_dot)
+dot = Operator("causal_dot_native", 2, "(Tensor q, Tensor k, Tensor v, bool reverse) -> Tensor", fake=_fake, cpu=_dot)
 dot.flops(flops)
 dot.split((1, 1, 1), (1,))

@@ -1,16 +1,18 @@
 """Steps that are written once and carried out again: to write a step takes longer than to carry it out.
 
-From one step of a sequence to the next the weights are the same tensors, and the input and the states are others of the same
+From one step of a sequence to the next the weights stay where they are, and the input and the states are others of the same
 shape. So a list of instructions serves the next step too, once it has the new addresses, and where it counts positions the new
 position. `find` looks for a list that does, `Kept.run` carries it out, and `keep` keeps one that was just carried out.
+
+Nothing is kept of the tensors themselves. Whatever lies where a weight lay, in the same layout, is as good as that.
 """
 
 from __future__ import annotations
 
 import array
 import bisect
+import dataclasses
 import operator
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..watchers import unwatched
-from .steps import DONE, Steps, carry_out, entry
+from .steps import DONE, Steps, available, carry_out
 
 MOST = 16  # lists that are kept, those last written
 _KEPT: dict[tuple, Kept] = {}
@@ -30,82 +32,86 @@ _place, _whole, _kind = Tensor.data_ptr, Tensor.is_contiguous, operator.attrgett
 class Kept(NamedTuple):
     """Instructions, and what must be as it was for them to serve.
 
-    code, space: see `Steps`. c: the function that carries them out.
+    code, space: see `Steps`.
     moves: which numbers of the code are addresses: (where, in which of x, the states, the result, the states after it; how far
         from its beginning).
     counts: which numbers of the code grow with a position: (where, with which of `clocks`).
     clocks: (which state is the position, what it was, from which on the instructions are others).
     rest: of the trees of weights and states, all that is not a tensor.
-    weights: their places; kinds: shape and dtype of the weights, x and the states; stride: of x.
+    kinds: shape and dtype of the weights, x and the states; stride: of x.
     result: the shape of the result if that is not x's. fates: how each state becomes the next, "new", "same" or "count".
-    watch: forgets the list when a weight is gone, whose identity another tensor could get.
     """
 
     code: array.array
     space: int
     dtype: torch.dtype
-    c: Any
     moves: list[tuple[int, int, int]]
     counts: list[tuple[int, int]]
     clocks: list[tuple[int, int, int]]
     rest: list
-    weights: list[int]
     kinds: list[tuple[torch.Size, torch.dtype]]
     stride: tuple[int, ...]
     result: torch.Size | None
     fates: list[str]
-    watch: list[weakref.ref]
 
-    def run(self, x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
-        """The result and the states after it; None if an id was not in its table."""
+    def run(self, x: Tensor, states: Sequence[Tensor], passed: Sequence[int]) -> tuple[Tensor, list[Tensor]] | None:
+        """The result and the states after it; None if an id was not in its table. passed: what `find` says."""
         out = torch.empty_like(x) if self.result is None else torch.empty(self.result, dtype=self.dtype)
         after = [torch.empty_like(t) if fate == "new" else t if fate == "same" else t + 1 for fate, t in zip(self.fates, states)]
         places, code = list(map(_place, (x, *states, out, *after))), self.code[:]
         for at, which, far in self.moves:
             code[at] = places[which] + far
-        if self.counts:
-            passed = [states[i].item() - before for i, before, _ in self.clocks]
-            for at, clock in self.counts:
-                code[at] += passed[clock]
+        for at, clock in self.counts:
+            code[at] += passed[clock]
         return (out, after) if carry_out(code, self.space, self.dtype) == DONE else None
 
 
-def find(weights: Sequence[Tensor], x: Tensor, states: Sequence[Tensor], rest: list) -> Kept | None:
-    """Instructions that serve these: the same weights where they were, all else in the same layout, and nobody watches."""
-    kept = _KEPT.get((x.shape, *map(id, weights)))
-    if kept is None:
+def find(weights: Sequence[Tensor], x: Tensor, states: Sequence[Tensor], rest: list) -> tuple[Kept, list[int]] | None:
+    """Instructions that serve these, and how many positions each of their clocks is on; None if there are none.
+
+    They serve where the weights lie where they lay, all else has the layout that it had, and nobody watches.
+    """
+    if not _KEPT or not available() or not unwatched(every := (*weights, x, *states)):  # first: sizes may be symbols
         return None
-    if (kept.weights != list(map(_place, weights)) or kept.kinds != list(map(_kind, (*weights, x, *states))) or kept.stride != x.stride()
-            or kept.rest != rest or not all(map(_whole, weights)) or not all(map(_whole, states)) or kept.c is not entry(kept.dtype)
-            or not unwatched((x, *states), weights)):
+    kept = _KEPT.get((x.shape, *map(_place, weights)))
+    if (kept is None or kept.kinds != list(map(_kind, every)) or kept.stride != x.stride() or kept.rest != rest
+            or not all(map(_whole, weights)) or not all(map(_whole, states))):
         return None
+    passed = []
     for i, first, until in kept.clocks:
-        if not first <= states[i].item() < until:
+        position = states[i].item()
+        if not first <= position < until:
             return None
-    return kept
+        passed.append(position - first)
+    return kept, passed
 
 
 def keep(steps: Steps, weights: Sequence[Tensor], x: Tensor, states: Sequence[Tensor], rest: list, out: Tensor,
          after: Sequence[Tensor]) -> None:
     """Keeps the instructions of a step that gave `out` and the states `after`, the second time that its weights take one."""
-    who = x.shape, *map(id, weights)
+    who = x.shape, *map(_place, weights)
     before, _LAST[0] = _LAST[0], who
-    if before != who or steps.fixed or steps.kept or (fates := _fates(states, after)) is None:
+    if before != who or steps.fixed or steps.kept or not all(map(_static, rest)) or (fates := _fates(states, after)) is None:
         return
     written = [out, *(t for t, fate in zip(after, fates) if fate == "new")]
     moves, every = _moves(steps.code, [x, *states], written, weights), [x, *states, out, *after]
     number = {id(t): i for i, t in reversed([*enumerate(every)])}
     if moves is None or not {id(t) for t in written} <= {id(t) for _, t, _ in moves}:
         return
-    here = [weakref.ref(t, lambda _: _KEPT.pop(who, None)) for t in weights]
     clocks = [(number[id(t)] - 1, t.item(), until) for t, until in steps.clocks]
     _KEPT.pop(who, None)
     for old in list(_KEPT)[:max(len(_KEPT) + 1 - MOST, 0)]:  # a copy: other threads keep theirs too
         _KEPT.pop(old, None)
     _KEPT[who] = Kept(
-        array.array("q", steps.code), steps.space, steps.dtype, entry(steps.dtype), [(at, number[id(t)], far) for at, t, far in moves],
-        list(steps.counts), clocks, list(rest), list(map(_place, weights)), list(map(_kind, (*weights, x, *states))), x.stride(),
-        None if out.shape == x.shape and out.dtype is x.dtype and x.is_contiguous() else out.shape, fates, here)
+        array.array("q", steps.code), steps.space, steps.dtype, [(at, number[id(t)], far) for at, t, far in moves], list(steps.counts),
+        clocks, list(rest), list(map(_kind, (*weights, x, *states))), x.stride(),
+        None if out.shape == x.shape and out.dtype is x.dtype and x.is_contiguous() else out.shape, fates)
+
+
+def _static(item: Any) -> bool:
+    """Whether this, of a tree, cannot change and holds no tensor that nobody looked at."""
+    return (isinstance(item, (type, int, float, str, type(None)))
+            or dataclasses.is_dataclass(item) and type(item).__dataclass_params__.frozen)
 
 
 def _fates(states: Sequence[Tensor], after: Sequence[Tensor]) -> list[str] | None:

@@ -62,7 +62,7 @@ _ALL = Mask(0, 0, 0, 0)  # nothing is hidden
 
 def begin(rows: int, x: Tensor, tensors: Sequence[Tensor]) -> Steps | None:
     """An empty list for a step of `rows` sequences that reads x and all of `tensors`, if it can be done so, else None."""
-    if not 0 < rows <= ROWS or why_not("steps") is not None or not unwatched((x, *tensors)):
+    if not 0 < rows <= ROWS or not available() or not unwatched((x, *tensors)):
         return None
     dtype = tensors[0].dtype
     if dtype not in (torch.float32, torch.float64) or x.is_floating_point() and x.dtype is not dtype:
@@ -71,6 +71,11 @@ def begin(rows: int, x: Tensor, tensors: Sequence[Tensor]) -> Steps | None:
         if not t.is_contiguous() or t.dtype is not dtype and t.is_floating_point():
             return None
     return Steps(rows, dtype)
+
+
+def available() -> bool:
+    """Whether there is a C function for steps, and it may be used."""
+    return why_not("steps") is None
 
 
 class Steps:
@@ -350,15 +355,10 @@ class Steps:
 def carry_out(code: array.array, space: int, dtype: torch.dtype) -> int:
     """Carries out instructions that need `space` numbers of scratch. DONE or OUT_OF_RANGE; MemoryError as in `Steps.run`."""
     place, length = code.buffer_info()
-    outcome = entry(dtype)(place, length, space + _LINE, torch.get_num_threads())
+    outcome = function("steps", "try_steps", dtype, "piii")(place, length, space + _LINE, torch.get_num_threads())
     if outcome == NO_MEMORY:
         raise MemoryError(f"fnattn: no memory for the scratch of a step ({space} numbers of {dtype})")
     return outcome
-
-
-def entry(dtype: torch.dtype) -> Any:
-    """The C function that carries out instructions."""
-    return function("steps", "try_steps", dtype, "piii")
 
 
 def fits(so: bool) -> None:
