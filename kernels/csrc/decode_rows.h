@@ -11,17 +11,17 @@ static void S(score_keys)(const REAL *restrict q, const REAL *restrict k, int64_
             for (int x = 0; x < 4; x++) sum[x] += q_c * *(const VF *)(k + x * d + c);
         }
         for (int x = 0; x < 4; x++) {
-            REAL rest = S(add_lanes)(sum[x]);
-            for (int64_t c = whole; c < d; c++) rest += q[c] * k[x * d + c];
-            score[j + x] = rest * scale;
+            double rest = S(add_lanes)(sum[x]); /* what fills no vector is summed without rounding */
+            for (int64_t c = whole; c < d; c++) rest += (double)q[c] * k[x * d + c];
+            score[j + x] = (REAL)(rest * scale);
         }
     }
     for (; j < count; j++, k += d) {
         VF sum = {0};
         for (int64_t c = 0; c < whole; c += LANES) sum += *(const VF *)(q + c) * *(const VF *)(k + c);
-        REAL rest = S(add_lanes)(sum);
-        for (int64_t c = whole; c < d; c++) rest += q[c] * k[c];
-        score[j] = rest * scale;
+        double rest = S(add_lanes)(sum);
+        for (int64_t c = whole; c < d; c++) rest += (double)q[c] * k[c];
+        score[j] = (REAL)(rest * scale);
     }
 }
 
