@@ -389,3 +389,12 @@ def test_a_cache_that_lacks_an_axis_is_refused_as_a_state_of_another_shape(famil
         flat = state.k._replace(**{part: getattr(state.k, part)[0, 0]})
         with pytest.raises(ValueError, match="must have .batch, key heads, capacity, width"):
             fnattn.apply(params, torch.zeros(1, 1, 8), state._replace(k=flat))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("cfg", [WIDE[0], WIDE[3], WIDE[4], WIDE[9], WIDE[10]], ids=str)
+def test_an_input_that_is_not_floating_is_the_ordinary_error(cfg, dtype, taken):
+    params, x, state = sequence(cfg, torch.float32)
+    with pytest.raises(TypeError, match="floating point"):
+        fnattn.apply(params, x[:, :1].to(dtype), state)
+    assert not taken

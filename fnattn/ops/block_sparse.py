@@ -64,6 +64,12 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, *, b
                          f"  Make it for a longer sequence: layouts.make(cfg, seq_len).")
     if torch.compiler.is_compiling() or layout.shape[1] != blocks:
         layout = layout[:, :blocks, :blocks]
+    if keep is not None and not (isinstance(keep, Tensor) and keep.dtype == torch.bool):
+        raise TypeError(f"block_sparse_attention: keep must be a bool tensor, True = is there; "
+                        f"got {keep.dtype if isinstance(keep, Tensor) else type(keep).__name__}.\n  Cast it: keep.bool().")
+    if keep is not None and keep.shape != (q.shape[0], q.shape[2]):
+        raise ValueError(f"block_sparse_attention: keep must be [batch, positions] = [{q.shape[0]}, {q.shape[2]}]; got "
+                         f"{list(keep.shape)}.\n  Give one bool for each position of each sequence.")
     kernel = choose("block_sparse_attention", impl, KERNELS, q, k, v, layout)
     run = reference if kernel is None else kernel.run
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)

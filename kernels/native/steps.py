@@ -111,7 +111,7 @@ class Steps:
 
     def given(self, x: Tensor) -> Row:
         """The rows of x [b, 1, width], where they lie."""
-        fits(x.ndim == 3 and x.shape[:2] == (self.rows, 1) and (x.stride(2) == 1 or x.shape[2] == 1))
+        fits(x.dtype is self.dtype and x.ndim == 3 and x.shape[:2] == (self.rows, 1) and (x.stride(2) == 1 or x.shape[2] == 1))
         return Row(x.data_ptr(), x.shape[2], x.stride(0))
 
     def clock(self, position: Tensor) -> None:

@@ -361,3 +361,15 @@ def test_the_kernel_is_chosen_where_it_can_serve():
         meta = tuple(t.to("meta") for t in tensors)
         rest = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in options.items()}
         assert attending(name, rest, "auto")(*meta).shape == attending(name, options)(*tensors).shape
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_mask_of_another_kind_or_shape_is_refused(impl):
+    q, layout = torch.randn(2, 1, 6, 3), torch.ones(1, 3, 3, dtype=torch.bool)
+    keep = torch.ones(2, 6, dtype=torch.bool)
+    for wrong in (keep.float(), keep.long(), [True]):
+        with pytest.raises(TypeError, match="block_sparse_attention: keep"):
+            ops.block_sparse_attention(q, q, q, layout, block=2, keep=wrong, impl=impl)
+    for wrong in (keep[:, :4], keep[:1], keep[0], torch.ones(2, 9, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="block_sparse_attention: keep"):
+            ops.block_sparse_attention(q, q, q, layout, block=2, keep=wrong, impl=impl)
