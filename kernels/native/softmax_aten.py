@@ -82,6 +82,8 @@ def _heads(mask: Tensor | None, part: slice) -> Tensor | None:
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """One segment; rows that see nothing get 0 and log-sum-exp -inf."""
     e, width = v.shape[3], max(q.shape[3], v.shape[3])
+    if scale <= 0:  # torch's kernel scales after it has hidden keys by -inf
+        q, scale = q * scale, 1.0
     q, k, v = (_dense(t, width) for t in (q, k, v))
     added, outs = _added(mask, q.dtype), []
     for heads, keys in _groups(q, k, mask, causal):

@@ -291,3 +291,15 @@ def test_a_named_kernel_that_cannot_serve_is_refused_with_the_reason():
     assert softmax_attention(q, k, v).shape == (2, 3, 5, 3)
 
 
+@pytest.mark.parametrize("impl", ["auto", "sdpa"])
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+@pytest.mark.parametrize("n, offset", [(4, 0), (64, 0), (4, 60)])
+def test_scales_that_are_not_positive(n, offset, scale, impl):
+    source = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, count, 4, dtype=torch.float64, generator=source) for count in (n, 64, 64))
+    found, truth = [], []
+    for which, results in ((impl, found), ("reference", truth)):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = softmax_attention(*leaves, causal=True, offset=offset, scale=scale, impl=which)
+        results += [out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)]
+    torch.testing.assert_close(found, truth)
