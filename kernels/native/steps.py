@@ -68,7 +68,7 @@ def begin(rows: int, x: Tensor, tensors: Sequence[Tensor]) -> Steps | None:
     if dtype not in (torch.float32, torch.float64) or x.is_floating_point() and x.dtype is not dtype:
         return None
     for t in tensors:
-        if not t.is_contiguous() or t.dtype is not dtype and t.is_floating_point():
+        if not t.is_contiguous() or t.dtype not in (dtype, torch.bool, torch.int64):
             return None
     return Steps(rows, dtype)
 
