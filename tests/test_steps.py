@@ -398,3 +398,8 @@ def test_an_input_that_is_not_floating_is_the_ordinary_error(cfg, dtype, taken):
     with pytest.raises(TypeError, match="floating point"):
         fnattn.apply(params, x[:, :1].to(dtype), state)
     assert not taken
+
+
+def test_a_model_whose_attention_sees_later_tokens_is_refused():
+    with pytest.raises(ValueError, match="attention must be causal"):
+        lm.Config(attention=simple_gate_loop.Config(dim=8, reverse=True), depth=1)

@@ -67,7 +67,7 @@ class Config:
 
     def __post_init__(self):
         family = attentions.find(self.attention)
-        check(family.streams and getattr(self.attention, "causal", True),
+        check(family.streams and getattr(self.attention, "causal", True) and not getattr(self.attention, "reverse", False),
               "lm.Config: attention must be causal; got {}.", self.attention,
               remedy="Use causal=True, or a causal family: " + ", ".join(causal_families()) + ".")
         check(getattr(self.attention, "combine_heads", True), "lm.Config: attention must give back dim; got combine_heads=False.",
