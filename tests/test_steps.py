@@ -376,30 +376,3 @@ def test_the_instructions_have_the_same_numbers_in_c_and_in_python():
     assert len(lists[0]) == 28 and lists[1:] == [["IDENTITY", "GELU", "SILU"], ["DONE", "NO_MEMORY", "OUT_OF_RANGE"]]
     for names in lists:
         assert [getattr(native, name, getattr(native.Steps, name, None)) for name in names] == list(range(len(names)))
-
-
-@pytest.mark.parametrize("family", ["full", "block_sparse", "coor_descent"])
-def test_a_cache_that_lacks_an_axis_is_refused_as_a_state_of_another_shape(family):
-    cfg = {"full": lambda m: m.Config(dim=8, seq_len=16, heads=2, dim_head=4),
-           "block_sparse": lambda m: m.Config(dim=8, seq_len=16, heads=2, dim_head=4, block_size=4),
-           "coor_descent": lambda m: m.Config(dim=8, heads=2, dim_head=4)}[family](getattr(fnattn.attentions, family))
-    params = fnattn.init(random.key(0), cfg)
-    state = fnattn.init_state(params, 1, capacity=16)
-    for part in ("main", "late"):
-        flat = state.k._replace(**{part: getattr(state.k, part)[0, 0]})
-        with pytest.raises(ValueError, match="must have .batch, key heads, capacity, width"):
-            fnattn.apply(params, torch.zeros(1, 1, 8), state._replace(k=flat))
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
-@pytest.mark.parametrize("cfg", [WIDE[0], WIDE[3], WIDE[4], WIDE[9], WIDE[10]], ids=str)
-def test_an_input_that_is_not_floating_is_the_ordinary_error(cfg, dtype, taken):
-    params, x, state = sequence(cfg, torch.float32)
-    with pytest.raises(TypeError, match="floating point"):
-        fnattn.apply(params, x[:, :1].to(dtype), state)
-    assert not taken
-
-
-def test_a_model_whose_attention_sees_later_tokens_is_refused():
-    with pytest.raises(ValueError, match="attention must be causal"):
-        lm.Config(attention=simple_gate_loop.Config(dim=8, reverse=True), depth=1)
