@@ -21,6 +21,7 @@ import optree
 import torch
 import torch.autograd.forward_ad as fwad
 import torch.utils._pytree as pytree
+from fnattn_kernels.watchers import alive
 from torch import Tensor
 
 from . import _autograd
@@ -323,7 +324,8 @@ class _Remat(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        xs, fn = ctx.saved_tensors, ctx.fn
+        # A pullback may be called when its level is over, inside others that are not.
+        xs, fn = [alive(x) for x in ctx.saved_tensors], ctx.fn
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
 
         def part(*chosen):

@@ -223,6 +223,8 @@ def _node(operator: Operator) -> type:
             args, count, saved = list(ctx.others), len(ctx.tensor_at), ctx.saved_tensors
             if all(c is None for c in cotangents):
                 return (None,) * (1 + len(args))
+            # A pullback may be called when its level is over, inside others that are not.
+            saved, cotangents = [watchers.alive(t) for t in saved], [watchers.alive(c) for c in cotangents]
             for i, t in zip(ctx.tensor_at, saved):
                 args[i] = t
             return (None, *operator._vjp(ctx.needs_input_grad[1:], args, saved[count:], cotangents))

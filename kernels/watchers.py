@@ -57,6 +57,13 @@ def mapping() -> bool:
     return any(layer.key() == _functorch.TransformType.Vmap for layer in _functorch.get_interpreter_stack())
 
 
+def alive(t: Tensor | None) -> Tensor | None:
+    """t without the wrappers of levels that are over: built-in operators take them off, torch.func.vjp around one leaves them."""
+    while t is not None and _functorch.is_dead_tensor_wrapper(t):
+        t = _functorch.unwrap_if_dead(t)
+    return t
+
+
 def unwatched(tensors: Sequence[Tensor]) -> bool:
     """Whether these are plain CPU tensors, and nothing would see a use of them, nor differentiate it."""
     if torch.compiler.is_compiling() or _C.is_grad_enabled() and _C._any_requires_grad(*tensors):

@@ -15,7 +15,8 @@ from fnattn import attentions, cli
 from fnattn.testing import Cell, Table, derivative_table
 from fnattn.testing.table import APART, TRANSFORMS, what
 
-NAMES = ("grad", "vjp", "jvp", "jacrev", "jacfwd", "hessian", "grad(grad)", "jvp(grad)", "vmap", "vmap(grad)", "grad(vmap)",
+NAMES = ("grad", "vjp", "jvp", "jacrev", "jacfwd", "hessian", "grad(grad)", "vjp(grad)", "grad(vjp(grad))", "jvp(grad)",
+         "vmap", "vmap(grad)", "vmap(vjp(grad))", "grad(vmap)",
          "per-sample gradients", "ensembles", "compile", "compile(grad)", "compile(vmap(grad))", "compile(jvp)", "export")
 
 

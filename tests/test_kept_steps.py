@@ -10,8 +10,8 @@ import pytest
 import torch
 from fnattn_kernels.native import kept_steps
 from fnattn_kernels.native.build import why_not
-from torch.fx.experimental.proxy_tensor import make_fx
 from test_steps import MODELS, ORDINARY, STREAMING, WATCHERS, WIDE, N, moved, sequence
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fnattn
 from fnattn import random, tree
@@ -185,7 +185,7 @@ def test_weights_that_change_their_layout(again):
 def test_weights_that_come_where_others_were(again):
     for i in range(40):
         params, x, state = sequence(CONFIG)
-        params = tree.map(lambda t: t * (1 + i), params)
+        params = tree.map(lambda t, times=1 + i: t * times, params)
         state = warm(params, x[:, :1], state)
         torch.testing.assert_close(fnattn.apply(params, x[:, :1], state)[0],
                                    fnattn.apply(params, x[:, :1], state, impl="reference")[0])

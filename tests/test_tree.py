@@ -159,7 +159,8 @@ def _block(p, x):
     return {"y": torch.tanh(x @ p["w"]) * p["n"], "x": x}
 
 
-@pytest.mark.parametrize("transform", ["value", "grad", "jvp", "vmap", "vmap(grad)", "grad(grad)", "jvp(grad)", "jacfwd(jacfwd)"])
+@pytest.mark.parametrize("transform", ["value", "grad", "jvp", "vmap", "vmap(grad)", "grad(grad)", "jvp(grad)", "jacfwd(jacfwd)",
+                                       "vmap(vjp(grad))", "grad(vjp(grad))"])
 def test_remat_equals_the_function_under_every_transform(transform):
     g = torch.Generator().manual_seed(0)
     w, x, t = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((3, 3), (5, 3), (3, 3)))
@@ -170,12 +171,18 @@ def test_remat_equals_the_function_under_every_transform(transform):
         def f(w, x=x):
             return block({"w": w, "n": 2}, x)["y"].pow(2).sum()  # noqa: B023 - used inside this turn of the loop
 
+        def pulled(w, x=x):
+            slope, pull = torch.func.vjp(lambda w, x: torch.func.grad(f)(w, x), w, x)
+            return pull(slope.cos())[0]
+
         results.append({
             "value": lambda: f(w), "grad": lambda: torch.func.grad(f)(w), "jvp": lambda: torch.func.jvp(f, (w,), (t,))[1],
             "vmap": lambda: torch.func.vmap(f)(torch.stack((w, t))),
             "vmap(grad)": lambda: torch.func.vmap(torch.func.grad(f), (None, 0))(w, x.unsqueeze(1)),
             "grad(grad)": lambda: torch.func.grad(lambda w: torch.func.grad(f)(w).pow(2).sum())(w),
             "jvp(grad)": lambda: torch.func.jvp(torch.func.grad(f), (w,), (t,))[1],
+            "vmap(vjp(grad))": lambda: torch.func.vmap(pulled)(torch.stack((w, t))),
+            "grad(vjp(grad))": lambda: torch.func.grad(lambda w: pulled(w).sin().sum())(w),
             "jacfwd(jacfwd)": lambda: torch.func.jacfwd(torch.func.jacfwd(f))(w),
         }[transform]())
     assert results[0].abs().max() > 0

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as fwad
+from fnattn_kernels.watchers import alive
 from torch import Tensor
 
 from .. import taps, tree
@@ -227,7 +228,7 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx, d1, d2):
         # torch.func.vjp pulls back after its level has ended, and leaves saved outputs in wrappers that outer levels
         # trip over.
-        y1, y2, *tensors = [torch._C._functorch.unwrap_if_dead(t) for t in ctx.saved_tensors]
+        y1, y2, *tensors = [alive(t) for t in ctx.saved_tensors]
         # Outside the forward pass's autocast the recomputed values would be others.
         with torch.autocast(**ctx.autocast):
             dx, grads = _backward(ctx.stack, ctx.needs_input_grad[2:], y1, y2, d1, d2, tensors)

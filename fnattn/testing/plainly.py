@@ -76,6 +76,13 @@ def grad_grad(s: Subject):
     return _grads(sum((g * ripple(g, i)).sum() for i, g in enumerate(slopes)), s.pick(args))
 
 
+def grad_grad_grad(s: Subject):
+    args = _leaves(s.args, s.diff)
+    slopes = _grads(s.loss(*args), s.pick(args), create_graph=True)
+    again = _grads(sum((g * ripple(g, i)).sum() for i, g in enumerate(slopes)), s.pick(args), create_graph=True)
+    return _grads(sum((g * ripple(g, i + 3)).sum() for i, g in enumerate(again)), s.pick(args))
+
+
 def jvp_grad(s: Subject):
     args = _leaves(s.args, s.diff)
     slopes = _grads(s.loss(*args), s.pick(args), create_graph=True)

@@ -127,6 +127,23 @@ def grad_jvp(s: Subject) -> Built:
     return _with_tangents(s, use)
 
 
+def _pulled_slope(s: Subject, args: tuple) -> tuple[Tensor, ...]:
+    """vjp(grad(f)), pulled back when the level of vjp is over, as users do it."""
+    part, every = s.part(s.loss, args), tuple(range(len(s.diff)))
+    slopes, pull = func.vjp(lambda *d: func.grad(part, every)(*d), *s.pick(args))
+    return pull(tuple(ripple(g, i) for i, g in enumerate(slopes)))
+
+
+def vjp_grad(s: Subject) -> Built:
+    """vjp(grad(f))"""
+    return lambda *args: _pulled_slope(s, args), s.args
+
+
+def grad_vjp_grad(s: Subject) -> Built:
+    """grad(vjp(grad(f)))"""
+    return func.grad(lambda *args: sum((g * ripple(g, i + 3)).sum() for i, g in enumerate(_pulled_slope(s, args))), s.diff), s.args
+
+
 # ------------------------------------------------------------------------------------------------ batches
 
 
@@ -175,6 +192,12 @@ def vmap_grad(s: Subject) -> Built:
     """vmap(grad(f))"""
     args, dims = _many(s)
     return func.vmap(func.grad(s.loss, s.diff), dims), args
+
+
+def vmap_vjp_grad(s: Subject) -> Built:
+    """vmap(vjp(grad(f)))"""
+    args, dims = _many(s)
+    return func.vmap(lambda *a: _pulled_slope(s, a), dims), args
 
 
 def vmap_grad_shared(s: Subject) -> Built:
@@ -251,8 +274,9 @@ def grad_checkpoint(s: Subject) -> Built:
 
 EAGER = {build.__doc__: build for build in (
     forward, grad, vjp, jvp, linearize, jacrev, jacrev_chunked, jacfwd, hessian, jacrev_jacrev, jacrev_jacfwd, jacfwd_jacfwd,
-    grad_grad, grad_grad_grad, jvp_grad, grad_jvp, vmap, vmap_shared, vmap_all, vmap_vmap, vmap_grad, vmap_grad_shared,
-    grad_vmap, grad_vmap_grad, vmap_jvp, jvp_vmap, vmap_hessian, vmap_jacrev, vmap_chunked, functionalize, grad_checkpoint)}
+    grad_grad, grad_grad_grad, vjp_grad, grad_vjp_grad, jvp_grad, grad_jvp, vmap, vmap_shared, vmap_all, vmap_vmap, vmap_grad,
+    vmap_vjp_grad, vmap_grad_shared, grad_vmap, grad_vmap_grad, vmap_jvp, jvp_vmap, vmap_hessian, vmap_jacrev, vmap_chunked,
+    functionalize, grad_checkpoint)}
 
 COMPILED = {build.__doc__: build for build in (
     forward, grad, vjp, jvp, vmap, vmap_grad, grad_vmap, jacrev, jacfwd, hessian, grad_grad, jvp_grad, grad_checkpoint)}

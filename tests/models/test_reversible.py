@@ -61,6 +61,15 @@ def by_tensors(run):
 ARGS = (PARAMS[0][0]["w"], PARAMS[1][1]["b"], PARAMS[0][1]["both"], X)
 TWICE = tuple(torch.stack([t, t * 1.5]) for t in ARGS)
 
+
+def pulled(fn):
+    """vjp of grad, pulled back when the level of vjp is over."""
+    def along(*args):
+        slopes, pull = vjp(lambda *a: grad(fn, (0, 1, 2, 3))(*a), *args)
+        return pull(tuple(s.cos() for s in slopes))
+    return along
+
+
 TRANSFORMS = {
     "value": lambda fn: fn(*ARGS),
     "grad": lambda fn: grad(fn, (0, 1, 2, 3))(*ARGS),
@@ -73,6 +82,8 @@ TRANSFORMS = {
     "grad of grad": lambda fn: grad(lambda *a: grad(fn)(*a).sin().sum(), 3)(*ARGS),
     "grad of grad of grad": lambda fn: grad(
         lambda *a: grad(lambda *a: grad(fn)(*a).sin().sum(), 3)(*a).sum(), 1)(*ARGS),
+    "vmap of vjp of grad": lambda fn: vmap(pulled(fn))(*TWICE),
+    "grad of vjp of grad": lambda fn: grad(lambda *a: sum(p.sin().sum() for p in pulled(fn)(*a)), (0, 3))(*ARGS),
     "vmap": lambda fn: vmap(fn)(*TWICE),
     "vmap over x only": lambda fn: vmap(fn, (None, None, None, 2))(*ARGS[:3], TWICE[3].movedim(0, 2)),
     "vmap of grad": lambda fn: vmap(grad(fn, (0, 3)))(*TWICE),

@@ -12,7 +12,8 @@ from fnattn_kernels.native.call import function
 from fnattn import ops
 
 BF16 = torch.bfloat16
-pytestmark = pytest.mark.skipif(any(build.why_not(source) for source in ("scan", "rotary", "gate_loop", "causal_dot")), reason="no C kernel here")
+pytestmark = pytest.mark.skipif(any(build.why_not(source) for source in ("scan", "rotary", "gate_loop", "causal_dot")),
+                                reason="no C kernel here")
 
 
 def heads_of_one(t):
