@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -30,6 +31,9 @@ torch.set_num_threads(1)
 # The same examples in every run, however slow the machine; nothing is left in the checkout.
 hypothesis.settings.register_profile("fnattn", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("fnattn")
+
+# Where the C kernels make zeros of what would be subnormal: see tests/kernels/test_subnormals.py.
+FLUSHES = platform.machine().lower() in ("x86_64", "amd64", "i686")
 
 # dtype -> (rtol, atol) for comparing two correct ways to compute the same thing. One table, which nothing loosens:
 # a test that needs more states the measured error and its cause.

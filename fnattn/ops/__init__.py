@@ -1,4 +1,7 @@
-"""Pure tensor functions: the mathematics of every attention, each with a plain-torch reference and its kernels."""
+"""Pure tensor functions: the mathematics of every attention, each with a plain-torch reference and its kernels.
+
+The C kernels of loops and attentions make zeros of subnormal numbers on x86; the references keep them.
+"""
 
 from . import layouts as layouts
 from .associative_scan import associative_scan as associative_scan

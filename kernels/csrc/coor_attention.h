@@ -148,6 +148,7 @@ void S(coor_attention)(const strided *of, const REAL *log_k, const uint8_t *keep
         const strided *const read[] = {of + 1, of + 2};
         const int64_t widths[] = {d, e};
         S(nearby) near = S(nearby_none)(near_size ? sum + e * BLOCK : NULL);
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * h * blocks; i++) {
             int64_t head = i / blocks, i0 = (blocks - 1 - i % blocks) * BLOCK, count = min64(BLOCK, n - i0), batch = head / h;
@@ -168,6 +169,7 @@ void S(coor_attention)(const strided *of, const REAL *log_k, const uint8_t *keep
             S(product)(sum, LANES, BLOCK, (const REAL *)y, m * LANES, LANES, near.at[1], 1, near.row[1], e, keys, nv);
             S(rows_of)(sum, count, e, 1, S(row)(of + 3, batch, own, i0), of[3].row);
         }
+        subnormals_back(mode);
         free(s);
     }
 }
@@ -221,6 +223,7 @@ void S(coor_attention_back)(const strided *of, const REAL *log_k, const uint8_t 
         const strided *const read[] = {of + 1, of + 2};
         const int64_t widths[] = {d, e};
         S(nearby) near = S(nearby_none)(near_size ? sum_v + m * wide_e : NULL);
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * g; i++) {
             memset(sum_k, 0, (size_t)sums * sizeof(VF));
@@ -233,6 +236,7 @@ void S(coor_attention_back)(const strided *of, const REAL *log_k, const uint8_t 
                 memcpy(S(row)(of + 6, i / g, i % g, j), sum_v + j * wide_e, (size_t)e * sizeof(REAL));
             }
         }
+        subnormals_back(mode);
         free(memory);
     }
 }
@@ -248,6 +252,7 @@ void S(coor_attention_tangent)(const strided *of, const REAL *log_k, const uint8
     {
         VF *s = S(tiles)(9, m, p.T + 4 * d + 2 * e), *ts = s + 2 * m, *y = ts + 2 * m, *P = y + 2 * m, *open = P + m, *mark = open + 2 * m;
         REAL *q_lanes = (REAL *)(mark + p.T), *tq_lanes = q_lanes + d * BLOCK, *sum = tq_lanes + d * BLOCK;
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < b * h * blocks; i++) {
             int64_t head = i / blocks, i0 = (blocks - 1 - i % blocks) * BLOCK, count = min64(BLOCK, n - i0), batch = head / h;
@@ -276,6 +281,7 @@ void S(coor_attention_tangent)(const strided *of, const REAL *log_k, const uint8
             S(product)(sum, LANES, BLOCK, (const REAL *)y, m * LANES, LANES, S(row)(of + 5, batch, kv, 0), 1, of[5].row, e, keys, nv);
             S(rows_of)(sum, count, e, 1, S(row)(of + 6, batch, own, i0), of[6].row);
         }
+        subnormals_back(mode);
         free(s);
     }
 }

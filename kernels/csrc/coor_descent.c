@@ -116,6 +116,7 @@ void S(coor_iterate)(const REAL *s, const REAL *log_k, REAL *y, REAL *m, int64_t
     {
         VF *tile = S(tiles)(3, n, T), *out = tile + n, *open = out + n, *marks = open + n;
         INT *list = S(places)(n);
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks; i++) {
             int64_t first = i * LANES, count = min64(LANES, rows - first);
@@ -132,6 +133,7 @@ void S(coor_iterate)(const REAL *s, const REAL *log_k, REAL *y, REAL *m, int64_t
             }
             S(scatter)(marks, count, T, m + first * T);
         }
+        subnormals_back(mode);
         free(list), free(tile);
     }
 }
@@ -145,6 +147,7 @@ void S(coor_iterate_back)(const REAL *s, const REAL *log_k, const REAL *m, const
     {
         VF *tile = S(tiles)(6, n, 3 * T + 12), *grad = tile + n, *E = grad + n, *open = E + n, *marks = open + 3 * n + 12;
         S(work) work = {tile, grad, open, open + n + 4, marks + T, marks + 2 * T, (VI *)(open + 2 * n + 8), S(places)(n)};
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks; i++) {
             int64_t first = i * LANES, count = min64(LANES, rows - first), done = 0;
@@ -164,6 +167,7 @@ void S(coor_iterate_back)(const REAL *s, const REAL *log_k, const REAL *m, const
             }
             S(scatter)(&slope, count, 1, dlogk + first);
         }
+        subnormals_back(mode);
         free(work.list), free(tile);
     }
 }
@@ -175,6 +179,7 @@ void S(coor_exact)(const REAL *s, const REAL *k, REAL *y, REAL *cut, REAL *m, in
 #pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
     {
         VF *tile = S(tiles)(2, n, 0), *out = tile + n;
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks; i++) {
             int64_t first = i * LANES, count = min64(LANES, rows - first);
@@ -186,6 +191,7 @@ void S(coor_exact)(const REAL *s, const REAL *k, REAL *y, REAL *cut, REAL *m, in
             S(scatter)(&edge, count, 1, cut + first);
             S(scatter)(&level, count, 1, m + first);
         }
+        subnormals_back(mode);
         free(tile);
     }
 }
@@ -197,6 +203,7 @@ void S(coor_exact_back)(const REAL *s, const REAL *cut, const REAL *m, const REA
 #pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
     {
         VF *tile = S(tiles)(3, n, 0), *grad = tile + n, *E = grad + n;
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks; i++) {
             int64_t first = i * LANES, count = min64(LANES, rows - first);
@@ -209,6 +216,7 @@ void S(coor_exact_back)(const REAL *s, const REAL *cut, const REAL *m, const REA
             S(scatter)(grad, count, n, ds + first * n);
             S(scatter)(&gradient_k, count, 1, dk + first);
         }
+        subnormals_back(mode);
         free(tile);
     }
 }
@@ -221,6 +229,7 @@ void S(coor_tangent)(const REAL *s, const REAL *log_k, const REAL *m, const REAL
 #pragma omp parallel num_threads((int)min64(threads, blocks)) if (threads > 1 && blocks > 1)
     {
         VF *tile = S(tiles)(5, n, count_m), *tangent = tile + n, *spare = tangent + n, *open = spare + n, *marks = open + 2 * n;
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks; i++) {
             int64_t first = i * LANES, count = min64(LANES, rows - first);
@@ -234,6 +243,7 @@ void S(coor_tangent)(const REAL *s, const REAL *log_k, const REAL *m, const REAL
             else S(iterate_tangent)(tile, tangent, spare, open, n, lk, dlk, eps, T, marks);
             S(scatter)(tangent, count, n, dy + first * n);
         }
+        subnormals_back(mode);
         free(tile);
     }
 }

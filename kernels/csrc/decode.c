@@ -151,12 +151,14 @@ int S(try_decode)(const REAL *q, const REAL *k, const REAL *v, const REAL *k_lat
 #pragma omp parallel num_threads((int)min64(threads, b * g)) if (threads > 1 && b * g > 1)
     {
         TABLES(p, 1)
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < b * g; task++) {
             if (!p) continue;
             S(weights_of)(&a, task, rows, row, p);
             S(mix_cache)(&a, p, v, v_late, e, task, rows, row, out + task * rows * e);
         }
+        subnormals_back(mode);
         free(p);
     }
     return failed;
@@ -173,6 +175,7 @@ int S(try_decode_backward)(const REAL *grad, const REAL *q, const REAL *k, const
     {
         TABLES(p, 2)
         REAL *ds = p + rows * row, *spare = ds + rows * row;
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < b * g; task++) {
             if (!p) continue;
@@ -187,6 +190,7 @@ int S(try_decode_backward)(const REAL *grad, const REAL *q, const REAL *k, const
             S(spread)(p, g_t, rows, row, 0, first, room, e, 1, dv + task * room * e);
             S(spread)(p, g_t, rows, row, first, m - first, late, e, 1, dv_late + task * late * e);
         }
+        subnormals_back(mode);
         free(p);
     }
     return failed;
@@ -204,6 +208,7 @@ int S(try_decode_tangent)(const REAL *q, const REAL *k, const REAL *v, const REA
     {
         TABLES(p, 2)
         REAL *w = p + rows * row, *spare = w + rows * row;
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < b * g; task++) {
             if (!p) continue;
@@ -215,6 +220,7 @@ int S(try_decode_tangent)(const REAL *q, const REAL *k, const REAL *v, const REA
             S(mix_cache)(&a, w, v, v_late, e, task, rows, row, out);
             S(mix_cache)(&a, p, tv, tv_late, e, task, rows, row, out);
         }
+        subnormals_back(mode);
         free(p);
     }
     return failed;

@@ -58,6 +58,7 @@ void S(gate_loop_narrow)(const NUM *q, const NUM *k, const NUM *v, const NUM *a,
 #pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(dynamic) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
+        unsigned mode = subnormals_off();
         S(narrow_state) st[2]; /* before and after a step, by turns */
         memset(st, 0, sizeof st);
         for (int64_t j = 0; j < VECTORS; j++) st[0].pr[j] = S(all)(1);
@@ -86,6 +87,7 @@ void S(gate_loop_narrow)(const NUM *q, const NUM *k, const NUM *v, const NUM *a,
         }
         S(join_pairs)(last + 2 * (i * c + from), st[n % 2].hr, st[n % 2].hi, width);
         S(join_pairs)(product + 2 * (i * c + from), st[n % 2].pr, st[n % 2].pi, width);
+        subnormals_back(mode);
     }
 }
 
@@ -141,6 +143,7 @@ void S(gate_loop_narrow_backward)(const NUM *q, const NUM *k, const NUM *v, cons
         for (int64_t task = 0; task < tasks; task++) {
             int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from);
             int64_t full = width / LANES * LANES;
+            unsigned mode = subnormals_off();
             VF carry_re[VECTORS] = {{0}}, carry_im[VECTORS] = {{0}};
             int64_t slow = 0;
             VF wr[VECTORS], wi[VECTORS], mark_re[VECTORS], mark_im[VECTORS];
@@ -192,6 +195,7 @@ void S(gate_loop_narrow_backward)(const NUM *q, const NUM *k, const NUM *v, cons
                 }
             }
             S(join_pairs)(dh0 + 2 * (i * c + from), carry_re, carry_im, width);
+            subnormals_back(mode);
         }
         free(kept);
     }

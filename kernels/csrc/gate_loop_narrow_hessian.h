@@ -100,6 +100,7 @@ void S(gate_loop_narrow_hessian)(const REAL *q, const REAL *k, const REAL *v, co
         for (int64_t task = 0; task < tasks; task++) {
             int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from);
             int64_t full = width / LANES * LANES;
+            unsigned mode = subnormals_off();
             memset(st, 0, sizeof *st);
             if (g_last) S(split_pairs)(AT_PAIRS(g_last), st->gr, st->gi, width);
             if (tg_last) S(split_pairs)(AT_PAIRS(tg_last), st->tr, st->ti, width);
@@ -132,6 +133,7 @@ void S(gate_loop_narrow_hessian)(const REAL *q, const REAL *k, const REAL *v, co
                 }
             }
             S(join_pairs)(dh0 + 2 * (i * c + from), st->tr, st->ti, width);
+            subnormals_back(mode);
         }
         free(kept), free(st);
     }

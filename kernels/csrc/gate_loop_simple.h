@@ -16,6 +16,7 @@ void S(simple_gate_loop)(const NUM *q, const NUM *x, const NUM *a, const REAL *h
 #pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(dynamic) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
+        unsigned mode = subnormals_off();
         VF h[VECTORS] = {{0}};
         if (h0) memcpy(h, h0 + i * c + from, (size_t)width * sizeof(REAL));
         for (int64_t s = 0; s < n; s++) {
@@ -30,6 +31,7 @@ void S(simple_gate_loop)(const NUM *q, const NUM *x, const NUM *a, const REAL *h
 #undef CALL
         }
         memcpy(last + i * c + from, h, (size_t)width * sizeof(REAL));
+        subnormals_back(mode);
     }
 }
 
@@ -65,6 +67,7 @@ void S(simple_gate_loop_backward)(const NUM *q, const NUM *x, const NUM *a, cons
         for (int64_t task = 0; task < tasks; task++) {
             int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from);
             int64_t full = width / LANES * LANES;
+            unsigned mode = subnormals_off();
             VF carry[VECTORS] = {{0}}, h[VECTORS] = {{0}};
             if (g_last) memcpy(carry, g_last + i * c + from, (size_t)width * sizeof(REAL));
             for (int64_t segment = segments - 1; segment >= 0; segment--) {
@@ -94,6 +97,7 @@ void S(simple_gate_loop_backward)(const NUM *q, const NUM *x, const NUM *a, cons
                 }
             }
             memcpy(dh0 + i * c + from, carry, (size_t)width * sizeof(REAL));
+            subnormals_back(mode);
         }
         free(gates);
     }

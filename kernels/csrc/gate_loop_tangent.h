@@ -15,6 +15,7 @@ void S(simple_gate_loop_tangent)(const REAL *q, const REAL *x, const REAL *a, co
 #pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(dynamic) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
+        unsigned mode = subnormals_off();
         VF h[VECTORS] = {{0}}, th[VECTORS] = {{0}};
         if (h0) memcpy(h, h0 + i * c + from, (size_t)width * sizeof(REAL));
         if (th0) memcpy(th, th0 + i * c + from, (size_t)width * sizeof(REAL));
@@ -35,6 +36,7 @@ void S(simple_gate_loop_tangent)(const REAL *q, const REAL *x, const REAL *a, co
 #undef CALL
         }
         memcpy(tlast + i * c + from, th, (size_t)width * sizeof(REAL));
+        subnormals_back(mode);
     }
 }
 
@@ -80,6 +82,7 @@ void S(gate_loop_narrow_tangent)(const REAL *q, const REAL *k, const REAL *v, co
 #pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(dynamic) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
+        unsigned mode = subnormals_off();
         S(narrow_tangent_state) st[2]; /* before and after a step, by turns */
         memset(st, 0, sizeof st);
         if (h0) S(split_pairs)(h0 + 2 * (i * c + from), st[0].hr, st[0].hi, width);
@@ -105,6 +108,7 @@ void S(gate_loop_narrow_tangent)(const REAL *q, const REAL *k, const REAL *v, co
         const S(narrow_tangent_state) *end = st + n % 2;
         S(join_pairs)(tlast + 2 * (i * c + from), end->tr, end->ti, width);
         S(join_pairs)(logs + 2 * (i * c + from), end->lr, end->li, width);
+        subnormals_back(mode);
     }
 }
 
@@ -194,6 +198,7 @@ void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
         REAL *scores = oc + CHUNK * ep, *t_scores = scores + CHUNK * CHUNK;
         S(gates) g;
         S(gate_tangents) tg;
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < tasks; i++) {
             double gates[2] = {1, 0}, whole[2] = {0, 0};
@@ -263,6 +268,7 @@ void S(gate_loop_wide_tangent)(const REAL *q, const REAL *k, const REAL *v, cons
             }
             logs[2 * i] = (REAL)whole[0], logs[2 * i + 1] = (REAL)whole[1];
         }
+        subnormals_back(mode);
         free(state);
     }
 }

@@ -166,6 +166,7 @@ void S(gate_loop_wide)(const REAL *q, const REAL *k, const REAL *v, const REAL *
         {
             REAL *state = scratch((size_t)size * sizeof(REAL));
             S(wide_work) *w = S(wide_room)(dp, ep);
+            unsigned mode = subnormals_off();
             if (!state) abort();
 #pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < tasks; i++) {
@@ -183,6 +184,7 @@ void S(gate_loop_wide)(const REAL *q, const REAL *k, const REAL *v, const REAL *
                 LAST(i, state);
                 product[2 * i] = (REAL)whole[0], product[2 * i + 1] = (REAL)whole[1];
             }
+            subnormals_back(mode);
             free(state), free(w);
         }
         return;
@@ -201,6 +203,7 @@ void S(gate_loop_wide)(const REAL *q, const REAL *k, const REAL *v, const REAL *
 #pragma omp parallel num_threads((int)threads)
     {
         S(wide_work) *w = S(wide_room)(dp, ep);
+        unsigned mode = subnormals_off();
         for (int64_t first = 0; first < chunks; first += keep) {
             int64_t count = min64(keep, chunks - first);
 #pragma omp for schedule(static)
@@ -232,6 +235,7 @@ void S(gate_loop_wide)(const REAL *q, const REAL *k, const REAL *v, const REAL *
                 S(wide_outputs)(w, start || h0 ? state : NULL, AT(out, i) + start * out_row, out_row, m, d, e, dp, ep);
             }
         }
+        subnormals_back(mode);
         free(w);
     }
     for (int64_t i = 0; i < tasks; i++) {

@@ -202,6 +202,7 @@ void S(gate_loop_wide_backward)(const REAL *q, const REAL *k, const REAL *v, con
 #pragma omp parallel num_threads((int)team) if (team > 1)
     {
         S(back_work) *w = S(back_room)(dp, ep);
+        unsigned mode = subnormals_off();
         double ignored[2] = {1, 0};
         if (!shared) {
             REAL *hs = scratch((size_t)(each + size) * sizeof(REAL)), *rt = hs + each;
@@ -264,6 +265,7 @@ void S(gate_loop_wide_backward)(const REAL *q, const REAL *k, const REAL *v, con
                 if (!c) S(state_out)(all_r + i * each, dh0 + i * 2 * d * e, d, e, dp);
             }
         }
+        subnormals_back(mode);
         free(w);
     }
 #undef LOAD

@@ -189,6 +189,7 @@ void S(gate_loop_wide_hessian)(
         S(hessian_share)(w, rest, dp, ep);
         const S(gates) *x = &w->gates;
         const S(gate_tangents) *tx = &w->along;
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < tasks; i++) {
             double whole[2] = {1, 0}, logs[2] = {0, 0}, ignored[2];
@@ -296,6 +297,7 @@ void S(gate_loop_wide_hessian)(
             S(state_out)(trt, tdh0 + i * 2 * d * e, d, e, dp);
             if (dh0) S(state_out)(rt, dh0 + i * 2 * d * e, d, e, dp);
         }
+        subnormals_back(mode);
         free(states), free(w);
     }
 }

@@ -87,6 +87,7 @@ void S(scan)(const NUM *a, const NUM *x, const REAL *h0, REAL *h, NUM *rounded, 
 #pragma omp parallel for num_threads((int)min64(threads, tasks)) schedule(static) if (threads > 1 && tasks > 1)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t i = task / blocks, from = task % blocks * most, width = min64(most, c - from), full = width / LANES * LANES;
+        unsigned mode = subnormals_off();
         int64_t h_row = reverse ? -c * two : c * two, ar = reverse ? -a_row : a_row, xr = reverse ? -x_row : x_row;
         int64_t first = reverse ? n - 1 : 0;
         const NUM *pa = a + i * a_batch + first * a_row + from * two, *px = x + i * x_batch + first * x_row + from * two;
@@ -118,6 +119,7 @@ void S(scan)(const NUM *a, const NUM *x, const REAL *h0, REAL *h, NUM *rounded, 
             pa += ar, px += xr, ph += h_row;
             if (HALF) pr += h_row;
         }
+        subnormals_back(mode);
     }
 }
 #endif

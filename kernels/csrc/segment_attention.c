@@ -58,6 +58,7 @@ void S(segment_attention)(const segment_call *call, double scale) {
         const strided *const read[] = {of + 1, of + 2};
         const int64_t widths[] = {d, e};
         S(nearby) rows_of = S(nearby_none)(near_size ? rows + max64(d, e) * SPAN : NULL);
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t batch = task / count / h, head = task / count % h, keys = head / (h / g);
@@ -87,6 +88,7 @@ void S(segment_attention)(const segment_call *call, double scale) {
             }
             S(segment_results)(acc, rows, e, out, of[3].row, positions, block->rows, sum);
         }
+        subnormals_back(mode);
         free(memory);
     }
 }
@@ -115,6 +117,7 @@ void S(segment_attention_backward)(const segment_call *call, double scale) {
         const strided *const read[] = {of + 2, of + 3};
         const int64_t widths[] = {d, e};
         S(nearby) rows_of = S(nearby_none)(near ? own + own_d + own_e : NULL);
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t batch = task / g, keys = task % g;
@@ -167,6 +170,7 @@ void S(segment_attention_backward)(const segment_call *call, double scale) {
             S(sums_back)(of + 7, batch, keys, dk, n, d);
             S(sums_back)(of + 8, batch, keys, dv, n, e);
         }
+        subnormals_back(mode);
         free(memory);
     }
 }

@@ -33,6 +33,7 @@ void S(segment_attention_second)(const segment_call *call, double scale) {
         REAL *t_delta = delta + SPAN, *own = t_delta + SPAN;
         int32_t at[KEYS];
         uint32_t words[KEYS];
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t batch = task / g, keys = task % g, k_row = of[2].row, v_row = of[3].row, tk_row = of[10].row, tv_row = of[11].row;
@@ -98,6 +99,7 @@ void S(segment_attention_second)(const segment_call *call, double scale) {
             S(sums_back)(of + 13, batch, keys, dk, n, d);
             S(sums_back)(of + 14, batch, keys, dv, n, e);
         }
+        subnormals_back(mode);
         free(memory);
     }
 }

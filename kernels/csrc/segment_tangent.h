@@ -23,6 +23,7 @@ void S(segment_attention_tangent)(const segment_call *call, double scale) {
         const int64_t widths[] = {d, e, d, e};
         S(nearby) rows_of = S(nearby_none)(near_size ? rows + max64(d, e) * SPAN : NULL);
         for (int64_t i = 0; i < SPAN; i++) ones[i] = 1;
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t batch = task / count / h, head = task / count % h, keys = head / (h / g);
@@ -70,6 +71,7 @@ void S(segment_attention_tangent)(const segment_call *call, double scale) {
                 for (int64_t c = 0; c < e; c++) t_out_i[c] -= sum[i] * out_i[c];
             }
         }
+        subnormals_back(mode);
         free(memory);
     }
 }

@@ -69,6 +69,7 @@ static void S(attend)(const softmax_call *call, double scale, int moving) {
         const strided *const read[] = {of + 1, of + 2, of_tk, of_tv};
         const int64_t widths[] = {d, e, d, e};
         S(nearby) rows_of = S(nearby_none)(near_size ? memory + WIDTH * (1 + moving) * (d + KEYS + e + 2) : NULL);
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             /* The last queries of a causal head have the most keys: first, so that no thread is left with them alone. */
@@ -116,6 +117,7 @@ static void S(attend)(const softmax_call *call, double scale, int moving) {
                 }
             S(turn)(S(head)(moves + 3, batch, head) + i0 * moves[3].row, moves[3].row, t_acc, WIDTH, e, rows);
         }
+        subnormals_back(mode);
         free(memory);
     }
 }
@@ -149,6 +151,7 @@ void S(softmax_backward)(const softmax_call *call, double scale) {
         const strided *const read[] = {of + 2, of + 3};
         const int64_t widths[] = {d, e};
         S(nearby) rows_of = S(nearby_none)(near ? own + own_d + own_e : NULL);
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t batch = task / g, keys = task % g;
@@ -192,6 +195,7 @@ void S(softmax_backward)(const softmax_call *call, double scale) {
             S(sums_back)(of + 7, batch, keys, dk, m, d);
             S(sums_back)(of + 8, batch, keys, dv, m, e);
         }
+        subnormals_back(mode);
         free(memory);
     }
 }

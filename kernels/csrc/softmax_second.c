@@ -41,6 +41,7 @@ void S(softmax_second)(const softmax_call *call, double scale) {
         REAL *q_t = tds + KEYS * WIDTH, *tq_t = q_t + d * WIDTH, *g_t = tq_t + d * WIDTH, *tg_t = g_t + e * WIDTH;
         REAL *dq_t = tg_t + e * WIDTH, *norm = dq_t + d * WIDTH, *rest = norm + WIDTH, *t_norm = rest + WIDTH, *delta = t_norm + WIDTH;
         REAL *t_delta = delta + WIDTH, *own = t_delta + WIDTH;
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t batch = task / g, keys = task % g, k_row = of[2].row, v_row = of[3].row, tk_row = of[10].row, tv_row = of[11].row;
@@ -100,6 +101,7 @@ void S(softmax_second)(const softmax_call *call, double scale) {
             S(sums_back)(of + 13, batch, keys, dk, m, d);
             S(sums_back)(of + 14, batch, keys, dv, m, e);
         }
+        subnormals_back(mode);
         free(memory);
     }
 }

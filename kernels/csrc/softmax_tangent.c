@@ -30,6 +30,7 @@ void S(softmax_tangent)(const softmax_call *call, double scale) {
         const strided *const read[] = {of + 1, of + 2, of + 6, of + 7};
         const int64_t widths[] = {d, e, d, e};
         S(nearby) rows_of = S(nearby_none)(near_size ? sum + WIDTH : NULL);
+        unsigned mode = subnormals_off();
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             /* The last queries of a causal head have the most keys: first, so that no thread is left with them alone. */
@@ -72,6 +73,7 @@ void S(softmax_tangent)(const softmax_call *call, double scale) {
                 for (int64_t c = 0; c < e; c++) t_out[i * of[8].row + c] -= sum[i] * out[i * of[3].row + c];
             }
         }
+        subnormals_back(mode);
         free(memory);
     }
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import FLUSHES, assert_close
 from fnattn_kernels.contracts import KernelUnavailable
 from fnattn_kernels.native import build
 from fnattn_kernels.native.call import function
@@ -148,8 +148,16 @@ def test_causal_dot_takes_the_rows_of_all_heads_apart(instructions, threads):
         torch.set_num_threads(before)
 
 
+def settled(t):
+    """t as a sum in the C kernels gives it."""
+    return t.where(~(t.abs() < torch.finfo(torch.float32).tiny), 0) if FLUSHES else t
+
+
 def test_every_number_is_read_and_rounded_as_torch_does(instructions):
-    """All of bfloat16, and float32 of every kind: halfway, subnormal, overflowing, infinite, not a number."""
+    """All of bfloat16, and float32 of every kind: halfway, subnormal, overflowing, infinite, not a number.
+
+    Subnormal results of sums are zeros on x86: see tests/kernels/test_subnormals.py.
+    """
     every = torch.arange(-2**15, 2**15, dtype=torch.int16).view(BF16)
     low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
     wide = (every.view(torch.int16).to(torch.int32)[:, None] * 65536 + low).flatten().view(torch.float32)
@@ -158,7 +166,7 @@ def test_every_number_is_read_and_rounded_as_torch_does(instructions):
         for h in (ops.scan(one, zero, state, impl="native")[0, 0],
                   ops.scan(torch.stack((one, zero), -1)[:, :, ::2], torch.stack((zero, zero), -1)[:, :, ::2],
                            torch.stack((state, state), -1)[:, ::2], pairs=True, impl="native")[0, 0, :, 1]):
-            expected = state[0, ::1 if len(h) == count else 2]
+            expected = settled(state[0, ::1 if len(h) == count else 2])
             usual = expected.isfinite() if len(h) != count else ~expected.isnan()  # complex: infinity times 0
             assert torch.equal(h[usual], expected.to(BF16)[usual])
             assert h[expected.isnan()].isnan().all()
@@ -166,5 +174,5 @@ def test_every_number_is_read_and_rounded_as_torch_does(instructions):
     turned = ops.rotate(every.view(1, -1, 2), torch.zeros(2**15, 1), impl="native").flatten()
     known = every.isfinite()
     both = known.view(-1, 2).all(-1).repeat_interleave(2)
-    assert torch.equal(held[known], every[known]) and held[every.isnan()].isnan().all()
+    assert torch.equal(held[known], settled(every)[known]) and held[every.isnan()].isnan().all()
     assert torch.equal(turned[both], every[both]) and turned[every.isnan()].isnan().all()
