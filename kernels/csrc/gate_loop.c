@@ -71,7 +71,7 @@
 #include "gate_loop_simple.h"
 #include "gate_loop_narrow.h"
 #if !HALF
-#include "gate_loop_tiles.h"
+#include "tiles.h"
 #include "gate_loop_wide.h"
 #include "gate_loop_wide_backward.h"
 #include "gate_loop_tangent.h"

@@ -2,8 +2,8 @@
  *
  * Matrices are row-major; columns are padded to whole vectors and rows to whole tiles, so there are no tails. */
 
-#ifndef GATE_LOOP_TILES_ONCE
-#define GATE_LOOP_TILES_ONCE
+#ifndef TILES_ONCE
+#define TILES_ONCE
 #if VECTOR_BYTES == 64
 #define TILE 8 /* rows of one tile: 8 x 2 vectors of sums fit 32 registers, 4 x 2 fit 16 */
 #else
