@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from . import tree
 
-__all__ = ["EMPTY", "ApplyFn", "DerivativeUnsupported", "Empty", "Family", "InitFn", "KernelUnavailable", "check", "check_input",
-           "config", "peek", "peek_int", "refuse"]
+__all__ = ["EMPTY", "ApplyFn", "DerivativeUnsupported", "Empty", "Family", "InitFn", "KernelUnavailable", "check", "check_ids",
+           "check_init", "check_input", "check_int", "check_sizes", "config", "config_of", "kind_of", "peek", "peek_int", "refuse"]
 
 
 class Empty(NamedTuple):
@@ -88,32 +89,135 @@ def check(ok: bool, message: str, *values: Any, remedy: str = "", error: type[Ex
         raise error(message.format(*values) + (f"\n  {remedy.format(*values)}" if remedy else ""))
 
 
-def check_input(who: str, x: Tensor, dim: int, **others: Tensor | None) -> None:
-    """x must be a floating [batch, seq, dim] tensor; others may be None or [batch, keys, dim] with x's batch."""
+def kind_of(value: Any) -> str:
+    """The name of a value's type for a message; of a NamedTuple or Config with the module that it comes from, since many have one name."""
+    kind = type(value)
+    own = hasattr(kind, "_fields") or dataclasses.is_dataclass(kind)
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" if own else kind.__name__
+
+
+def check_sizes(who: str, least: int, remedy: str = "Give a positive size.", /, **sizes: Any) -> None:
+    """Each size must be a whole number, no bool, and at least `least`."""
+    for name, size in sizes.items():
+        check_int(who, name, size)
+        check(size >= least, "{}: {} must be at least {}; got {}.", who, name, least, size, remedy=remedy)
+
+
+def check_int(who: str, name: str, value: Any) -> None:
+    """A value must be a whole number and no bool; sizes that are symbols are such."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) and not _is_index(value):
+        example = f", for example {name}={int(value)}" if isinstance(value, float) and value.is_integer() else ""
+        raise TypeError(f"{who}: {name} must be an int; got {value!r} of type {kind_of(value)}.\n  Give a whole number{example}.")
+
+
+def _is_index(size: Any) -> bool:
+    """Whether Python takes this for a whole number, as it does numpy's."""
+    try:
+        return operator.index(size) is not None
+    except TypeError:
+        return False
+
+
+def check_init(who: str, cfg: Any, kind: type, dtype: torch.dtype) -> None:
+    """What `init` takes: the family's own Config, and a floating dtype."""
+    if not isinstance(cfg, kind):
+        raise TypeError(f"{who}: cfg must be {kind_of_class(kind)}; got {kind_of(cfg)}.\n"
+                        f"  Make one with {kind_of_class(kind)}(...).")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"{who}: dtype must be floating point; got {dtype}.\n  Use dtype=torch.float32.")
+
+
+def kind_of_class(kind: type) -> str:
+    """A class by the last part of its module and its name: taylor.Config."""
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+
+
+def config_of(who: str, params: Any, kind: type) -> Any:
+    """The config in params, which must be of this kind."""
+    if not isinstance(params, kind):
+        family = who.partition(".")[0]
+        raise TypeError(f"{who}: params must come from {family}.init; got {kind_of(params)}.\n"
+                        f"  Draw them from a key and a config: params = {family}.init(fnattn.random.key(0), cfg).")
+    return params.cfg
+
+
+def check_input(who: str, x: Tensor, dim: int, *, like: Tensor | None = None, **others: Tensor | None) -> None:
+    """x must be a floating [batch, seq, dim] tensor in the dtype of the weight `like`; others may be None.
+
+    others: context [batch, keys, dim] with x's batch, likewise; mask, bool [batch, keys] of context if there is one, else of x.
+    """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{who}: x must be a tensor; got {type(x).__name__}.\n  Convert it: torch.as_tensor(x).")
+        raise TypeError(f"{who}: x must be a tensor; got {kind_of(x)}.\n  Convert it: torch.as_tensor(x).")
     check(x.ndim == 3 and x.shape[-1] == dim, "{}: x must be [batch, seq, {}] (cfg.dim={}); got {}.", who, dim, dim, list(x.shape),
           remedy="A single sequence needs a batch axis: x[None]." if x.ndim == 2 else "Give x a last axis of cfg.dim.")
-    if not x.is_floating_point():
-        raise TypeError(f"{who}: x must be floating point; got {x.dtype}.\n  Embed tokens first, or cast: x.float().")
+    _check_floating(who, "x", x, like, "Embed tokens first, or cast: x.float().")
     context = others.get("context")
     if context is not None:
+        if not isinstance(context, Tensor):
+            raise TypeError(f"{who}: context must be a tensor; got {kind_of(context)}.\n  Convert it: torch.as_tensor(context).")
         check(context.ndim == 3 and context.shape[-1] == dim and context.shape[0] == x.shape[0],
               "{}: context must be [{}, keys, {}] (batch of x, cfg.dim); got {}.", who, x.shape[0], dim, list(context.shape),
               remedy="Project the context to cfg.dim first.")
+        _check_floating(who, "context", context, like, "Embed tokens first, or cast: context.float().")
     mask = others.get("mask")
     if mask is not None:
         keys = x.shape[1] if context is None else context.shape[1]
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{who}: mask must be bool, True = may be attended; got {mask.dtype}.\n  Cast it: mask.bool().")
+        _check_bool(who, mask)
         check(tuple(mask.shape) == (x.shape[0], keys), "{}: mask must be [batch, keys] = [{}, {}], describing {}; got {}.",
               who, x.shape[0], keys, "x" if context is None else "context", list(mask.shape),
               remedy="Give one bool for each position of this call; a state remembers the earlier ones.")
 
 
+def _check_floating(who: str, name: str, t: Tensor, like: Tensor | None, remedy: str) -> None:
+    if not t.is_floating_point():
+        raise TypeError(f"{who}: {name} must be floating point; got {t.dtype}.\n  {remedy}")
+    if like is None or t.dtype == like.dtype or _cast_by_torch(t.dtype, like):
+        return
+    raise TypeError(f"{who}: {name} must be {like.dtype}, as the params are; got {t.dtype}.\n  Convert it: {name}.to({like.dtype}); or the "
+                    f"params: tree.map(lambda t: t.to({t.dtype}) if t.is_floating_point() else t, params).")
+
+
+def _cast_by_torch(dtype: torch.dtype, weight: Tensor) -> bool:
+    """Whether autocast brings a tensor of this dtype and a weight into one: all but float64, which it leaves alone."""
+    return torch.is_autocast_enabled("cuda" if weight.is_cuda else "cpu") and torch.float64 not in (dtype, weight.dtype)
+
+
+def _check_bool(who: str, mask: Any) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{who}: mask must be a bool tensor, True = may be attended; got {kind_of(mask)}.\n"
+                        f"  Convert it: torch.as_tensor(mask).")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{who}: mask must be bool, True = may be attended; got {mask.dtype}.\n  Cast it: mask.bool().")
+
+
+def check_ids(who: str, ids: Any, count: int | None = None, *, name: str = "ids", mask: Any = None) -> None:
+    """Token numbers must be an int64 (or int32) tensor [batch, seq], with a mask of the same shape if any.
+
+    count: how many tokens there are; that each lies below is looked at where Python may look at no cost: on the CPU.
+    """
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{who}: {name} must be an int64 tensor of token numbers; got "
+                        f"{ids.dtype if isinstance(ids, Tensor) else kind_of(ids)}.\n  Convert it: torch.as_tensor({name}).long().")
+    check(ids.ndim == 2, "{}: {} must be [batch, seq]; got {}.", who, name, list(ids.shape),
+          remedy=f"A single sequence needs a batch axis: {name}[None].")
+    if mask is not None:
+        _check_bool(who, mask)
+        check(mask.shape == ids.shape, "{}: mask must be [batch, seq] = {}, describing {}; got {}.", who, list(ids.shape), name,
+              list(mask.shape), remedy="Give one bool for each token of this call.")
+    values = peek(ids) if count is not None and ids.is_cpu else None
+    if values is None or not values.numel():
+        return
+    low, high = (int(end) for end in torch.aminmax(values))
+    if low < 0 or high >= count:
+        raise IndexError(f"{who}: {name} must lie in [0, {count}); got {low if low < 0 else high}.\n"
+                         f"  Build the config with as many tokens as there are, or look for a wrong tokenizer.")
+
+
 def refuse(who: str, reason: str, remedy: str, **given: Any) -> None:
-    """Raises ValueError if any of the given keyword values is there (neither None nor EMPTY)."""
+    """Raises ValueError if any of the given keyword values is there (neither None nor EMPTY). No state is EMPTY, not None: TypeError."""
     for keyword, value in given.items():
+        if keyword == "state" and value is None:
+            raise TypeError(f"{who}: state must be EMPTY where there is none; got None.\n  Leave it out, or pass fnattn.EMPTY.")
         if value is not None and not isinstance(value, Empty):
             raise ValueError(f"{who}: cannot take {keyword}. {reason}\n  {remedy}")
 

@@ -178,6 +178,9 @@ def categorical(key: Key, logits: Tensor, axis: int = -1, shape: int | Sequence[
         half precision is widened to float32 first.
     """
     _check_key("categorical", key)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"random.categorical: logits must be a floating tensor; got {type(logits).__name__}.\n"
+                        f"  Convert it: torch.as_tensor(logits).")
     wide = _wide("categorical", logits.dtype)
     if not -logits.ndim <= axis < logits.ndim:
         raise ValueError(f"random.categorical: axis must be one of logits' {logits.ndim} axes; got {axis}.\n"

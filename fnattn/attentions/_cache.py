@@ -22,6 +22,8 @@ from torch.nn.functional import pad
 from .. import ops
 from ..core import check, peek_int
 from ..ops.cached_attention import join
+from . import _states
+from ._states import Leaf
 
 # b batch, g heads, c capacity, w window, n new positions
 
@@ -40,37 +42,38 @@ def window(capacity: int) -> int:
 
 def fresh(like: Tensor, batch: int, heads: int, capacity: int, width: int, dtype: torch.dtype | None = None) -> Rows:
     """No positions yet, on the device of `like` and in its dtype."""
-    return Rows(like.new_zeros(batch, heads, capacity, width, dtype=dtype),
-                like.new_zeros(batch, heads, window(capacity), width, dtype=dtype))
+    return _states.fresh(layout(batch, heads, capacity, width, like.dtype if dtype is None else dtype), like)
 
 
-def room(who: str, state: Any, kind: type, x: Tensor, heads: int, width: int, **others: int) -> int | None:
-    """How many positions a family's state with caches k and v, and `others` of other widths, holds, where Python may know.
+def layout(batch: int, heads: int, capacity: int | str, width: int, dtype: torch.dtype) -> Rows:
+    """What a cache must be; see `_states`. capacity: a number, or a word where a state has none."""
+    late, axes = "window" if isinstance(capacity, str) else window(capacity), "batch, key heads, capacity, width"
+    return Rows(Leaf(axes, (batch, heads, capacity, width), dtype, free=2), Leaf(axes, (batch, heads, late, width), dtype))
+
+
+def seen(batch: int, capacity: int | str) -> Leaf:
+    """What the leaf must be that says which positions a mask left there; those to come are there."""
+    return Leaf("batch, capacity", (batch, capacity), torch.bool, fill=1)
+
+
+def capacity(state: Any) -> int | str:
+    """How many positions a state's caches have room for, by the first of them; a word where there is no such thing."""
+    main = getattr(getattr(state, "k", None), "main", None)
+    return main.shape[2] if isinstance(main, Tensor) and main.ndim == 4 else "capacity"
+
+
+def room(who: str, state: Any, x: Tensor, layout: Any) -> int | None:
+    """How many positions a family's state with caches holds, where Python may know.
 
     Raises:
-        TypeError: the state is not of this kind. ValueError: it has not the shapes of x's state, or no room for x.
+        TypeError: the state is not of the layout's kind. ValueError: it has not the shapes of x's state, or no room for x.
     """
-    if not isinstance(state, kind):
-        raise TypeError(f"{who}.apply: state must come from {who}.init_state; got {type(state).__name__}.\n"
-                        f"  Start a sequence with init_state(params, batch, capacity=...).")
-    b, n = x.shape[:2]
-    capacity = state.k.main.shape[2] if state.k.main.ndim == 4 else 0
-    for name, d in {"k": width, "v": width, **others}.items():
-        shapes = [list(t.shape) for t in getattr(state, name)]
-        if shapes != [[b, heads, capacity, d], [b, heads, window(capacity), d]]:
-            raise ValueError(f"{who}.apply: the state must have [batch, key heads, capacity, width] = [{b}, {heads}, capacity, {d}]; got "
-                             f"{', '.join(map(str, shapes)) or 'nothing'} for the two parts of its {name}.\n  {_MAKE}")
-    visible = getattr(state, "visible", None)
-    check(visible is None or list(visible.shape) == [b, capacity], "{}.apply: the state's visible must be [{}, {}]; got {}.", who, b,
-          capacity, None if visible is None else list(visible.shape), remedy=_MAKE)
-    used = peek_int(state.pos)
-    if used is not None and used + n > capacity:
-        check(False, "{}.apply: the state holds {} of {} positions and {} more {} given.", who, used, capacity, n,
+    _states.check(who, state, layout)
+    used, n, most = peek_int(state.pos), x.shape[1], capacity(state)
+    if used is not None and used + n > most:
+        check(False, "{}.apply: the state holds {} of {} positions and {} more {} given.", who, used, most, n,
               "was" if n == 1 else "were", remedy=f"Make it larger: init_state(params, batch, capacity={used + n} or more).")
     return used
-
-
-_MAKE = "Make it with init_state(params, batch, capacity=...)."
 
 
 def positions(pos: Tensor, n: int) -> Tensor:

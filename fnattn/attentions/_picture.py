@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from .. import ops, taps
-from ..core import Empty, check, check_input, peek_int, refuse
+from ..core import Empty, check, check_input, check_sizes, config_of, kind_of, peek_int, refuse
 from ..ops._door import Kernel, choose, no_autocast, widen
 from ..ops._picture import bands_reason
 from ..ops.softmax import weights
-from . import _step
+from . import _states, _step
 from ._heads import dropout, linear, linear_init, merge_heads, split_heads, uniform_init
+from ._states import POSITION, Leaf
 
 # b batch, h heads, n positions of this call, m of a block, t = text_len, w window, d width of a head, S image_size
 
@@ -72,9 +73,8 @@ class State(NamedTuple):
 
 def check_config(who: str, cfg: Any) -> None:
     """The checks that both families' configs need."""
-    for name in ("dim", "image_size", "heads", "dim_head"):
-        check(getattr(cfg, name) >= 1, who + ".Config: {} must be at least 1; got {}.", name, getattr(cfg, name),
-              remedy="Give a positive size.")
+    check_sizes(who + ".Config", 1, dim=cfg.dim, image_size=cfg.image_size, heads=cfg.heads, dim_head=cfg.dim_head)
+    check_sizes(who + ".Config", 0, seq_len=cfg.seq_len)
     check(cfg.seq_len >= cfg.image_size ** 2, who + ".Config: seq_len must be at least image_size^2 = {}; got {}.",
           cfg.image_size ** 2, cfg.seq_len,
           remedy="seq_len counts text tokens and pixels: text_len = seq_len + 1 - image_size^2.")
@@ -99,15 +99,31 @@ def init(params_key: Tensor, cfg: Any, *, dtype: torch.dtype = torch.float32, de
 
 def init_state(pattern: Pattern, params: Params, batch: int, capacity: int) -> State:
     """The state before the first position."""
-    cfg, like = params.cfg, params.to_qkv
-    limit = cfg.seq_len + 1
+    limit = params.cfg.seq_len + 1
+    check_sizes(pattern.who + ".init_state", 0, batch=batch, capacity=capacity)
     check(capacity <= limit, pattern.who + ".init_state: capacity must be at most cfg.seq_len + 1 = {}; got {}.", limit,
           capacity, remedy="Ask for fewer positions, or build the Config with a larger seq_len.")
+    return _states.fresh(_layout(pattern, params, batch), params.to_qkv)
+
+
+def _layout(pattern: Pattern, params: Params, batch: int) -> State:
+    """What a state of these params must be; see `_states`."""
+    cfg, dtype = params.cfg, params.to_qkv.dtype
     t, w = text_len(cfg), cfg.image_size ** 2 if pattern.columns else pattern.reach
-    text, image = (batch, cfg.heads, t, cfg.dim_head), (batch, cfg.heads, w, cfg.dim_head)
-    return State(like.new_zeros(text), like.new_zeros(text), like.new_zeros(batch, t, dtype=torch.bool),
-                 like.new_zeros(image), like.new_zeros(image), like.new_zeros(batch, w, dtype=torch.bool),
-                 torch.zeros((), dtype=torch.int64, device=like.device))
+    text = Leaf("batch, heads, text, width", (batch, cfg.heads, t, cfg.dim_head), dtype)
+    image = Leaf("batch, heads, pixels, width", (batch, cfg.heads, w, cfg.dim_head), dtype)
+    return State(text, text, Leaf("batch, text", (batch, t), torch.bool), image, image, Leaf("batch, pixels", (batch, w), torch.bool),
+                 POSITION)
+
+
+def own(who: str, params: Any, kind: type) -> Any:
+    """The config in params, which two families have in one form: it must be of this kind."""
+    cfg = config_of(who, params, Params)
+    if not isinstance(cfg, kind):
+        family = who.partition(".")[0]
+        raise TypeError(f"{who}: params must come from {family}.init; got those of a {kind_of(cfg)}.\n"
+                        f"  fnattn.apply and fnattn.init_state find the family by the config in the params.")
+    return cfg
 
 
 def attend(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, *, angles: Tensor | None,
@@ -119,7 +135,7 @@ def attend(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, *,
         others = () if angles is None else (angles,)
         if done := _step.layer(partial(step, pattern, angles=angles), params, x, state, cfg.dim, *others):
             return done
-    used = _check(pattern.who, cfg, x, state, mask, context)
+    used = _check(pattern, params, x, state, mask, context)
     qkv = linear(x, params.to_qkv, impl=impl).chunk(3, -1)
     q, k, v = (split_heads(part, cfg.heads) for part in qkv)
     if angles is not None:
@@ -150,8 +166,7 @@ def step(pattern: Pattern, steps: _step.Steps, params: Params, x: _step.Row, sta
          angles: Tensor | None = None) -> tuple[_step.Row, State]:
     """What `attend` does for one pixel of few sequences, as instructions: only the keys that it sees are read."""
     cfg, t = params.cfg, text_len(params.cfg)
-    _step.fits(isinstance(state, State) and state.k_text.shape[1:3] == (cfg.heads, t) and
-               state.k_image.shape[2:3] == (cfg.image_size ** 2 if pattern.columns else pattern.reach,))
+    _step.fits(_states.fits(state, _layout(pattern, params, steps.rows)))
     pos, inner, d = _step.position(steps, state.pos), cfg.heads * cfg.dim_head, cfg.dim_head
     _step.fits(max(t, 1) <= pos <= cfg.seq_len)
     q, k, v = steps.parts(x, params.to_qkv, inner, inner, inner)
@@ -194,26 +209,17 @@ def _slots(pattern: Pattern, cfg: Any, pos: int) -> Tensor:
     return found
 
 
-def _check(who: str, cfg: Any, x: Tensor, state: State | Empty, mask: Tensor | None,
+def _check(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, mask: Tensor | None,
            context: Tensor | None) -> int | None:
     """Raises for what cannot be honoured. Returns how many positions came before, where Python may know."""
-    check_input(who + ".apply", x, cfg.dim, mask=mask)
+    who, cfg = pattern.who, params.cfg
+    check_input(who + ".apply", x, cfg.dim, like=params.to_qkv, mask=mask)
     refuse(who + ".apply",
            "A position attends to its own past by its place in text and picture, and a context has neither.",
            "Use attentions.full with causal=False for cross attention.", context=context)
     n, used = x.shape[1], 0
     if not isinstance(state, Empty):
-        if not isinstance(state, State):
-            raise TypeError(f"{who}.apply: state must come from {who}.init_state; got {type(state).__name__}.\n"
-                            f"  Start a sequence with init_state(params, batch, capacity=...).")
-        check((state.k_text.shape[:2], state.k_text.shape[3]) == ((x.shape[0], cfg.heads), cfg.dim_head),
-              who + ".apply: the state must have [batch, heads, text, width] = [{}, {}, {}, {}]; got {}.", x.shape[0],
-              cfg.heads, text_len(cfg), cfg.dim_head, list(state.k_text.shape),
-              remedy="Make it with init_state(params, batch, capacity=...).")
-        check(state.v_text.shape == state.k_text.shape and state.v_image.shape == state.k_image.shape,
-              who + ".apply: the state's values must have the shapes of its keys, {} and {}; got {} and {}.",
-              *(list(t.shape) for t in (state.k_text, state.k_image, state.v_text, state.v_image)),
-              remedy="Make it with init_state(params, batch, capacity=...).")
+        _states.check(who, state, _layout(pattern, params, x.shape[0]))
         used = peek_int(state.pos)
     check((used or 0) + n <= cfg.seq_len + 1,
           who + ".apply: x has {} positions{}, but cfg allows {} = text_len {} + image_size^2 {}.", n,

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, random, taps
-from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
+from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of, refuse
 from ..ops import layouts
 from ..ops.block_sparse import visible
-from . import _cache, _step
+from . import _cache, _states, _step
 from ._cache import Rows
 from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
 
@@ -58,9 +58,10 @@ class Config:
     rotary_emb: bool = False
 
     def __post_init__(self):
-        for name in ("dim", "seq_len", "heads", "dim_head", "block_size"):
-            check(getattr(self, name) >= 1, "block_sparse.Config: {} must be at least 1; got {}.", name, getattr(self, name),
-                  remedy="Give a positive size.")
+        check_sizes("block_sparse.Config", 1, dim=self.dim, seq_len=self.seq_len, heads=self.heads, dim_head=self.dim_head,
+                    block_size=self.block_size)
+        check_sizes("block_sparse.Config", 0, "0 leaves them out.", text_seq_len=self.text_seq_len,
+                    num_random_blocks=0 if self.num_random_blocks is None else self.num_random_blocks)
         check(0.0 <= self.dropout <= 1.0, "block_sparse.Config: dropout must lie in [0, 1]; got {}.", self.dropout,
               remedy="It is the chance of zeroing an entry.")
         check(not self.rotary_emb or self.dim_head % 2 == 0, "block_sparse.Config: rotary_emb needs an even dim_head; got {}.",
@@ -107,6 +108,7 @@ class State(NamedTuple):
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name from params_key: uniform in +-1/sqrt(fan in); the layout from the same key."""
+    check_init("block_sparse.init", cfg, Config, dtype)
     inner, kind = cfg.heads * cfg.dim_head, {"dtype": dtype, "device": device}
     layout = layouts.make(cfg.layout, cfg.blocks * cfg.block_size, key=random.fold_in(params_key, "layout"))
     if not cfg.layout.different_layout_per_head:
@@ -121,13 +123,19 @@ def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32,
 
 def init_state(params: Params, batch: int, *, capacity: int) -> State:
     """Empty buffers for `batch` sequences of up to `capacity` positions, at most cfg.seq_len rounded up to a block."""
-    cfg, like = params.cfg, params.to_qkv
+    cfg = config_of("block_sparse.init_state", params, Params)
     check(cfg.causal, "block_sparse.init_state: cannot stream. A non-causal query sees later keys, so no prefix has a final answer.",
           remedy="Use Config(causal=True, ...), or call apply(params, x) on the whole sequence.")
+    check_sizes("block_sparse.init_state", 0, batch=batch, capacity=capacity)
     check(1 <= capacity <= cfg.blocks * cfg.block_size, "block_sparse.init_state: capacity must lie in [1, {}], what the layout covers; "
           "got {}.", cfg.blocks * cfg.block_size, capacity, remedy="Build the Config with a larger seq_len.")
-    return State(*(_cache.fresh(like, batch, cfg.heads, capacity, cfg.dim_head) for _ in "kv"),
-                 like.new_ones(batch, capacity, dtype=torch.bool), torch.zeros((), dtype=torch.int64, device=like.device))
+    return _states.fresh(_layout(params, batch, capacity), params.to_qkv)
+
+
+def _layout(params: Params, batch: int, capacity: int | str) -> State:
+    """What a state of these params must be; see `_states`."""
+    rows = _cache.layout(batch, params.cfg.heads, capacity, params.cfg.dim_head, params.to_qkv.dtype)
+    return State(rows, rows, _cache.seen(batch, capacity), _states.POSITION)
 
 
 def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
@@ -151,12 +159,12 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: Tensor | None = None, mask: Tensor | None = None,
            context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
-    cfg, n = params.cfg, x.shape[1]
+    cfg = config_of("block_sparse.apply", params, Params)
     if _step.asked_for(x, state, impl, mask, context, dropout_key):
         others = () if angles is None else (angles,)
         if done := _step.layer(partial(step, angles=angles), params, x, state, cfg.dim, *others):
             return done
-    used = _check(cfg, x, state, mask, context)
+    used, n = _check(params, x, state, mask, context), x.shape[1]
     pos = state.pos if isinstance(state, State) else torch.zeros((), dtype=torch.int64, device=x.device)
     positions = _cache.positions(pos, n)
     turn = "reference" if impl == "reference" else "auto"
@@ -189,7 +197,7 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
          angles: Tensor | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
-    _step.fits(cfg.causal and isinstance(state, State))
+    _step.fits(cfg.causal and _states.fits(state, _layout(params, steps.rows, _cache.capacity(state))))
     pos, d = _step.position(steps, state.pos), cfg.dim_head
     q, k, v = _step.turned(steps, x, params.to_qkv, (cfg.heads * d,) * 3, d, pos, cfg.rotary_emb, angles)
     keys, values, first, end = _step.cached(steps, state, (k, v), pos)
@@ -206,8 +214,9 @@ def _any_visible(params: Params, keep: Tensor, positions: Tensor, causal: bool) 
     return (seen & keep[:, None, :]).any(-1)
 
 
-def _check(cfg: Config, x: Tensor, state: State | Empty, mask: Tensor | None, context: Tensor | None) -> int | None:
-    check_input("block_sparse.apply", x, cfg.dim, mask=mask)
+def _check(params: Params, x: Tensor, state: State | Empty, mask: Tensor | None, context: Tensor | None) -> int | None:
+    cfg = params.cfg
+    check_input("block_sparse.apply", x, cfg.dim, like=params.to_qkv, mask=mask)
     refuse("block_sparse.apply", "Rows and columns of the layout are positions of x.",
            "Use the family full with causal=False for cross attention.", context=context)
     n, limit = x.shape[1], cfg.blocks * cfg.block_size
@@ -218,7 +227,7 @@ def _check(cfg: Config, x: Tensor, state: State | Empty, mask: Tensor | None, co
     if not cfg.causal:
         refuse("block_sparse.apply", "A non-causal query sees later keys, so no prefix has a final answer.",
                "Use Config(causal=True, ...), or call apply(params, x) on the whole sequence.", state=state)
-    return _cache.room("block_sparse", state, State, x, cfg.heads, cfg.dim_head)
+    return _cache.room("block_sparse", state, x, _layout(params, x.shape[0], _cache.capacity(state)))
 
 
 FAMILY = Family(

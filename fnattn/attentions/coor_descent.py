@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, random, taps
-from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
+from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of, refuse
 from ..ops.coor_descent import LEAST_K, settings
-from . import _cache, _step
+from . import _cache, _states, _step
 from ._cache import Rows
 from ._heads import layer_norm, linear_init, merge_heads, ones_init, split_heads
 
@@ -62,11 +62,9 @@ class Config:
     normalize: bool = False
 
     def __post_init__(self):
-        for name in ("dim", "dim_head", "heads", "coor_descent_iters"):
-            check(getattr(self, name) >= 1, "coor_descent.Config: {} must be at least 1; got {}.", name, getattr(self, name),
-                  remedy="Give a positive number.")
-        check(self.attn_null_kv >= 0, "coor_descent.Config: attn_null_kv must be at least 0; got {}.", self.attn_null_kv,
-              remedy="0 means no null keys.")
+        check_sizes("coor_descent.Config", 1, dim=self.dim, dim_head=self.dim_head, heads=self.heads,
+                    coor_descent_iters=self.coor_descent_iters)
+        check_sizes("coor_descent.Config", 0, "0 means no null keys.", attn_null_kv=self.attn_null_kv)
         for name in ("coor_descent_sparsity_k", "coor_descent_eps", "coor_descent_eps_decay"):
             check(getattr(self, name) > 0, "coor_descent.Config: {} must be above 0; got {}.", name, getattr(self, name),
                   remedy="Upstream's values: sparsity_k=1, eps=0.1, eps_decay=0.7.")
@@ -101,6 +99,7 @@ class State(NamedTuple):
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name: uniform in +-1/sqrt(fan in), null keys normal, norm 1 and 0, k's bias -10 (k near 1)."""
+    check_init("coor_descent.init", cfg, Config, dtype)
     inner, kind = cfg.heads * cfg.dim_head, {"dtype": dtype, "device": device}
     shape = (2, cfg.heads, cfg.attn_null_kv, cfg.dim_head)
     if device is not None and torch.device(device).type == "meta":
@@ -120,11 +119,16 @@ def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32,
 
 def init_state(params: Params, batch: int, *, capacity: int) -> State:
     """Empty buffers for `batch` sequences of up to `capacity` positions."""
-    cfg, like = params.cfg, params.to_qkv
-    check(capacity >= 1, "coor_descent.init_state: capacity must be at least 1; got {}.", capacity,
-          remedy="Give the number of positions that the longest sequence will have.")
-    return State(*(_cache.fresh(like, batch, cfg.heads, capacity, cfg.dim_head) for _ in "kv"),
-                 like.new_ones(batch, capacity, dtype=torch.bool), torch.zeros((), dtype=torch.int64, device=like.device))
+    config_of("coor_descent.init_state", params, Params)
+    check_sizes("coor_descent.init_state", 0, batch=batch)
+    check_sizes("coor_descent.init_state", 1, "Give the number of positions that the longest sequence will have.", capacity=capacity)
+    return _states.fresh(_layout(params, batch, capacity), params.to_qkv)
+
+
+def _layout(params: Params, batch: int, capacity: int | str) -> State:
+    """What a state of these params must be; see `_states`."""
+    rows = _cache.layout(batch, params.cfg.heads, capacity, params.cfg.dim_head, params.to_qkv.dtype)
+    return State(rows, rows, _cache.seen(batch, capacity), _states.POSITION)
 
 
 def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
@@ -144,14 +148,14 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     Raises:
         ValueError: shapes, more positions than the state has room for, a keyword that cannot be honoured.
     """
-    cfg, streaming = params.cfg, not isinstance(state, Empty)
+    cfg, streaming = config_of("coor_descent.apply", params, Params), not isinstance(state, Empty)
     if _step.asked_for(x, state, impl, mask, context, dropout_key) and (done := _step.layer(step, params, x, state, cfg.dim)):
         return done
-    check_input("coor_descent.apply", x, cfg.dim, mask=mask)
+    check_input("coor_descent.apply", x, cfg.dim, like=params.to_qkv, mask=mask)
     refuse("coor_descent.apply", "A query attends to its own past, and a context has none.",
            "Choose a family with cross attention: full, linformer, taylor.", context=context)
     n = x.shape[1]
-    used = _cache.room("coor_descent", state, State, x, cfg.heads, cfg.dim_head) if streaming else 0
+    used = _cache.room("coor_descent", state, x, _layout(params, x.shape[0], _cache.capacity(state))) if streaming else 0
 
     x = layer_norm(x, params.norm, params.norm_bias)
     q, k, v = (split_heads(t, cfg.heads) for t in F.linear(x, params.to_qkv).chunk(3, -1))
@@ -178,7 +182,7 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
-    _step.fits(isinstance(state, State) and (cfg.use_coor_descent or not cfg.attn_null_kv))
+    _step.fits(_states.fits(state, _layout(params, steps.rows, _cache.capacity(state))) and (cfg.use_coor_descent or not cfg.attn_null_kv))
     pos, d = _step.position(steps, state.pos), cfg.dim_head
     x = steps.layer_norm(x, params.norm, params.norm_bias)
     q, k, v = steps.parts(x, params.to_qkv, *(cfg.heads * d,) * 3)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import ops, taps
-from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
-from . import _cache, _step
+from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of, refuse
+from . import _cache, _states, _step
 from ._cache import Rows
 from ._heads import dropout, linear, linear_init, merge_heads, split_heads, uniform_init
 
@@ -52,14 +52,13 @@ class Config:
     kv_heads: int | None = None
 
     def __post_init__(self):
-        for name in ("dim", "seq_len", "heads", "dim_head"):
-            check(getattr(self, name) >= 1, "full.Config: {} must be at least 1; got {}.", name, getattr(self, name),
-                  remedy="Give a positive size.")
+        check_sizes("full.Config", 1, dim=self.dim, seq_len=self.seq_len, heads=self.heads, dim_head=self.dim_head)
         check(0.0 <= self.dropout <= 1.0, "full.Config: dropout must lie in [0, 1]; got {}.", self.dropout,
               remedy="It is the chance of zeroing an entry.")
         check(not self.rotary_emb or self.dim_head % 2 == 0, "full.Config: rotary_emb needs an even dim_head; got {}.",
               self.dim_head, remedy="Rotary positions turn pairs of channels.")
-        check(self.kv_heads is None or self.kv_heads >= 1 and self.heads % self.kv_heads == 0,
+        check_sizes("full.Config", 1, kv_heads=self.key_heads)
+        check(self.heads % self.key_heads == 0,
               "full.Config: kv_heads must divide heads={}; got {}.", self.heads, self.kv_heads,
               remedy="Each key head serves heads / kv_heads query heads; None gives every query head its own.")
         if self.static_mask is not None:
@@ -105,6 +104,7 @@ class State(NamedTuple):
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name from params_key: uniform in +-1/sqrt(fan in)."""
+    check_init("full.init", cfg, Config, dtype)
     inner, kind = cfg.heads * cfg.dim_head, {"dtype": dtype, "device": device}
     return Params(
         cfg,
@@ -115,15 +115,20 @@ def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32,
 
 def init_state(params: Params, batch: int, *, capacity: int) -> State:
     """Empty buffers for `batch` sequences of up to `capacity` positions."""
-    cfg, like = params.cfg, params.to_qkv
+    cfg = config_of("full.init_state", params, Params)
     check(cfg.causal, "full.init_state: cannot stream. A non-causal query sees later keys, so no prefix has a final answer.",
           remedy="Use Config(causal=True, ...), or call apply(params, x) on the whole sequence.")
-    check(capacity >= 1, "full.init_state: capacity must be at least 1; got {}.", capacity,
-          remedy="Give the number of positions that the longest sequence will have.")
+    check_sizes("full.init_state", 0, batch=batch)
+    check_sizes("full.init_state", 1, "Give the number of positions that the longest sequence will have.", capacity=capacity)
     check(cfg.static_mask is None or capacity <= cfg.seq_len, "full.init_state: capacity must be at most {}, the side of "
           "cfg.static_mask; got {}.", cfg.seq_len, capacity, remedy="Build the Config with a larger seq_len and static_mask.")
-    return State(*(_cache.fresh(like, batch, cfg.key_heads, capacity, cfg.dim_head) for _ in "kv"),
-                 like.new_ones(batch, capacity, dtype=torch.bool), torch.zeros((), dtype=torch.int64, device=like.device))
+    return _states.fresh(_layout(params, batch, capacity), params.to_qkv)
+
+
+def _layout(params: Params, batch: int, capacity: int | str) -> State:
+    """What a state of these params must be; see `_states`."""
+    rows = _cache.layout(batch, params.cfg.key_heads, capacity, params.cfg.dim_head, params.to_qkv.dtype)
+    return State(rows, rows, _cache.seen(batch, capacity), _states.POSITION)
 
 
 def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
@@ -149,12 +154,12 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: Tensor | None = None, mask: Tensor | None = None,
            context: Tensor | None = None, dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
-    cfg = params.cfg
+    cfg = config_of("full.apply", params, Params)
     if _step.asked_for(x, state, impl, mask, context, dropout_key):
         own, others = (step, ()) if angles is None else (partial(step, angles=angles), (angles,))
         if done := _step.layer(own, params, x, state, cfg.dim, *others):
             return done
-    used, n = _check(cfg, x, state, mask, context, angles), x.shape[1]
+    used, n = _check(params, x, state, mask, context, angles), x.shape[1]
     pos = state.pos if isinstance(state, State) else torch.zeros((), dtype=torch.int64, device=x.device)
 
     turn = impl if impl == "reference" else "auto"
@@ -187,7 +192,7 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
          angles: Tensor | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
-    _step.fits(cfg.causal and cfg.static_mask is None and isinstance(state, State))
+    _step.fits(cfg.causal and cfg.static_mask is None and _states.fits(state, _layout(params, steps.rows, _cache.capacity(state))))
     pos, d = _step.position(steps, state.pos, counted=angles is None), cfg.dim_head
     widths = cfg.heads * d, cfg.key_heads * d, cfg.key_heads * d
     q, k, v = _step.turned(steps, x, params.to_qkv, widths, d, pos, cfg.rotary_emb, angles)
@@ -240,10 +245,11 @@ def _static(rows: tuple[str, ...]) -> Tensor:
 _static._dynamo_marked_constant = True
 
 
-def _check(cfg: Config, x: Tensor, state: State | Empty, mask: Tensor | None, context: Tensor | None,
+def _check(params: Params, x: Tensor, state: State | Empty, mask: Tensor | None, context: Tensor | None,
            angles: Tensor | None) -> int | None:
     """Raises for what cannot be honoured. Returns how many positions the state holds, where Python may know."""
-    check_input("full.apply", x, cfg.dim, mask=mask, context=context)
+    cfg = params.cfg
+    check_input("full.apply", x, cfg.dim, like=params.to_qkv, mask=mask, context=context)
     if cfg.causal:
         refuse("full.apply", "With causal=True a query attends to its own past, and a context has none.",
                "Use Config(causal=False, ...) for cross attention.", context=context)
@@ -258,7 +264,7 @@ def _check(cfg: Config, x: Tensor, state: State | Empty, mask: Tensor | None, co
                "Use Config(static_mask=None, ...) for cross attention.", context=context)
     n, used = x.shape[1], 0
     if not isinstance(state, Empty):
-        used = _cache.room("full", state, State, x, cfg.key_heads, cfg.dim_head)
+        used = _cache.room("full", state, x, _layout(params, x.shape[0], _cache.capacity(state)))
     limit = cfg.seq_len if cfg.static_mask is not None else None
     check(limit is None or used is None or used + n <= limit, "full.apply: x has {} positions, but cfg.static_mask has {}.", n,
           limit, remedy="Shorten x, or build the Config with a larger seq_len and static_mask.")

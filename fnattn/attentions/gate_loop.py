@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, taps
-from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
-from . import _step
+from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of, refuse
+from . import _states, _step
 from ._heads import layer_norm, linear, linear_init, merge_heads, ones_init, scale_gradient, split_heads, uniform_init
+from ._states import Leaf
 
 # b batch, h heads, n positions, d width of a head
 
@@ -53,9 +54,8 @@ class Config:
     ablate_state_transition: bool = False
 
     def __post_init__(self):
-        check(self.dim >= 1 and self.inner >= 1, "gate_loop.Config: dim and dim_inner must be at least 1; got {} and {}.",
-              self.dim, self.dim_inner, remedy="Give a positive width.")
-        check(self.head_count >= 1 and self.inner % self.head_count == 0,
+        check_sizes("gate_loop.Config", 1, dim=self.dim, dim_inner=self.inner, heads=self.head_count)
+        check(self.inner % self.head_count == 0,
               "gate_loop.Config: heads must divide dim_inner={}; got {}.", self.inner, self.head_count,
               remedy="Choose a divisor, or leave heads out for one head per channel.")
 
@@ -97,6 +97,7 @@ class State(NamedTuple):
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name from params_key: uniform in +-1/sqrt(fan in), norms 1 and 0."""
+    check_init("gate_loop.init", cfg, Config, dtype)
     kind = {"dtype": dtype, "device": device}
     gated, normed = cfg.add_swish_gating, cfg.sub_ln
     return Params(
@@ -112,12 +113,16 @@ def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32,
 
 def init_state(params: Params, batch: int, *, capacity: int = 0) -> State:
     """The state before the first position. `capacity` is accepted for all families alike; this one needs none."""
-    cfg, like = params.cfg, params.to_qkv
-    d = cfg.inner // cfg.head_count
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    one = torch.stack((like.new_ones((), dtype=wide), like.new_zeros((), dtype=wide)))
-    return State(h=like.new_zeros(batch, cfg.head_count, d, d, 2, dtype=wide),
-                 a=one.expand(batch, cfg.head_count, 2).clone())
+    config_of("gate_loop.init_state", params, Params)
+    check_sizes("gate_loop.init_state", 0, batch=batch, capacity=capacity)
+    return resume(_states.fresh(_layout(params, batch), params.to_qkv))
+
+
+def _layout(params: Params, batch: int) -> State:
+    """What a state of these params must be; see `_states`."""
+    heads, wide = params.cfg.head_count, _states.wide(params.to_qkv)
+    d = params.cfg.inner // heads
+    return State(Leaf("batch, heads, width, width, 2", (batch, heads, d, d, 2), wide), Leaf("batch, heads, 2", (batch, heads, 2), wide))
 
 
 def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
@@ -134,14 +139,16 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     Returns:
         out [b, n, dim] in x's dtype; the state after x, or EMPTY.
     """
-    cfg = params.cfg
+    cfg = config_of("gate_loop.apply", params, Params)
     if _step.asked_for(x, state, impl, mask, context) and (done := _step.layer(step, params, x, state, cfg.dim)):
         return done
-    check_input("gate_loop.apply", x, cfg.dim)
+    check_input("gate_loop.apply", x, cfg.dim, like=params.to_qkv)
     refuse("gate_loop.apply", "The recurrence reads every position in order and has no keys to choose from.",
            "Leave padding at the end of the sequence and ignore its outputs, or choose a family that masks: full, taylor.",
            mask=mask, context=context)
     streaming = not isinstance(state, Empty)
+    if streaming:
+        _states.check("gate_loop", state, _layout(params, x.shape[0]))
 
     q, k, v = (split_heads(t, cfg.head_count) for t in linear(x, params.to_qkv, impl=impl).chunk(3, -1))
     q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
@@ -165,7 +172,7 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
-    _step.fits(not cfg.ablate_state_transition and not cfg.ablate_complex and isinstance(state, State))
+    _step.fits(not cfg.ablate_state_transition and not cfg.ablate_complex and _states.fits(state, _layout(params, steps.rows)))
     q, k, v = steps.parts(x, params.to_qkv, cfg.inner, cfg.inner, cfg.inner)
     a = steps.linear(x, params.to_a, params.to_a_bias)
     heads, h, product = steps.gate_loop(q, k, v, a, state.h, state.a, None if cfg.sub_ln or cfg.projects_out else out)

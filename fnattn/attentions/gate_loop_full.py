@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, taps
-from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
+from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of, refuse
 from ..ops.decayed_attention import decay, decayed_attention
-from . import _cache, _step
+from . import _cache, _states, _step
 from ._cache import Rows
 from ._heads import linear_init, merge_heads, scale_gradient, split_heads, uniform_init
+from ._states import POSITION, Leaf
 
 # b batch, h heads, n positions, d width of a head, p = d / 2 pairs of channels
 CLAMP = 1e-10  # compat: upstream's lower bound of the real part of the product
@@ -60,9 +61,7 @@ class Config:
     compat: bool = False
 
     def __post_init__(self):
-        for name in ("dim", "dim_head", "heads"):
-            check(getattr(self, name) >= 1, "gate_loop_full.Config: {} must be at least 1; got {}.", name, getattr(self, name),
-                  remedy="Give a positive width.")
+        check_sizes("gate_loop_full.Config", 1, dim=self.dim, dim_head=self.dim_head, heads=self.heads)
         check(self.dim_head % 2 == 0 or not (self.rotary_emb or self.data_dependent_rel_pos),
               "gate_loop_full.Config: rotary_emb and data_dependent_rel_pos need an even dim_head; got {}.", self.dim_head,
               remedy="They act on pairs of channels.")
@@ -102,6 +101,7 @@ class State(NamedTuple):
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name from params_key: uniform in +-1/sqrt(fan in)."""
+    check_init("gate_loop_full.init", cfg, Config, dtype)
     inner, kind = cfg.heads * cfg.dim_head, {"dtype": dtype, "device": device}
     return Params(
         cfg,
@@ -114,15 +114,20 @@ def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32,
 
 def init_state(params: Params, batch: int, *, capacity: int) -> State:
     """Empty buffers for `batch` sequences of up to `capacity` positions."""
-    cfg, like = params.cfg, params.to_qkv
-    check(capacity >= 1, "gate_loop_full.init_state: capacity must be at least 1; got {}.", capacity,
-          remedy="Give the number of positions that the longest sequence will have.")
-    k, v = (_cache.fresh(like, batch, cfg.heads, capacity, cfg.dim_head) for _ in "kv")
-    zero, pairs = torch.zeros((), dtype=torch.int64, device=like.device), cfg.dim_head // 2
+    config_of("gate_loop_full.init_state", params, Params)
+    check_sizes("gate_loop_full.init_state", 0, batch=batch)
+    check_sizes("gate_loop_full.init_state", 1, "Give the number of positions that the longest sequence will have.", capacity=capacity)
+    return _states.fresh(_layout(params, batch, capacity), params.to_qkv)
+
+
+def _layout(params: Params, batch: int, capacity: int | str) -> State:
+    """What a state of these params must be; see `_states`."""
+    cfg, pairs = params.cfg, params.cfg.dim_head // 2
+    rows = _cache.layout(batch, cfg.heads, capacity, cfg.dim_head, params.to_qkv.dtype)
     if not cfg.decays:
-        return State(k, v, EMPTY, EMPTY, EMPTY, zero)
-    sums = (_cache.fresh(like, batch, cfg.heads, capacity, pairs, torch.float64) for _ in range(2))
-    return State(k, v, *sums, like.new_zeros(2, batch, cfg.heads, 1, pairs, dtype=torch.float64), zero)
+        return State(rows, rows, EMPTY, EMPTY, EMPTY, POSITION)
+    sums = _cache.layout(batch, cfg.heads, capacity, pairs, torch.float64)
+    return State(rows, rows, sums, sums, Leaf("2, batch, heads, 1, pairs", (2, batch, cfg.heads, 1, pairs), torch.float64), POSITION)
 
 
 def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
@@ -139,16 +144,15 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     Returns:
         out [b, n, dim] in x's dtype; the state after x, or EMPTY.
     """
-    cfg = params.cfg
+    cfg = config_of("gate_loop_full.apply", params, Params)
     if _step.asked_for(x, state, impl, mask, context, dropout_key) and (done := _step.layer(step, params, x, state, cfg.dim)):
         return done
-    check_input("gate_loop_full.apply", x, cfg.dim)
+    check_input("gate_loop_full.apply", x, cfg.dim, like=params.to_qkv)
     refuse("gate_loop_full.apply", "The decay between two positions is that of all positions between them.",
            "Leave padding at the end of the sequence and ignore its outputs, or choose a family that masks: full, taylor.",
            mask=mask, context=context)
     streaming, n = not isinstance(state, Empty), x.shape[1]
-    sums = dict.fromkeys(("log_sum", "phase_sum"), cfg.dim_head // 2) if cfg.decays else {}
-    used = _cache.room("gate_loop_full", state, State, x, cfg.heads, cfg.dim_head, **sums) if streaming else 0
+    used = _cache.room("gate_loop_full", state, x, _layout(params, x.shape[0], _cache.capacity(state))) if streaming else 0
     pos = state.pos if streaming else torch.zeros((), dtype=torch.int64, device=x.device)
 
     q, k, v = (split_heads(t, cfg.heads) for t in F.linear(x, params.to_qkv).chunk(3, -1))
@@ -197,7 +201,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions: without data_dependent_rel_pos."""
     cfg = params.cfg
-    _step.fits(isinstance(state, State) and (not cfg.data_dependent_rel_pos or cfg.ablate_state_transition))
+    _step.fits((not cfg.data_dependent_rel_pos or cfg.ablate_state_transition)
+               and _states.fits(state, _layout(params, steps.rows, _cache.capacity(state))))
     pos, d = _step.position(steps, state.pos, counted=cfg.softmax), cfg.dim_head
     q, k, v = _step.turned(steps, x, params.to_qkv, (cfg.heads * d,) * 3, d, pos, cfg.rotary_emb)
     keys, values, first, end = _step.cached(steps, state, (k, v), pos)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, taps
-from ..core import EMPTY, Empty, Family, check, check_input, config
+from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of
 from ..ops.softmax import weights
 from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
 
@@ -53,10 +53,9 @@ class Config:
     dropout: float = 0.0
 
     def __post_init__(self):
-        for name in ("dim", "seq_len", "k", "heads"):
-            value = getattr(self, name)
-            check(value >= 1, "linformer.Config: {} must be at least 1; got {}.", name, value,
-                  remedy="Give a positive number.")
+        check_sizes("linformer.Config", 1, dim=self.dim, seq_len=self.seq_len, k=self.k, heads=self.heads)
+        if self.dim_head is not None:
+            check_sizes("linformer.Config", 0, dim_head=self.dim_head)
         check(self.dim % self.heads == 0 if self.dim_head is None else self.dim_head >= 1,
               "linformer.Config: heads must divide dim={}, or dim_head be positive; got heads={}, dim_head={}.",
               self.dim, self.heads, self.dim_head, remedy="Choose a divisor, or give dim_head.")
@@ -89,6 +88,7 @@ class Params(NamedTuple):
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name: uniform in +-1/sqrt(fan in), proj_k and proj_v in +-1/sqrt(k)."""
+    check_init("linformer.init", cfg, Config, dtype)
     inner, kv = cfg.heads * cfg.head_width, cfg.kv_heads * cfg.head_width
     kind = {"dtype": dtype, "device": device}
 
@@ -127,8 +127,8 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
     Returns:
         out [b, n, dim] in x's dtype, 0 where no key is visible; EMPTY.
     """
-    cfg = params.cfg
-    check_input("linformer.apply", x, cfg.dim, mask=mask, context=context)
+    cfg = config_of("linformer.apply", params, Params)
+    check_input("linformer.apply", x, cfg.dim, like=params.to_q, mask=mask, context=context)
     if not isinstance(state, Empty):
         raise ValueError(f"linformer.apply: cannot stream. {NOT_CAUSAL}\n  {STREAMS}")
     given = x if context is None else context

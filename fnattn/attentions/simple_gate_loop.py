@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import ops, taps
-from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
-from . import _step
+from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of, refuse
+from . import _states, _step
 from ._heads import layer_norm, linear, linear_init, ones_init, rms_norm
 
 # b batch, n positions, c channels (dim)
@@ -45,7 +45,7 @@ class Config:
     reverse: bool = False
 
     def __post_init__(self):
-        check(self.dim >= 1, "simple_gate_loop.Config: dim must be at least 1; got {}.", self.dim, remedy="Give a positive width.")
+        check_sizes("simple_gate_loop.Config", 1, dim=self.dim)
         check(not self.use_jax_associative_scan, "simple_gate_loop.Config: use_jax_associative_scan must be False; got True.",
               remedy="Leave it out: `ops.scan` computes the same recurrence in torch.")
 
@@ -68,6 +68,7 @@ class State(NamedTuple):
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name from params_key: uniform in +-1/sqrt(dim), norms 1 and 0."""
+    check_init("simple_gate_loop.init", cfg, Config, dtype)
     kind = {"dtype": dtype, "device": device}
     return Params(
         cfg,
@@ -79,10 +80,16 @@ def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32,
 
 def init_state(params: Params, batch: int, *, capacity: int = 0) -> State:
     """The state before the first position. `capacity` is accepted for all families alike; this one needs none."""
-    check(not params.cfg.reverse, "simple_gate_loop.init_state: cannot stream. A reversed layer begins at the last position.",
+    cfg = config_of("simple_gate_loop.init_state", params, Params)
+    check(not cfg.reverse, "simple_gate_loop.init_state: cannot stream. A reversed layer begins at the last position.",
           remedy="Use Config(reverse=False, ...), or call apply(params, x) on the whole sequence.")
-    like = params.to_qkva
-    return State(like.new_zeros(batch, params.cfg.dim, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32))
+    check_sizes("simple_gate_loop.init_state", 0, batch=batch, capacity=capacity)
+    return _states.fresh(_layout(params, batch), params.to_qkva)
+
+
+def _layout(params: Params, batch: int) -> State:
+    """What a state of these params must be; see `_states`."""
+    return State(_states.Leaf("batch, dim", (batch, params.cfg.dim), _states.wide(params.to_qkva)))
 
 
 def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
@@ -99,10 +106,10 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     Returns:
         out [b, n, dim] in x's dtype; the state after x, or EMPTY.
     """
-    cfg = params.cfg
+    cfg = config_of("simple_gate_loop.apply", params, Params)
     if _step.asked_for(x, state, impl, mask, context) and (done := _step.layer(step, params, x, state, cfg.dim)):
         return done
-    check_input("simple_gate_loop.apply", x, cfg.dim)
+    check_input("simple_gate_loop.apply", x, cfg.dim, like=params.to_qkva)
     refuse("simple_gate_loop.apply", "The recurrence reads every position in order and has no keys to choose from.",
            "Leave padding at the end of the sequence and ignore its outputs, or choose a family that masks: full, taylor.",
            mask=mask, context=context)
@@ -110,6 +117,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         refuse("simple_gate_loop.apply", "A reversed layer begins at the last position.",
                "Use Config(reverse=False, ...), or call apply(params, x) on the whole sequence.", state=state)
     streaming = not isinstance(state, Empty)
+    if streaming:
+        _states.check("simple_gate_loop", state, _layout(params, x.shape[0]))
     normed = rms_norm(x, params.norm, impl) if cfg.prenorm else x
     q, kv, a = linear(normed, params.to_qkva, impl=impl).chunk(3, -1)
     q, kv, a = taps.tap("q", q), taps.tap("kv", kv), taps.tap("a", a)
@@ -128,7 +137,7 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
-    _step.fits(not cfg.reverse and not cfg.use_heinsen and isinstance(state, State))
+    _step.fits(not cfg.reverse and not cfg.use_heinsen and _states.fits(state, _layout(params, steps.rows)))
     normed = steps.norm(x, params.norm) if cfg.prenorm else x
     q, kv, a = steps.parts(normed, params.to_qkva, cfg.dim, cfg.dim, cfg.dim)
     mixed, h = steps.simple_gate_loop(q, kv, a, state.h, None if cfg.post_ln else out)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..core import EMPTY, Empty, Family, check, config
+from ..core import EMPTY, Empty, Family, check, check_init, check_sizes, config
 from . import _picture, _step
 from ._picture import Params, Pattern, State
 
@@ -50,6 +50,7 @@ class Config:
 
     def __post_init__(self):
         _picture.check_config("sparse_axial", self)
+        check_sizes("sparse_axial.Config", 0, axis=self.axis)
         check(self.axis in (0, 1), "sparse_axial.Config: axis must be 0 (along a row) or 1 (along a column); got {}.",
               self.axis, remedy="Use sparse_conv for a window of both.")
 
@@ -71,12 +72,13 @@ def _pattern(cfg: Config) -> Pattern:
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name from params_key: uniform in +-1/sqrt(fan in)."""
+    check_init("sparse_axial.init", cfg, Config, dtype)
     return _picture.init(params_key, cfg, dtype=dtype, device=device)
 
 
 def init_state(params: Params, batch: int, *, capacity: int) -> State:
     """The state before the first position: text and the current row, or text and all columns, whatever the capacity."""
-    return _picture.init_state(_pattern(params.cfg), params, batch, capacity)
+    return _picture.init_state(_pattern(_picture.own("sparse_axial.init_state", params, Config)), params, batch, capacity)
 
 
 def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
@@ -104,8 +106,8 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
            mask: Tensor | None = None, context: Tensor | None = None, dropout_key: Tensor | None = None,
            impl: str = "auto") -> tuple[Tensor, State | Empty]:
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
-    return _picture.attend(_pattern(params.cfg), params, x, state, angles=angles, mask=mask, context=context,
-                           dropout_key=dropout_key, impl=impl)
+    pattern = _pattern(_picture.own("sparse_axial.apply", params, Config))
+    return _picture.attend(pattern, params, x, state, angles=angles, mask=mask, context=context, dropout_key=dropout_key, impl=impl)
 
 
 def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..core import EMPTY, Empty, Family, check, config
+from ..core import EMPTY, Empty, Family, check, check_init, check_sizes, config
 from ..ops.conv_attention import in_window
 from . import _picture, _step
 from ._picture import Params, Pattern, State
@@ -55,10 +55,9 @@ class Config:
     def __post_init__(self):
         _picture.check_config("sparse_conv", self)
         size = self.kernel_size
-        check(size >= 1 and size % 2 == 1, "sparse_conv.Config: kernel_size must be odd; got {}.", size,
+        check_sizes("sparse_conv.Config", 1, kernel_size=size, dilation=self.dilation)
+        check(size % 2 == 1, "sparse_conv.Config: kernel_size must be odd; got {}.", size,
               remedy="5 is usual.")
-        check(self.dilation >= 1, "sparse_conv.Config: dilation must be at least 1; got {}.", self.dilation,
-              remedy="1 is a window without gaps.")
 
 
 def _pattern(cfg: Config) -> Pattern:
@@ -77,12 +76,13 @@ def _pattern(cfg: Config) -> Pattern:
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name from params_key: uniform in +-1/sqrt(fan in)."""
+    check_init("sparse_conv.init", cfg, Config, dtype)
     return _picture.init(params_key, cfg, dtype=dtype, device=device)
 
 
 def init_state(params: Params, batch: int, *, capacity: int) -> State:
     """The state before the first position; its size is that of text and window, whatever the capacity."""
-    return _picture.init_state(_pattern(params.cfg), params, batch, capacity)
+    return _picture.init_state(_pattern(_picture.own("sparse_conv.init_state", params, Config)), params, batch, capacity)
 
 
 def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
@@ -113,8 +113,8 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
            mask: Tensor | None = None, context: Tensor | None = None, dropout_key: Tensor | None = None,
            impl: str = "auto") -> tuple[Tensor, State | Empty]:
     """`apply` with a table of rotary angles [positions, f] that turns queries, keys and values, as DALLE does."""
-    return _picture.attend(_pattern(params.cfg), params, x, state, angles=angles, mask=mask, context=context,
-                           dropout_key=dropout_key, impl=impl)
+    pattern = _pattern(_picture.own("sparse_conv.apply", params, Config))
+    return _picture.attend(pattern, params, x, state, angles=angles, mask=mask, context=context, dropout_key=dropout_key, impl=impl)
 
 
 def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from .. import ops, taps
-from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
+from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of, refuse
 from ..ops.taylor.reference import EPS
-from . import _step
+from . import _states, _step
 from ._heads import dropout, linear, linear_init, merge_heads, ones_init, rms_norm, shift_tokens, split_heads
+from ._states import POSITION, Leaf
 
 # b batch, h query heads, g key heads (h, or 1 if one-headed), n positions, d width of a head, f features
 
@@ -60,9 +61,7 @@ class Config:
     remove_even_power_dups: bool = False
 
     def __post_init__(self):
-        for name in ("dim", "dim_head", "heads"):
-            check(getattr(self, name) >= 1, "taylor.Config: {} must be at least 1; got {}.", name, getattr(self, name),
-                  remedy="Give a positive width.")
+        check_sizes("taylor.Config", 1, dim=self.dim, dim_head=self.dim_head, heads=self.heads)
         check(0.0 <= self.dropout <= 1.0, "taylor.Config: dropout must lie in [0, 1]; got {}.", self.dropout,
               remedy="It is the chance of zeroing an entry.")
         check(not self.rotary_emb or self.dim_head % 2 == 0, "taylor.Config: rotary_emb needs an even dim_head; got {}.",
@@ -90,6 +89,7 @@ class State(NamedTuple):
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name from params_key: uniform in +-1/sqrt(fan in), norm 1."""
+    check_init("taylor.init", cfg, Config, dtype)
     inner, kv = cfg.heads * cfg.dim_head, (1 if cfg.one_headed_kv else cfg.heads) * cfg.dim_head
     kind = {"dtype": dtype, "device": device}
     return Params(
@@ -103,15 +103,19 @@ def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32,
 
 def init_state(params: Params, batch: int, *, capacity: int = 0) -> State:
     """The state before the first position. `capacity` is accepted for all families alike; this one needs none."""
-    cfg = params.cfg
+    cfg = config_of("taylor.init_state", params, Params)
     check(cfg.causal, "taylor.init_state: cannot stream. A non-causal query sees later keys, so no prefix has a final answer.",
           remedy="Use Config(causal=True, ...), or call apply(params, x) on the whole sequence.")
-    d, like = cfg.dim_head, params.to_q
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return State(
-        sums=like.new_zeros(batch, 1 if cfg.one_headed_kv else cfg.heads, 1 + d + d * (d + 1) // 2, d + 1, dtype=wide),
-        last=like.new_zeros(batch, 1, cfg.dim) if cfg.shift_tokens else EMPTY,
-        pos=torch.zeros((), dtype=torch.int64, device=like.device))
+    check_sizes("taylor.init_state", 0, batch=batch, capacity=capacity)
+    return _states.fresh(_layout(params, batch), params.to_q)
+
+
+def _layout(params: Params, batch: int) -> State:
+    """What a state of these params must be; see `_states`."""
+    cfg, d, like = params.cfg, params.cfg.dim_head, params.to_q
+    shape = batch, 1 if cfg.one_headed_kv else cfg.heads, 1 + d + d * (d + 1) // 2, d + 1
+    last = Leaf("batch, 1, dim", (batch, 1, cfg.dim), like.dtype) if cfg.shift_tokens else EMPTY
+    return State(Leaf("batch, key heads, features, width + 1", shape, _states.wide(like)), last, POSITION)
 
 
 def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
@@ -129,10 +133,10 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     Returns:
         out [b, n, dim] ([b, n, heads * dim_head] without combine_heads) in x's dtype; the state after x, or EMPTY.
     """
-    cfg = params.cfg
+    cfg = config_of("taylor.apply", params, Params)
     if _step.asked_for(x, state, impl, mask, context, dropout_key) and (done := _step.layer(step, params, x, state, cfg.dim)):
         return done
-    check_input("taylor.apply", x, cfg.dim, mask=mask, context=context)
+    check_input("taylor.apply", x, cfg.dim, like=params.to_q, mask=mask, context=context)
     if cfg.causal:
         refuse("taylor.apply", "With causal=True a query attends to its own past, and a context has none.",
                "Use Config(causal=False, ...) for cross attention.", context=context)
@@ -143,9 +147,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         refuse("taylor.apply", "Rotary positions of x say nothing about positions of a context.",
                "Use Config(rotary_emb=False, ...) for cross attention.", context=context)
     streaming = not isinstance(state, Empty)
-    if streaming and cfg.shift_tokens:
-        check(state.last.shape == (x.shape[0], 1, cfg.dim), "taylor.apply: the state's last token must be [{}, 1, {}]; got {}.", x.shape[0],
-              cfg.dim, list(state.last.shape), remedy="Make it with init_state(params, batch).")
+    if streaming:
+        _states.check("taylor", state, _layout(params, x.shape[0]))
 
     shifted = shift_tokens(x, state.last if streaming else None) if cfg.shift_tokens else x
     normed = rms_norm(shifted, params.norm, impl) if cfg.prenorm else shifted
@@ -176,10 +179,9 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
-    _step.fits(cfg.causal and cfg.combine_heads and isinstance(state, State))
+    _step.fits(cfg.causal and cfg.combine_heads and _states.fits(state, _layout(params, steps.rows)))
     width, last, shifted = (1 if cfg.one_headed_kv else cfg.heads) * cfg.dim_head, EMPTY, x
     if cfg.shift_tokens:
-        _step.fits(state.last.shape == (steps.rows, 1, x.width))
         shifted, last, stay = steps.room(x.width), torch.empty_like(state.last), (x.width + 1) // 2
         steps.copy(x, shifted, stay)
         steps.copy(steps.given(state.last), shifted, x.width - stay, skip=stay)

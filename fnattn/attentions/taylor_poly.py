@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, taps
-from ..core import EMPTY, Empty, Family, check, check_input, config, refuse
+from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of, refuse
 from ..ops.taylor.reference import features
 from ._heads import linear_init, merge_heads, ones_init, rms_norm, split_heads, uniform_init
 
@@ -57,9 +57,7 @@ class Config:
     eps: float = 1e-6
 
     def __post_init__(self):
-        for name in ("dim", "dim_head", "heads"):
-            check(getattr(self, name) >= 1, "taylor_poly.Config: {} must be at least 1; got {}.", name, getattr(self, name),
-                  remedy="Give a positive width.")
+        check_sizes("taylor_poly.Config", 1, dim=self.dim, dim_head=self.dim_head, heads=self.heads)
         check(not self.causal, "taylor_poly.Config: causal must be False; got True.",
               remedy="Use the family taylor for causal attention: taylor.Config(causal=True, ...).")
         check(not self.use_rotary_embed or self.dim_head % 2 == 0,
@@ -82,6 +80,7 @@ class Params(NamedTuple):
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name from params_key: uniform in +-1/sqrt(fan in), norms 1."""
+    check_init("taylor_poly.init", cfg, Config, dtype)
     inner, kind = cfg.heads * cfg.dim_head, {"dtype": dtype, "device": device}
     return Params(
         cfg,
@@ -115,8 +114,8 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
     Returns:
         out [b, n, dim] in x's dtype, and EMPTY.
     """
-    cfg = params.cfg
-    check_input("taylor_poly.apply", x, cfg.dim, mask=mask)
+    cfg = config_of("taylor_poly.apply", params, Params)
+    check_input("taylor_poly.apply", x, cfg.dim, like=params.to_q, mask=mask)
     refuse("taylor_poly.apply", "A query sees later keys, so no prefix has a final answer.",
            "Call apply(params, x) on the whole sequence, or use the family taylor with causal=True.", state=state)
     refuse("taylor_poly.apply", "Queries of the second pass are keys of the first and come from x.",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import random, tree
-from ..core import check
+from ..core import check, kind_of
 from .keys import KeyMap
 from .model_keys import key_map
 
@@ -35,6 +35,8 @@ def load(cfg: Any, state_dict: Mapping[str, Tensor], *, params_key: Tensor | Non
         TypeError: cfg is not a Config that has an upstream class.
     """
     entry = key_map(cfg)
+    check(isinstance(state_dict, Mapping), "convert.load: state_dict must be a mapping of tensors; got {}.", kind_of(state_dict),
+          remedy="Pass module.state_dict().", error=TypeError)
     unknown = sorted(set(state_dict) - set(entry.leaves) - set(entry.constants))
     missing = sorted(set(entry.leaves) - set(state_dict))
     check(not unknown and not missing, "convert.load: expected the state_dict of {}; got missing keys {}, unknown keys {}.",
@@ -43,6 +45,8 @@ def load(cfg: Any, state_dict: Mapping[str, Tensor], *, params_key: Tensor | Non
     flat: dict[str, Tensor] = {}
     for theirs, ours in entry.leaves.items():
         given, want = state_dict[theirs], template[ours]
+        check(isinstance(given, Tensor), "convert.load: {} must be a tensor; got {}.", theirs, kind_of(given),
+              remedy="Convert the values: torch.as_tensor(value).", error=TypeError)
         check(_bare(given) == _bare(want), "convert.load: {} must be {}; got {}.", theirs, list(want.shape), list(given.shape),
               remedy="Give cfg the widths that the upstream module was built with.")
         check(ours not in flat or torch.equal(flat[ours], given.detach().reshape(want.shape).to(flat[ours])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from fnattn_kernels.native.steps import Row, Steps, fits
 from torch import Tensor
 
@@ -16,20 +17,23 @@ from .block import Block, Gelu, LayerNorm, RmsNorm
 def model(params: Any, ids: Tensor, state: Any) -> tuple[Tensor, tuple] | None:
     """Logits [b, 1, num_tokens] of `lm.apply` for ids [b, 1], and the blocks' states; None where that cannot be."""
     cfg = params.cfg
-    if cfg.seq_len or not isinstance(cfg.ff, Gelu):
+    pos, before = state
+    if cfg.seq_len or not isinstance(cfg.ff, Gelu) or not isinstance(before, tuple) or len(before) != len(params.blocks):
+        return None
+    if not isinstance(pos, Tensor) or pos.ndim or pos.dtype is not torch.int64:  # which no instruction reads
         return None
     head = params.embed if isinstance(params.to_logits, Empty) else params.to_logits
 
     def write(steps: Steps) -> tuple[Tensor, tuple]:
         out, row = steps.result(head.shape[0])
         x, after = steps.embed(ids, params.embed), []
-        for one, before in zip(params.blocks, state.blocks, strict=True):
-            x, new = _block(steps, one, x, before, cfg.post_norm)
+        for one, its in zip(params.blocks, before):
+            x, new = _block(steps, one, x, its, cfg.post_norm)
             after.append(new)
         steps.linear(_norm(steps, params.norm, x), head, None if isinstance(params.logits_bias, Empty) else params.logits_bias, out=row)
         return out, tuple(after)
 
-    return in_one_call(write, params, ids, state.blocks)
+    return in_one_call(write, params, ids, before)
 
 
 def _block(steps: Steps, params: Block, x: Row, state: Any, post_norm: bool) -> tuple[Row, Any]:

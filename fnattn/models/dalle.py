@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .. import random
 from ..attentions._heads import linear_init, uniform_init
-from ..core import EMPTY, Empty, check, config
+from ..core import EMPTY, Empty, check, check_ids, check_init, check_sizes, config, config_of
 from . import dalle_transformer as stack
 from .block import LayerNorm, norm, norm_init
 from .dalle_transformer import Config as Stack
@@ -68,9 +68,9 @@ class Config:
     optimize_for_inference: bool = False
 
     def __post_init__(self):
-        for name in ("num_image_tokens", "image_fmap_size", "num_text_tokens", "text_seq_len"):
-            check(getattr(self, name) >= 1, "dalle.Config: {} must be at least 1; got {}.", name, getattr(self, name),
-                  remedy="Give a positive number.")
+        check_sizes("dalle.Config", 1, dim=self.dim, depth=self.depth, num_image_tokens=self.num_image_tokens,
+                    image_fmap_size=self.image_fmap_size, num_text_tokens=self.num_text_tokens, text_seq_len=self.text_seq_len,
+                    heads=self.heads, dim_head=self.dim_head)
         stack_cfg = self.transformer
         object.__setattr__(self, "attn_types", stack_cfg.attn_types)
         object.__setattr__(self, "shared_attn_ids", stack_cfg.shared_attn_ids)
@@ -115,6 +115,7 @@ class Params(NamedTuple):
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name from params_key; embeddings normal, the rest as in torch.nn."""
+    check_init("dalle.init", cfg, Config, dtype)
     kind, vocabulary = {"dtype": dtype, "device": device}, cfg.text_vocabulary + cfg.num_image_tokens
 
     def table(name: str, rows: int) -> Tensor:
@@ -137,7 +138,9 @@ def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32,
 
 def init_state(params: Params, batch: int) -> stack.State:
     """The state before begin-of-sequence. Its capacity is the whole sequence."""
-    return stack.init_state(params.transformer, batch, capacity=params.cfg.seq_len)
+    capacity = config_of("dalle.init_state", params, Params).seq_len
+    check_sizes("dalle.init_state", 0, batch=batch)
+    return stack.init_state(params.transformer, batch, capacity=capacity)
 
 
 def tokens(cfg: Config, text: Tensor, image: Tensor | None = None) -> Tensor:
@@ -147,17 +150,15 @@ def tokens(cfg: Config, text: Tensor, image: Tensor | None = None) -> Tensor:
         text: int64 [b, t] in [0, num_text_tokens); 0 is padding and becomes the padding token of its position.
         image: int64 [b, m] in [0, num_image_tokens), m at most image_seq_len, or None.
     """
-    for name, t in (("text", text), ("image", image)):
-        if t is not None and (not isinstance(t, Tensor) or t.is_floating_point() or t.dtype == torch.bool):
-            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"dalle: {name} must be an int64 tensor of token numbers; got {got}.\n  Convert it: {name}.long().")
-    check(text.ndim == 2 and text.shape[1] == cfg.text_seq_len, "dalle: text must be [batch, {}] (cfg.text_seq_len); got {}.",
+    check_ids("dalle.tokens", text, cfg.num_text_tokens, name="text")
+    check(text.shape[1] == cfg.text_seq_len, "dalle.tokens: text must be [batch, {}] (cfg.text_seq_len); got {}.",
           cfg.text_seq_len, list(text.shape), remedy="Pad it with zeros at the end, or cut it.")
     pads = torch.arange(cfg.text_seq_len, device=text.device) + cfg.num_text_tokens
     parts = [torch.zeros_like(text[:, :1]), torch.where(text == 0, pads, text)]
     if image is not None:
-        check(image.ndim == 2 and image.shape[0] == text.shape[0] and image.shape[1] <= cfg.image_seq_len,
-              "dalle: image must be [{}, at most {}] (batch of text, cfg.image_seq_len); got {}.", text.shape[0], cfg.image_seq_len,
+        check_ids("dalle.tokens", image, cfg.num_image_tokens, name="image")
+        check(image.shape[0] == text.shape[0] and image.shape[1] <= cfg.image_seq_len,
+              "dalle.tokens: image must be [{}, at most {}] (batch of text, cfg.image_seq_len); got {}.", text.shape[0], cfg.image_seq_len,
               list(image.shape), remedy="Flatten the picture's tokens row by row.")
         parts.append(image + cfg.text_vocabulary)
     return torch.cat(parts, 1)
@@ -175,8 +176,11 @@ def apply(params: Params, ids: Tensor, state: stack.State | Empty = EMPTY, *, ma
     Returns:
         logits [b, n, v]; the state after ids, or EMPTY.
     """
-    cfg, streaming = params.cfg, not isinstance(state, Empty)
-    check(ids.ndim == 2 and ids.shape[1] <= cfg.seq_len, "dalle.apply: ids must be [batch, at most {}]; got {}.", cfg.seq_len,
+    cfg, streaming = config_of("dalle.apply", params, Params), not isinstance(state, Empty)
+    check_ids("dalle.apply", ids, cfg.text_vocabulary + cfg.num_image_tokens, mask=mask)
+    if streaming:
+        stack.check_state("dalle", params.transformer, ids.shape[0], state, "init_state(params, batch)")
+    check(ids.shape[1] <= cfg.seq_len, "dalle.apply: ids must be [batch, at most {}]; got {}.", cfg.seq_len,
           list(ids.shape), remedy="The last image token predicts nothing: leave it out.")
     at = torch.arange(ids.shape[1], device=ids.device) + (state.pos if streaming else 0)
     x = _embed(params, ids, at)
@@ -216,11 +220,13 @@ def loss(params: Params, text: Tensor, image: Tensor, *, null_cond_prob: float =
         null_cond_prob: chance that a sample's text is replaced by padding, which trains guidance; needs dropout_key.
         dropout_key: must be given if null_cond_prob or a dropout of the config is above 0.
     """
-    cfg = params.cfg
+    cfg = config_of("dalle.loss", params, Params)
     random_parts = {"null_cond_prob": null_cond_prob, "cfg.attn_dropout": cfg.attn_dropout, "cfg.ff_dropout": cfg.ff_dropout}
     active = [f"{name}={p}" for name, p in random_parts.items() if p > 0]
     check(not active or dropout_key is not None, "dalle.loss: dropout_key must be given, because {}; got None.", " and ".join(active),
           remedy="Pass dropout_key=fold_in(key, step).")
+    for name, t in (("text", text), ("image", image)):
+        check_ids("dalle.loss", t, name=name)
     check(image.shape[-1] == cfg.image_seq_len, "dalle.loss: image must be [batch, {}] (cfg.image_seq_len); got {}.",
           cfg.image_seq_len, list(image.shape), remedy="Training takes whole pictures.")
     if null_cond_prob > 0:
@@ -253,11 +259,14 @@ def generate_images(params: Params, text: Tensor, key: Tensor, *, filter_thres: 
     Returns:
         int64 [b, image_seq_len].
     """
-    cfg = params.cfg
+    cfg = config_of("dalle.generate_images", params, Params)
     check(0.0 <= filter_thres <= 1.0, "dalle.generate_images: filter_thres must lie in [0, 1]; got {}.", filter_thres,
           remedy="It is the share of the vocabulary that is left out.")
     check(temperature >= 0.0, "dalle.generate_images: temperature must be at least 0; got {}.", temperature,
           remedy="0 takes the best token.")
+    check_ids("dalle.generate_images", text, name="text")
+    if image is not None:
+        check_ids("dalle.generate_images", image, name="image")
     check(image is None or image.shape[-1] < cfg.image_seq_len, "dalle.generate_images: image must leave a token to draw; got {} of {}.",
           0 if image is None else image.shape[-1], cfg.image_seq_len, remedy="Prime with fewer tokens.")
     texts = [text] if cond_scale == 1.0 else [text, torch.zeros_like(text)]

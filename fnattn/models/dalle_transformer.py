@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, random, taps
-from ..attentions import block_sparse, full, sparse_axial, sparse_conv
+from ..attentions import _states, block_sparse, full, sparse_axial, sparse_conv
 from ..attentions._heads import dropout, linear_init, uniform_init
-from ..core import EMPTY, Empty, check, config
+from ..core import EMPTY, Empty, check, check_init, check_input, check_sizes, config, config_of
 from .block import LayerNorm, norm, norm_init
 from .reversible import reversible
 from .token_shift import token_shift
@@ -80,8 +80,8 @@ class Config:
         for name in ("shared_attn_ids", "shared_ff_ids"):
             ids = getattr(self, name)
             object.__setattr__(self, name, None if ids is None else tuple(ids))
-        check(self.dim >= 1 and self.depth >= 1 and self.ff_mult >= 1, "dalle_transformer.Config: dim, depth and ff_mult must be at "
-              "least 1; got {}, {} and {}.", self.dim, self.depth, self.ff_mult, remedy="Give positive numbers.")
+        check_sizes("dalle_transformer.Config", 1, dim=self.dim, depth=self.depth, seq_len=self.seq_len, heads=self.heads,
+                    dim_head=self.dim_head, ff_mult=self.ff_mult)
         check(self.attn_types and all(t in kinds for t in self.attn_types),
               "dalle_transformer.Config: attn_types must be among {}; got {}.", ", ".join(map(repr, kinds)), self.attn_types,
               remedy="For example ('full', 'axial_row', 'axial_col', 'conv_like').")
@@ -179,6 +179,7 @@ class State(NamedTuple):
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name from params_key."""
+    check_init("dalle_transformer.init", cfg, Config, dtype)
     kind = {"dtype": dtype, "device": device}
     types = dict(zip(cfg.attn_ids, cfg.types))
 
@@ -206,10 +207,23 @@ def _ff_init(key: Tensor, cfg: Config, **kind) -> FeedForward:
 
 def init_state(params: Params, batch: int, *, capacity: int) -> State:
     """The state before the first token, for `batch` sequences of up to `capacity` tokens."""
-    cfg, like = params.cfg, params.layers[0].attn_scale
-    last = tuple(like.new_zeros(batch, cfg.image_fmap_size, cfg.dim) for _ in range(cfg.depth)) if cfg.shift_tokens else ()
+    config_of("dalle_transformer.init_state", params, Params)
+    check_sizes("dalle_transformer.init_state", 0, batch=batch, capacity=capacity)
     states = tuple(ATTEND[type(a.cfg)].init_state(a, batch, capacity=capacity) for a in _per_layer(params)[0])
-    return State(torch.zeros((), dtype=torch.int64, device=like.device), states, last, last)
+    return _states.fresh(_layout(params, batch)._replace(attns=()), params.layers[0].attn_scale)._replace(attns=states)
+
+
+def _layout(params: Params, batch: int) -> State:
+    """What a state of these params must be; the attentions look at theirs themselves. See `attentions._states`."""
+    cfg, dtype = params.cfg, params.layers[0].attn_scale.dtype
+    last = _states.Leaf("batch, image_fmap_size, dim", (batch, cfg.image_fmap_size, cfg.dim), dtype)
+    lasts = (last,) * cfg.depth if cfg.shift_tokens else ()
+    return State(_states.POSITION, (...,) * cfg.depth, lasts, lasts)
+
+
+def check_state(who: str, params: Params, batch: int, state: Any, make: str = "init_state(params, batch, capacity=...)") -> None:
+    """Raises unless the state is one of these params for so many sequences; see `attentions._states.check`."""
+    _states.check(who, state, _layout(params, batch), make)
 
 
 def _per_layer(params: Params) -> tuple[list, list]:
@@ -248,9 +262,10 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     Returns:
         out [b, n, dim]; the state after x, or EMPTY.
     """
-    cfg, streaming = params.cfg, not isinstance(state, Empty)
-    check(x.ndim == 3 and x.shape[-1] == cfg.dim, "dalle_transformer.apply: x must be [batch, seq, {}]; got {}.", cfg.dim,
-          list(x.shape), remedy="A single sequence needs a batch axis: x[None].")
+    cfg, streaming = config_of("dalle_transformer.apply", params, Params), not isinstance(state, Empty)
+    check_input("dalle_transformer.apply", x, cfg.dim, like=params.layers[0].attn_scale, mask=mask)
+    if streaming:
+        check_state("dalle_transformer", params, x.shape[0], state)
     check(x.shape[1] <= cfg.seq_len + 1, "dalle_transformer.apply: x has {} positions, but cfg allows {} = seq_len + 1.", x.shape[1],
           cfg.seq_len + 1, remedy="Shorten x, or build the Config with a larger seq_len.")
     angles = rotary_table(cfg, device=x.device)

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import attentions, random, taps, tree
+from ..attentions import _states
 from ..attentions._heads import linear, linear_init, uniform_init
 from ..attentions._step import asked_for
-from ..core import EMPTY, Empty, check, config, peek_int
+from ..core import EMPTY, Empty, check, check_ids, check_init, check_sizes, config, config_of, peek_int
 from . import _step
 from .block import ACTIVATIONS, Block, Gelu, LayerNorm, RmsNorm, block, block_init, check_norm, drop, norm, norm_init
 
@@ -76,11 +77,8 @@ class Config:
             object.__setattr__(self, "dim", self.attention.dim)
         check(self.dim == self.attention.dim, "lm.Config: dim must equal attention.dim={}; got {}.", self.attention.dim, self.dim,
               remedy="Leave dim out.")
-        for name in ("depth", "num_tokens"):
-            check(getattr(self, name) >= 1, "lm.Config: {} must be at least 1; got {}.", name, getattr(self, name),
-                  remedy="Give a positive number.")
-        check(self.seq_len >= 0, "lm.Config: seq_len must be at least 0; got {}.", self.seq_len,
-              remedy="Use 0 for no learned positions.")
+        check_sizes("lm.Config", 1, dim=self.dim, depth=self.depth, num_tokens=self.num_tokens)
+        check_sizes("lm.Config", 0, "Use 0 for no learned positions.", seq_len=self.seq_len)
         check(int(self.dim * self.ff_mult) >= 1, "lm.Config: ff_mult must leave at least one hidden channel; got {}.", self.ff_mult,
               remedy="4 is usual.")
         check(0.0 <= self.dropout <= 1.0, "lm.Config: dropout must lie in [0, 1]; got {}.", self.dropout,
@@ -116,6 +114,7 @@ def causal_families() -> list[str]:
 
 def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32, device: object = None) -> Params:
     """Parameters of cfg, drawn by name from params_key; embeddings normal (times 0.02 if tied), the rest as in torch.nn."""
+    check_init("lm.init", cfg, Config, dtype)
     kind = {"dtype": dtype, "device": device}
     blocks_key = random.fold_in(params_key, "blocks")
     return Params(
@@ -139,8 +138,8 @@ def _normal(params_key: Tensor, name: str, shape: tuple[int, ...], std: float, *
 
 def init_state(params: Params, batch: int, *, capacity: int) -> State:
     """The state before the first token, for `batch` sequences of up to `capacity` tokens."""
-    cfg = params.cfg
-    check(capacity >= 0, "lm.init_state: capacity must be at least 0; got {}.", capacity, remedy="Count prompt and new tokens.")
+    cfg = config_of("lm.init_state", params, Params)
+    check_sizes("lm.init_state", 0, "Count sequences, and prompt and new tokens.", batch=batch, capacity=capacity)
     check(not cfg.seq_len or capacity <= cfg.seq_len, "lm.init_state: capacity must be at most the {} learned positions "
           "(cfg.seq_len); got {}.", cfg.seq_len, capacity, remedy="Ask for fewer tokens, or train with a larger seq_len.")
     return State(torch.zeros((), dtype=torch.int64, device=params.embed.device),
@@ -161,8 +160,9 @@ def apply(params: Params, ids: Tensor, state: State | Empty = EMPTY, *, mask: Te
     Returns:
         logits [b, n, num_tokens] in the params' dtype; the state after ids, or EMPTY.
     """
-    _check_ids("lm.apply", ids, mask)
-    if asked_for(ids, state, impl, mask, dropout_key) and (done := _step.model(params, ids, state)):
+    config_of("lm.apply", params, Params)
+    check_ids("lm.apply", ids, mask=mask)
+    if isinstance(state, State) and asked_for(ids, state, impl, mask, dropout_key) and (done := _step.model(params, ids, state)):
         return done[0], State(state.pos + 1, done[1])
     x, state = hidden(params, ids, state, mask=mask, dropout_key=dropout_key, impl=impl)
     return logits(params, x), state
@@ -171,9 +171,11 @@ def apply(params: Params, ids: Tensor, state: State | Empty = EMPTY, *, mask: Te
 def hidden(params: Params, ids: Tensor, state: State | Empty = EMPTY, *, mask: Tensor | None = None,
            dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, State | Empty]:
     """What `apply` computes before the logits: [b, n, dim], not yet normed. Arguments as there."""
-    cfg = params.cfg
-    _check_ids("lm.apply", ids, mask)
+    cfg = config_of("lm.apply", params, Params)
+    check_ids("lm.apply", ids, cfg.num_tokens, mask=mask)
     streaming = not isinstance(state, Empty)
+    if streaming:
+        _states.check("lm", state, State(_states.POSITION, (...,) * cfg.depth))
     x = F.embedding(ids, params.embed)
     if cfg.seq_len:
         seen = peek_int(state.pos) if streaming else 0
@@ -210,7 +212,7 @@ def nll(params: Params, ids: Tensor, *, mask: Tensor | None = None, dropout_key:
 
     Logits are made for some positions at a time, and again in the backward pass, once there are more than LOGITS_AT_ONCE.
     """
-    _check_ids("lm.nll", ids, mask)
+    check_ids("lm.nll", ids, config_of("lm.nll", params, Params).num_tokens, mask=mask)
     check(ids.shape[1] >= 2, "lm.nll: ids must be [batch, seq] with at least 2 tokens, one to predict; got {}.", list(ids.shape),
           remedy="Give longer sequences.")
     x, _ = hidden(params, ids[:, :-1], mask=None if mask is None else mask[:, :-1], dropout_key=dropout_key, impl=impl)
@@ -236,7 +238,7 @@ def loss(params: Params, ids: Tensor, *, mask: Tensor | None = None, dropout_key
         mask: bool [b, n]; False tokens are neither attended to nor counted. If none is left to count, the loss is 0.
         dropout_key: must be given if the config has a chance of dropout above 0; for an evaluation use `nll(...).mean()`.
     """
-    chances = dropout_chances(params.cfg)
+    chances = dropout_chances(config_of("lm.loss", params, Params))
     check(not chances or dropout_key is not None, "lm.loss: dropout_key must be given, because {}; got None.",
           " and ".join(f"{name}={p}" for name, p in chances.items()),
           remedy="Pass dropout_key=fold_in(key, step), or evaluate with lm.nll(params, ids).mean().")
@@ -252,17 +254,3 @@ def dropout_chances(cfg: Config) -> dict[str, float]:
     named = {"cfg.dropout": cfg.dropout}
     named.update({f"cfg.attention.{k}": v for k, v in vars(cfg.attention).items() if k.endswith("dropout")})
     return {name: p for name, p in named.items() if p > 0}
-
-
-def _check_ids(who: str, ids: Tensor, mask: Tensor | None) -> None:
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
-        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"{who}: ids must be an int64 tensor of token numbers; got {got}.\n"
-                        f"  Convert it: torch.as_tensor(ids).long().")
-    check(ids.ndim == 2, "{}: ids must be [batch, seq]; got {}.", who, list(ids.shape),
-          remedy="A single sequence needs a batch axis: ids[None].")
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{who}: mask must be bool, True = may be attended; got {mask.dtype}.\n  Cast it: mask.bool().")
-        check(mask.shape == ids.shape, "{}: mask must be [batch, seq] = {}, describing ids; got {}.", who, list(ids.shape),
-              list(mask.shape), remedy="Give one bool for each token of this call.")

@@ -129,7 +129,7 @@ class Steps:
 
     def norm(self, x: Row, gamma: Tensor) -> Row:
         """gamma x / root mean square of x."""
-        fits(gamma.shape == (x.width,))
+        fits(gamma.shape == (x.width,) and gamma.dtype is self.dtype)
         y = self.room(x.width)
         self.code += (NORM, x.at, x.stride, gamma.data_ptr(), y.at, self.rows, x.width)
         return y
@@ -137,14 +137,14 @@ class Steps:
     def layer_norm(self, x: Row, weight: Tensor, bias: Tensor, out: Row | None = None) -> Row:
         """weight (x - mean) / std + bias, eps 1e-5."""
         y = out or self.room(x.width)
-        fits(weight.shape == bias.shape == (x.width,) and y.width == y.stride == x.width)
+        fits(weight.shape == bias.shape == (x.width,) and y.width == y.stride == x.width and weight.dtype is bias.dtype is self.dtype)
         self.code += (LAYER_NORM, x.at, x.stride, weight.data_ptr(), bias.data_ptr(), y.at, self.rows, x.width)
         return y
 
     def linear(self, x: Row, weight: Tensor, bias: Tensor | None = None, *, act: int = 0, add: Row | None = None,
                out: Row | None = None) -> Row:
         """act(x weight^T + bias) + add; into `out` if given."""
-        fits(weight.ndim == 2)
+        fits(weight.ndim == 2 and weight.dtype is self.dtype)
         m, k = weight.shape
         out = out or self.room(m)
         fits(k == x.width and out.width == m and out.stride == m)
@@ -152,13 +152,13 @@ class Steps:
         if bias is None and add is None:
             self.code += (*code, 0, 0, 0, *places)
         else:
-            fits((bias is None or bias.shape == (m,)) and (add is None or add.width == m))
+            fits((bias is None or bias.shape == (m,) and bias.dtype is self.dtype) and (add is None or add.width == m))
             self.code += (*code, 0 if bias is None else bias.data_ptr(), *((add.at, add.stride) if add else (0, 0)), *places)
         return out
 
     def parts(self, x: Row, weight: Tensor, *widths: int) -> list[Row]:
         """x weight^T in parts that lie one after the other, as queries, keys and values are wanted. Equal ones are best together."""
-        fits(weight.ndim == 2)
+        fits(weight.ndim == 2 and weight.dtype is self.dtype)
         m, k = weight.shape
         fits(k == x.width and sum(widths) == m)
         rows, first = [self.room(width) for width in widths], 0
@@ -171,7 +171,7 @@ class Steps:
 
     def embed(self, ids: Tensor, table: Tensor) -> Row:
         """Rows of a table; ids int64 [b, 1]. `run` says if one is not in it."""
-        fits(table.ndim == 2 and ids.dtype == torch.int64 and ids.shape == (self.rows, 1))
+        fits(table.ndim == 2 and table.dtype is self.dtype and ids.dtype == torch.int64 and ids.shape == (self.rows, 1))
         count, k = table.shape
         y = self.room(k)
         self.code += (EMBED, ids.data_ptr(), ids.stride(0), table.data_ptr(), count, y.at, self.rows, k)
@@ -203,7 +203,7 @@ class Steps:
 
     def turn(self, x: Row, freqs: Tensor, d: int, position: int) -> None:
         """Rotary positions, in place, for heads of d numbers; float32 frequencies for up to d / 2 pairs."""
-        fits(x.stride == x.width and x.width % d == 0 and 2 * freqs.shape[0] <= d)
+        fits(x.stride == x.width and x.width % d == 0 and 2 * freqs.shape[0] <= d and freqs.dtype is torch.float32)
         self.code += (TURN, x.at, freqs.data_ptr(), self.rows, x.width // d, d, freqs.shape[0], position)
         self.counted(1)
 
@@ -212,7 +212,7 @@ class Steps:
 
         The late part, which begins at the last multiple of w, is copied; when it is full it goes into a copy of the main part.
         """
-        fits(main.ndim == late.ndim == 4 and late.shape[2] > 0)
+        fits(main.ndim == late.ndim == 4 and late.shape[2] > 0 and main.dtype is late.dtype is self.dtype)
         (b, g, w, d), room, at = late.shape, main.shape[2], position % late.shape[2]
         fits(b == self.rows and x.width == x.stride == g * d and main.shape == (b, g, room, d) and 0 <= position < room)
         if at + 1 < w:
@@ -227,7 +227,7 @@ class Steps:
 
     def taylor(self, q: Row, k: Row, v: Row, sums: Tensor, scale: float, eps: float) -> tuple[Row, Tensor]:
         """Rows of the result, and the new sums; as `fnattn.ops.taylor` for one causal position. Values as wide as keys."""
-        fits(sums.ndim == 4)
+        fits(sums.ndim == 4 and sums.dtype is self.dtype)
         b, g, f, e1 = sums.shape
         d = e1 - 1
         fits(b == self.rows and f == features(d) and k.width == v.width == g * d and q.width % k.width == 0)
@@ -248,6 +248,7 @@ class Steps:
         """Key heads, width, and room of both parts of a cache that holds `length` positions, `first` of them in the main part."""
         fits(k[0].ndim == k[1].ndim == 4)
         (b, g, room, d), late = k[0].shape, k[1].shape[2]
+        fits(k[0].dtype is k[1].dtype is v[0].dtype is v[1].dtype is self.dtype)
         fits(b == self.rows and v[0].shape == k[0].shape and k[1].shape == v[1].shape == (b, g, late, d) and q.width % (g * d) == 0
               and 0 <= first <= room and max(first, 1) <= length <= first + late)
         return g, d, room, late
@@ -290,6 +291,7 @@ class Steps:
         fits(b == self.rows and all(part.shape == shape for part, shape in zip((*text, *image), shapes))
               and text[2].dtype == image[2].dtype == torch.bool and q.width == new[0].width == new[1].width == h * d)
         parts = []
+        fits(text[0].dtype is text[1].dtype is image[0].dtype is image[1].dtype is self.dtype)
         for x, old in zip(new, image[:2]):
             parts.append(self.room(h * picks * d).at)
             self.code += (GATHER, old.data_ptr(), x.at, slots.data_ptr(), parts[-1], b * h, w, d, picks)
@@ -302,7 +304,7 @@ class Steps:
         """old [b, h, w, d] without the first of its w rows, and the heads of x after the last, as a new tensor."""
         fits(old.ndim == 4)
         b, h, w, d = old.shape
-        fits(b == self.rows and x.width == h * d and w > 0)
+        fits(b == self.rows and x.width == h * d and w > 0 and old.dtype is self.dtype)
         new = torch.empty_like(old)
         self.code += (SHIFT, old.data_ptr(), x.at, new.data_ptr(), b * h, w, d)
         return new
@@ -311,7 +313,7 @@ class Steps:
         """old [b, h, w, d] with the heads of x in slot `at`, as a new tensor."""
         fits(old.ndim == 4)
         b, h, w, d = old.shape
-        fits(b == self.rows and x.width == h * d and 0 <= at < w)
+        fits(b == self.rows and x.width == h * d and 0 <= at < w and old.dtype is self.dtype)
         new = torch.empty_like(old)
         self.code += (APPEND, old.data_ptr(), x.at, new.data_ptr(), b * h, w, d, at)
         return new
@@ -320,7 +322,7 @@ class Steps:
         """Rows of the result, and the new state [b, c]: `fnattn.ops.simple_gate_loop`."""
         c = q.width
         out = out or self.room(c)
-        fits(h.shape == (self.rows, c) and x.width == a.width == out.width == c)
+        fits(h.shape == (self.rows, c) and h.dtype is self.dtype and x.width == a.width == out.width == c)
         new = torch.empty_like(h)
         self.code += (CALL_SIMPLE, kernel("gate_loop", "simple_gate_loop", self.dtype), q.at, x.at, a.at, h.data_ptr(), out.at,
                       new.data_ptr(), self.room(_MARKS * c).at, self.rows, c)
@@ -328,7 +330,7 @@ class Steps:
 
     def gate_loop(self, q: Row, k: Row, v: Row, a: Row, h: Tensor, product: Tensor, out: Row | None = None) -> tuple[Row, Tensor, Tensor]:
         """Rows of the result, and the new state [b, h, d, d, 2] and product of gates [b, h, 2]: `fnattn.ops.gate_loop`."""
-        fits(h.ndim == 5)
+        fits(h.ndim == 5 and h.dtype is product.dtype is self.dtype)
         b, heads, d, e, _ = h.shape
         out = out or self.room(q.width)
         fits(b == self.rows and d == e and q.width == k.width == v.width == out.width == heads * d and a.width == 2 * heads

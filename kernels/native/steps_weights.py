@@ -42,7 +42,7 @@ def weigh(steps: Steps, q: Row, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tenso
              Part(k[1].data_ptr(), v[1].data_ptr(), g * late * d, late * d, length - first)]
     if nulls is not None:
         z = nulls[0].shape[1]
-        fits(nulls[0].shape == nulls[1].shape == (g, z, d))
+        fits(nulls[0].shape == nulls[1].shape == (g, z, d) and nulls[0].dtype is nulls[1].dtype is steps.dtype)
         parts.insert(0, Part(nulls[0].data_ptr(), nulls[1].data_ptr(), 0, z * d, z))
         steps.kept += nulls
     heads, m = q.width // d, sum(part.count for part in parts)

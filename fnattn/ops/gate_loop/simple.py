@@ -63,10 +63,12 @@ def reference(q: Tensor, kv: Tensor, a: Tensor, h0: Tensor | None = None, revers
 
 
 def _check(q: Tensor, kv: Tensor, a: Tensor, h0: Tensor | None) -> None:
-    for name, t in (("q", q), ("kv", kv), ("a", a), *(() if h0 is None else (("h0", h0),))):
+    given = ("q", q), ("kv", kv), ("a", a), *(() if h0 is None else (("h0", h0),))
+    for name, t in given:
         if not isinstance(t, Tensor) or not t.is_floating_point():
             raise TypeError(f"simple_gate_loop: {name} must be a real floating tensor; got "
                             f"{t.dtype if isinstance(t, Tensor) else type(t).__name__}.\n  Convert it: {name}.float().")
+    for name, t in given:
         shape = kv.shape[:1] + kv.shape[2:] if name == "h0" else kv.shape
         if kv.ndim != 3 or t.shape != shape:
             raise ValueError(f"simple_gate_loop: expected q, kv, a [batch, seq, channels] of one shape and h0 [batch, channels]; "
