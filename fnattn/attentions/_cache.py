@@ -58,8 +58,11 @@ def seen(batch: int, capacity: int | str) -> Leaf:
 
 def capacity(state: Any) -> int | str:
     """How many positions a state's caches have room for, by the first of them; a word where there is no such thing."""
-    main = getattr(getattr(state, "k", None), "main", None)
-    return main.shape[2] if isinstance(main, Tensor) and main.ndim == 4 else "capacity"
+    try:
+        _, _, rows, _ = state.k.main.shape
+    except (AttributeError, ValueError, TypeError):
+        return "capacity"
+    return rows
 
 
 def room(who: str, state: Any, x: Tensor, layout: Any) -> int | None:

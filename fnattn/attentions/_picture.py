@@ -166,7 +166,7 @@ def step(pattern: Pattern, steps: _step.Steps, params: Params, x: _step.Row, sta
          angles: Tensor | None = None) -> tuple[_step.Row, State]:
     """What `attend` does for one pixel of few sequences, as instructions: only the keys that it sees are read."""
     cfg, t = params.cfg, text_len(params.cfg)
-    _step.fits(_states.fits(state, _layout(pattern, params, steps.rows)))
+    _step.check_state(steps, params, state, partial(_layout, pattern))
     pos, inner, d = _step.position(steps, state.pos), cfg.heads * cfg.dim_head, cfg.dim_head
     _step.fits(max(t, 1) <= pos <= cfg.seq_len)
     q, k, v = steps.parts(x, params.to_qkv, inner, inner, inner)

@@ -66,8 +66,16 @@ def check(who: str, state: Any, layout: Any, make: str = "init_state(params, bat
 
 
 def fits(state: Any, layout: Any) -> bool:
-    """Whether `check` would say nothing."""
-    return isinstance(state, type(layout)) and _fault(state, layout, "") is None
+    """Whether the state is exactly as the layout says, no leaf wider: the same comparison in a fraction of the time, without a reason."""
+    if type(state) is not type(layout):
+        return False
+    for item, want in zip(state, layout):
+        if type(want) is Leaf:
+            if not isinstance(item, Tensor) or item.shape != want[1] or item.dtype is not want[2]:
+                return False
+        elif not fits(item, want):
+            return False
+    return True
 
 
 def _fault(item: Any, want: Any, path: str) -> tuple[type[Exception], str] | None:

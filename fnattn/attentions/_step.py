@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .. import ops, taps
 from ..core import Empty
-from ._cache import Rows, window
+from . import _states
+from ._cache import Rows
 
 Step = Callable[[Steps, Any, Row, Any, "Row | None"], "tuple[Row, Any]"]
 
@@ -99,6 +100,22 @@ def _put_together(node: tuple, leaves: Iterator[Tensor]) -> tuple:
     return tuple.__new__(type(node), items)
 
 
+_LAYOUTS: dict[tuple, tuple] = {}  # of states lately: to write one down takes longer than to compare with it
+
+
+def check_state(steps: Steps, params: Any, state: Any, layout: Callable[..., Any], *sizes: Any) -> None:
+    """Raises Unfit unless the state is as layout(params, rows, *sizes) says: what `apply` refuses, a step must not read by address."""
+    key = id(params.cfg), steps.dtype, steps.rows, *sizes
+    known = _LAYOUTS.get(key)
+    if known is not None and _states.fits(state, known[1]):
+        return
+    like = layout(params, steps.rows, *sizes)
+    fits(_states.fits(state, like))
+    if len(_LAYOUTS) >= 1 << 8:
+        _LAYOUTS.clear()
+    _LAYOUTS[key] = params.cfg, like  # the config stays alive, so that no other one has its id
+
+
 def position(steps: Steps, pos: Tensor, counted: bool = False) -> int:
     """The number of positions seen, which Python may look at: `begin` found the state unwatched.
 
@@ -127,11 +144,9 @@ def turned(steps: Steps, x: Row, weight: Tensor, widths: Sequence[int], d: int, 
 
 
 def cached(steps: Steps, state: Any, rows: Sequence[Row], pos: int) -> tuple[Rows, Rows, int, int]:
-    """A state's two caches after keys and values at `pos`; how many positions they then hold in their main parts, and in all."""
+    """The two caches of a state, which `check_state` has seen, after keys and values at `pos`; how many positions they then hold in
+    their main parts, and in all."""
     (k, v), end = state[:2], pos + 1
-    fits(k.main.ndim == k.late.ndim == 4)
-    capacity, seen = k.main.shape[2], getattr(state, "visible", None)
-    fits(k.late.shape[2] == window(capacity) and (seen is None or seen.shape[1:] == (capacity,)))
     return Rows(*steps.append(*k, rows[0], pos)), Rows(*steps.append(*v, rows[1], pos)), end - end % k.late.shape[2], end
 
 

@@ -197,7 +197,8 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
          angles: Tensor | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
-    _step.fits(cfg.causal and _states.fits(state, _layout(params, steps.rows, _cache.capacity(state))))
+    _step.fits(cfg.causal)
+    _step.check_state(steps, params, state, _layout, _cache.capacity(state))
     pos, d = _step.position(steps, state.pos), cfg.dim_head
     q, k, v = _step.turned(steps, x, params.to_qkv, (cfg.heads * d,) * 3, d, pos, cfg.rotary_emb, angles)
     keys, values, first, end = _step.cached(steps, state, (k, v), pos)

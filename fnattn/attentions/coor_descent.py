@@ -182,7 +182,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
-    _step.fits(_states.fits(state, _layout(params, steps.rows, _cache.capacity(state))) and (cfg.use_coor_descent or not cfg.attn_null_kv))
+    _step.fits(cfg.use_coor_descent or not cfg.attn_null_kv)
+    _step.check_state(steps, params, state, _layout, _cache.capacity(state))
     pos, d = _step.position(steps, state.pos), cfg.dim_head
     x = steps.layer_norm(x, params.norm, params.norm_bias)
     q, k, v = steps.parts(x, params.to_qkv, *(cfg.heads * d,) * 3)

@@ -192,7 +192,8 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
          angles: Tensor | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
-    _step.fits(cfg.causal and cfg.static_mask is None and _states.fits(state, _layout(params, steps.rows, _cache.capacity(state))))
+    _step.fits(cfg.causal and cfg.static_mask is None)
+    _step.check_state(steps, params, state, _layout, _cache.capacity(state))
     pos, d = _step.position(steps, state.pos, counted=angles is None), cfg.dim_head
     widths = cfg.heads * d, cfg.key_heads * d, cfg.key_heads * d
     q, k, v = _step.turned(steps, x, params.to_qkv, widths, d, pos, cfg.rotary_emb, angles)

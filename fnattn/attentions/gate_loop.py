@@ -172,7 +172,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
-    _step.fits(not cfg.ablate_state_transition and not cfg.ablate_complex and _states.fits(state, _layout(params, steps.rows)))
+    _step.fits(not cfg.ablate_state_transition and not cfg.ablate_complex)
+    _step.check_state(steps, params, state, _layout)
     q, k, v = steps.parts(x, params.to_qkv, cfg.inner, cfg.inner, cfg.inner)
     a = steps.linear(x, params.to_a, params.to_a_bias)
     heads, h, product = steps.gate_loop(q, k, v, a, state.h, state.a, None if cfg.sub_ln or cfg.projects_out else out)

@@ -201,8 +201,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions: without data_dependent_rel_pos."""
     cfg = params.cfg
-    _step.fits((not cfg.data_dependent_rel_pos or cfg.ablate_state_transition)
-               and _states.fits(state, _layout(params, steps.rows, _cache.capacity(state))))
+    _step.fits(not cfg.data_dependent_rel_pos or cfg.ablate_state_transition)
+    _step.check_state(steps, params, state, _layout, _cache.capacity(state))
     pos, d = _step.position(steps, state.pos, counted=cfg.softmax), cfg.dim_head
     q, k, v = _step.turned(steps, x, params.to_qkv, (cfg.heads * d,) * 3, d, pos, cfg.rotary_emb)
     keys, values, first, end = _step.cached(steps, state, (k, v), pos)

@@ -137,7 +137,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
-    _step.fits(not cfg.reverse and not cfg.use_heinsen and _states.fits(state, _layout(params, steps.rows)))
+    _step.fits(not cfg.reverse and not cfg.use_heinsen)
+    _step.check_state(steps, params, state, _layout)
     normed = steps.norm(x, params.norm) if cfg.prenorm else x
     q, kv, a = steps.parts(normed, params.to_qkva, cfg.dim, cfg.dim, cfg.dim)
     mixed, h = steps.simple_gate_loop(q, kv, a, state.h, None if cfg.post_ln else out)

@@ -179,7 +179,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
 def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg
-    _step.fits(cfg.causal and cfg.combine_heads and _states.fits(state, _layout(params, steps.rows)))
+    _step.fits(cfg.causal and cfg.combine_heads)
+    _step.check_state(steps, params, state, _layout)
     width, last, shifted = (1 if cfg.one_headed_kv else cfg.heads) * cfg.dim_head, EMPTY, x
     if cfg.shift_tokens:
         shifted, last, stay = steps.room(x.width), torch.empty_like(state.last), (x.width + 1) // 2

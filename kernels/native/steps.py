@@ -14,6 +14,7 @@ import array
 import ctypes
 import functools
 import math
+import operator
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ class Mask(NamedTuple):
 
 
 _ALL = Mask(0, 0, 0, 0)  # nothing is hidden
+_whole, _dtype = Tensor.is_contiguous, operator.attrgetter("dtype")  # by map, without a frame of Python for each tensor
 
 
 def begin(rows: int, x: Tensor, tensors: Sequence[Tensor]) -> Steps | None:
@@ -67,9 +69,8 @@ def begin(rows: int, x: Tensor, tensors: Sequence[Tensor]) -> Steps | None:
     dtype = tensors[0].dtype
     if dtype not in (torch.float32, torch.float64) or x.is_floating_point() and x.dtype is not dtype:
         return None
-    for t in tensors:
-        if not t.is_contiguous() or t.dtype not in (dtype, torch.bool, torch.int64):
-            return None
+    if not all(map(_whole, tensors)) or not {dtype, torch.bool, torch.int64}.issuperset(map(_dtype, tensors)):
+        return None
     return Steps(rows, dtype)
 
 
@@ -79,7 +80,10 @@ def available() -> bool:
 
 
 class Steps:
-    """The instructions so far, on `rows` rows of numbers of one dtype. Rows in the scratch follow each other without a gap."""
+    """The instructions so far, on `rows` rows of numbers of one dtype. Rows in the scratch follow each other without a gap.
+
+    Weights are looked at here. Of states only what else depends on: whoever writes a step has compared them, kinds and dtypes too.
+    """
 
     IDENTITY, GELU, SILU = range(3)
 
@@ -212,7 +216,7 @@ class Steps:
 
         The late part, which begins at the last multiple of w, is copied; when it is full it goes into a copy of the main part.
         """
-        fits(main.ndim == late.ndim == 4 and late.shape[2] > 0 and main.dtype is late.dtype is self.dtype)
+        fits(main.ndim == late.ndim == 4 and late.shape[2] > 0)
         (b, g, w, d), room, at = late.shape, main.shape[2], position % late.shape[2]
         fits(b == self.rows and x.width == x.stride == g * d and main.shape == (b, g, room, d) and 0 <= position < room)
         if at + 1 < w:
@@ -227,7 +231,7 @@ class Steps:
 
     def taylor(self, q: Row, k: Row, v: Row, sums: Tensor, scale: float, eps: float) -> tuple[Row, Tensor]:
         """Rows of the result, and the new sums; as `fnattn.ops.taylor` for one causal position. Values as wide as keys."""
-        fits(sums.ndim == 4 and sums.dtype is self.dtype)
+        fits(sums.ndim == 4)
         b, g, f, e1 = sums.shape
         d = e1 - 1
         fits(b == self.rows and f == features(d) and k.width == v.width == g * d and q.width % k.width == 0)
@@ -248,7 +252,6 @@ class Steps:
         """Key heads, width, and room of both parts of a cache that holds `length` positions, `first` of them in the main part."""
         fits(k[0].ndim == k[1].ndim == 4)
         (b, g, room, d), late = k[0].shape, k[1].shape[2]
-        fits(k[0].dtype is k[1].dtype is v[0].dtype is v[1].dtype is self.dtype)
         fits(b == self.rows and v[0].shape == k[0].shape and k[1].shape == v[1].shape == (b, g, late, d) and q.width % (g * d) == 0
               and 0 <= first <= room and max(first, 1) <= length <= first + late)
         return g, d, room, late
@@ -287,11 +290,10 @@ class Steps:
         """
         fits(text[0].ndim == image[0].ndim == 4)
         (b, h, t, d), w, picks = text[0].shape, image[0].shape[2], slots.shape[0]
-        shapes = (b, h, t, d), (b, h, t, d), (b, t), (b, h, w, d), (b, h, w, d), (b, w)
-        fits(b == self.rows and all(part.shape == shape for part, shape in zip((*text, *image), shapes))
-              and text[2].dtype == image[2].dtype == torch.bool and q.width == new[0].width == new[1].width == h * d)
+        fits(b == self.rows and text[1].shape == text[0].shape and text[2].shape == (b, t) and image[2].shape == (b, w)
+              and image[0].shape == image[1].shape == (b, h, w, d) and text[2].dtype == image[2].dtype == torch.bool
+              and q.width == new[0].width == new[1].width == h * d)
         parts = []
-        fits(text[0].dtype is text[1].dtype is image[0].dtype is image[1].dtype is self.dtype)
         for x, old in zip(new, image[:2]):
             parts.append(self.room(h * picks * d).at)
             self.code += (GATHER, old.data_ptr(), x.at, slots.data_ptr(), parts[-1], b * h, w, d, picks)
@@ -304,7 +306,7 @@ class Steps:
         """old [b, h, w, d] without the first of its w rows, and the heads of x after the last, as a new tensor."""
         fits(old.ndim == 4)
         b, h, w, d = old.shape
-        fits(b == self.rows and x.width == h * d and w > 0 and old.dtype is self.dtype)
+        fits(b == self.rows and x.width == h * d and w > 0)
         new = torch.empty_like(old)
         self.code += (SHIFT, old.data_ptr(), x.at, new.data_ptr(), b * h, w, d)
         return new
@@ -313,7 +315,7 @@ class Steps:
         """old [b, h, w, d] with the heads of x in slot `at`, as a new tensor."""
         fits(old.ndim == 4)
         b, h, w, d = old.shape
-        fits(b == self.rows and x.width == h * d and 0 <= at < w and old.dtype is self.dtype)
+        fits(b == self.rows and x.width == h * d and 0 <= at < w)
         new = torch.empty_like(old)
         self.code += (APPEND, old.data_ptr(), x.at, new.data_ptr(), b * h, w, d, at)
         return new
@@ -322,7 +324,7 @@ class Steps:
         """Rows of the result, and the new state [b, c]: `fnattn.ops.simple_gate_loop`."""
         c = q.width
         out = out or self.room(c)
-        fits(h.shape == (self.rows, c) and h.dtype is self.dtype and x.width == a.width == out.width == c)
+        fits(h.shape == (self.rows, c) and x.width == a.width == out.width == c)
         new = torch.empty_like(h)
         self.code += (CALL_SIMPLE, kernel("gate_loop", "simple_gate_loop", self.dtype), q.at, x.at, a.at, h.data_ptr(), out.at,
                       new.data_ptr(), self.room(_MARKS * c).at, self.rows, c)
@@ -330,7 +332,7 @@ class Steps:
 
     def gate_loop(self, q: Row, k: Row, v: Row, a: Row, h: Tensor, product: Tensor, out: Row | None = None) -> tuple[Row, Tensor, Tensor]:
         """Rows of the result, and the new state [b, h, d, d, 2] and product of gates [b, h, 2]: `fnattn.ops.gate_loop`."""
-        fits(h.ndim == 5 and h.dtype is product.dtype is self.dtype)
+        fits(h.ndim == 5)
         b, heads, d, e, _ = h.shape
         out = out or self.room(q.width)
         fits(b == self.rows and d == e and q.width == k.width == v.width == out.width == heads * d and a.width == 2 * heads
