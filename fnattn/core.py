@@ -173,6 +173,8 @@ def _check_floating(who: str, name: str, t: Tensor, like: Tensor | None, remedy:
         raise TypeError(f"{who}: {name} must be floating point; got {t.dtype}.\n  {remedy}")
     if like is None or t.dtype == like.dtype or _cast_by_torch(t.dtype, like):
         return
+    if not like.is_floating_point():
+        raise TypeError(f"{who}: the params must be floating point; got {like.dtype}.\n  Draw them with init(key, cfg, dtype={t.dtype}).")
     raise TypeError(f"{who}: {name} must be {like.dtype}, as the params are; got {t.dtype}.\n  Convert it: {name}.to({like.dtype}); or the "
                     f"params: tree.map(lambda t: t.to({t.dtype}) if t.is_floating_point() else t, params).")
 

@@ -186,7 +186,7 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
         out = _cache.attend(q, state.k, state.v, pos, used, mask=seen & keep[:, None, None, :], impl=turn)
     else:
         out = ops.block_sparse_attention(q, k, v, params.layout, block=cfg.block_size, causal=cfg.causal, keep=keep, impl=impl)
-    out = F.linear(merge_heads(taps.tap("heads", out)), params.to_out, params.to_out_bias)
+    out = F.linear(merge_heads(taps.tap("heads", out)).to(x.dtype), params.to_out, params.to_out_bias)
     if keep is not None:
         # A row without any visible key is 0, bias included: the layouts here always hold the diagonal.
         out = torch.where(_any_visible(params, keep, positions, cfg.causal)[..., None], out, torch.zeros_like(out))

@@ -182,7 +182,7 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
         visible = state.visible if used is None else state.visible[:, :used + n]
         allowed, seen = _allowed(cfg, visible, mask, pos, n, visible.shape[1])
         out = _cache.attend(q, state.k, state.v, pos, used, mask=allowed, impl=impl)
-    out = linear(merge_heads(taps.tap("heads", out)), params.to_out, params.to_out_bias, impl)
+    out = linear(merge_heads(taps.tap("heads", out)).to(x.dtype), params.to_out, params.to_out_bias, impl)
     if seen is not None:
         out = torch.where(seen[..., None], out, torch.zeros_like(out))
     return dropout(dropout_key, "out", out, cfg.dropout), state
