@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fnattn
-from fnattn import random
+from fnattn import random, tree
 from fnattn.attentions import block_sparse, coor_descent, full, gate_loop, simple_gate_loop, taylor
 from fnattn.models import lm
 
@@ -44,3 +44,42 @@ def test_an_input_that_is_not_floating_is_the_ordinary_error(cfg, dtype):
 def test_a_model_whose_attention_sees_later_tokens_is_refused():
     with pytest.raises(ValueError, match="attention must be causal"):
         lm.Config(attention=simple_gate_loop.Config(dim=8, reverse=True), depth=1)
+
+
+def alike(call, reference):
+    """A call gives what the plain one gives, or an error where that has one."""
+    try:
+        truth = reference()
+    except (TypeError, ValueError, RuntimeError):
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            call()
+        return
+    torch.testing.assert_close(call(), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+@pytest.mark.parametrize("cfg", [
+    *STREAMING, taylor.Config(dim=24, heads=4, dim_head=16, causal=True, prenorm=True, gate_value_heads=True, shift_tokens=True),
+    simple_gate_loop.Config(dim=24, post_ln=True),
+    coor_descent.Config(dim=24, heads=4, dim_head=16, use_coor_descent=True, attn_null_kv=2, learned_sparsity_k=True),
+], ids=str)
+def test_a_weight_of_whole_numbers_or_bools_is_not_read_as_one_of_floats(cfg, dtype):
+    params, x = fnattn.init(random.key(1), cfg), random.normal(random.key(2), (3, 1, cfg.dim))
+    state = fnattn.init_state(params, 3, capacity=13)
+    for name, t in params._asdict().items():
+        if isinstance(t, torch.Tensor) and t.is_floating_point():
+            wrong = params._replace(**{name: torch.ones(t.shape, dtype=dtype)})
+            for _ in range(3):
+                alike(lambda wrong=wrong: fnattn.apply(wrong, x, state)[0],
+                      lambda wrong=wrong: fnattn.apply(wrong, x, state, impl="reference")[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_nor_is_such_a_weight_of_a_model(dtype):
+    params = lm.init(random.key(1), lm.Config(attention=taylor.Config(dim=24, heads=4, dim_head=16, causal=True), depth=1, num_tokens=13))
+    ids, state = torch.tensor([[3], [5]]), lm.init_state(params, 2, capacity=13)
+    for which, t in enumerate(tree.leaves(params)):
+        parts = tree.leaves(params)
+        parts[which] = torch.ones(t.shape, dtype=dtype)
+        wrong = tree.unflatten(parts, tree.structure(params))
+        alike(lambda wrong=wrong: lm.apply(wrong, ids, state)[0], lambda wrong=wrong: lm.apply(wrong, ids, state, impl="reference")[0])
