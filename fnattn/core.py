@@ -90,8 +90,8 @@ def check(ok: bool, message: str, *values: Any, remedy: str = "", error: type[Ex
 
 
 def kind_of(value: Any) -> str:
-    """The name of a value's type for a message; of a NamedTuple or Config with the module that it comes from, since many have one name."""
-    kind = type(value)
+    """The type of a value for a message. Of a NamedTuple or Config, given or as a class, with its module, since many have one name."""
+    kind = value if isinstance(value, type) else type(value)
     own = hasattr(kind, "_fields") or dataclasses.is_dataclass(kind)
     return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" if own else kind.__name__
 
@@ -121,15 +121,10 @@ def _is_index(size: Any) -> bool:
 def check_init(who: str, cfg: Any, kind: type, dtype: torch.dtype) -> None:
     """What `init` takes: the family's own Config, and a floating dtype."""
     if not isinstance(cfg, kind):
-        raise TypeError(f"{who}: cfg must be {kind_of_class(kind)}; got {kind_of(cfg)}.\n"
-                        f"  Make one with {kind_of_class(kind)}(...).")
+        raise TypeError(f"{who}: cfg must be {kind_of(kind)}; got {kind_of(cfg)}.\n"
+                        f"  Make one with {kind_of(kind)}(...).")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"{who}: dtype must be floating point; got {dtype}.\n  Use dtype=torch.float32.")
-
-
-def kind_of_class(kind: type) -> str:
-    """A class by the last part of its module and its name: taylor.Config."""
-    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
 
 
 def config_of(who: str, params: Any, kind: type) -> Any:
@@ -171,10 +166,12 @@ def check_input(who: str, x: Tensor, dim: int, *, like: Tensor | None = None, **
 def _check_floating(who: str, name: str, t: Tensor, like: Tensor | None, remedy: str) -> None:
     if not t.is_floating_point():
         raise TypeError(f"{who}: {name} must be floating point; got {t.dtype}.\n  {remedy}")
-    if like is None or t.dtype == like.dtype or _cast_by_torch(t.dtype, like):
+    if like is None or t.dtype == like.dtype:
         return
     if not like.is_floating_point():
         raise TypeError(f"{who}: the params must be floating point; got {like.dtype}.\n  Draw them with init(key, cfg, dtype={t.dtype}).")
+    if _cast_by_torch(t.dtype, like):
+        return
     raise TypeError(f"{who}: {name} must be {like.dtype}, as the params are; got {t.dtype}.\n  Convert it: {name}.to({like.dtype}); or the "
                     f"params: tree.map(lambda t: t.to({t.dtype}) if t.is_floating_point() else t, params).")
 

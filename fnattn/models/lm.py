@@ -175,7 +175,7 @@ def hidden(params: Params, ids: Tensor, state: State | Empty = EMPTY, *, mask: T
     check_ids("lm.apply", ids, cfg.num_tokens, mask=mask)
     streaming = not isinstance(state, Empty)
     if streaming:
-        _states.check("lm", state, State(_states.POSITION, (...,) * cfg.depth))
+        _states.check("lm", state, State(_states.POSITION, (...,) * len(params.blocks)))
     x = F.embedding(ids, params.embed)
     if cfg.seq_len:
         seen = peek_int(state.pos) if streaming else 0
