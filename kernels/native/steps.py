@@ -216,9 +216,11 @@ class Steps:
 
         The late part, which begins at the last multiple of w, is copied; when it is full it goes into a copy of the main part.
         """
-        fits(main.ndim == late.ndim == 4 and late.shape[2] > 0)
-        (b, g, w, d), room, at = late.shape, main.shape[2], position % late.shape[2]
-        fits(b == self.rows and x.width == x.stride == g * d and main.shape == (b, g, room, d) and 0 <= position < room)
+        shape, large = late.shape, main.shape  # asked for once: a shape is a new object each time
+        fits(len(shape) == len(large) == 4 and shape[2] > 0)
+        (b, g, w, d), room = shape, large[2]
+        fits(b == self.rows and x.width == x.stride == g * d and large == (b, g, room, d) and 0 <= position < room)
+        at = position % w
         if at + 1 < w:
             out = torch.empty_like(late)
             self.code += (APPEND, late.data_ptr(), x.at, out.data_ptr(), b * g, w, d, at)
@@ -250,26 +252,28 @@ class Steps:
 
     def cache(self, q: Row, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], first: int, length: int) -> tuple[int, ...]:
         """Key heads, width, and room of both parts of a cache that holds `length` positions, `first` of them in the main part."""
-        fits(k[0].ndim == k[1].ndim == 4)
-        (b, g, room, d), late = k[0].shape, k[1].shape[2]
-        fits(b == self.rows and v[0].shape == k[0].shape and k[1].shape == v[1].shape == (b, g, late, d) and q.width % (g * d) == 0
+        large, small = k[0].shape, k[1].shape
+        fits(len(large) == len(small) == 4)
+        (b, g, room, d), late = large, small[2]
+        fits(b == self.rows and v[0].shape == large and v[1].shape == small == (b, g, late, d) and q.width % (g * d) == 0
               and 0 <= first <= room and max(first, 1) <= length <= first + late)
         return g, d, room, late
 
     def mask(self, visible: Tensor) -> Mask:
         """A mask [b, capacity] of keys, for all heads."""
-        fits(visible.dtype == torch.bool and visible.ndim == 2 and visible.shape[0] == self.rows)
-        return Mask(visible.data_ptr(), visible.shape[1], 0, visible.shape[1])
+        shape = visible.shape
+        fits(visible.dtype is torch.bool and len(shape) == 2 and shape[0] == self.rows)
+        return Mask(visible.data_ptr(), shape[1], 0, shape[1])
 
     def layout(self, layout: Tensor, heads: int, row: int, block: int, visible: Tensor, length: int) -> Mask:
         """What row `row` of a layout [heads or 1, blocks, blocks] and a mask [b, capacity] show of `length` keys, by heads.
 
         `run` says if a sequence sees no key in any head, and computes nothing.
         """
-        known = self.mask(visible)
-        fits(layout.dtype == torch.bool and layout.ndim == 3 and layout.shape[0] in (1, heads) and layout.shape[1] == layout.shape[2]
-              and 0 <= row < layout.shape[1] and length <= min(known.width, layout.shape[2] * block))
-        count, blocks, _ = layout.shape
+        known, shape = self.mask(visible), layout.shape
+        fits(layout.dtype is torch.bool and len(shape) == 3)
+        count, blocks, _ = shape
+        fits(count in (1, heads) and shape[2] == blocks and 0 <= row < blocks and length <= min(known.width, blocks * block))
         y = self.room(-(-count * length // self.size)).at  # bytes, [b, heads, length] without a gap: room for all of them
         self.code += (LAYOUT, layout.data_ptr(), count, blocks, row, block, known.at, known.batch, y, self.rows, length)
         return Mask(y, count * length, length if count > 1 else 0, length)
@@ -288,10 +292,11 @@ class Steps:
         text: [b, h, t, d] twice, bool [b, t]; image: [b, h, w, d] twice, bool [b, w]. slots: int64, in [0, w], w being what is new.
         every: whether all these slots are there whatever the last mask says.
         """
-        fits(text[0].ndim == image[0].ndim == 4)
-        (b, h, t, d), w, picks = text[0].shape, image[0].shape[2], slots.shape[0]
-        fits(b == self.rows and text[1].shape == text[0].shape and text[2].shape == (b, t) and image[2].shape == (b, w)
-              and image[0].shape == image[1].shape == (b, h, w, d) and text[2].dtype == image[2].dtype == torch.bool
+        words, pixels = text[0].shape, image[0].shape
+        fits(len(words) == len(pixels) == 4)
+        (b, h, t, d), w, picks = words, pixels[2], slots.shape[0]
+        fits(b == self.rows and text[1].shape == words and text[2].shape == (b, t) and image[2].shape == (b, w)
+              and image[1].shape == pixels == (b, h, w, d) and text[2].dtype is image[2].dtype is torch.bool
               and q.width == new[0].width == new[1].width == h * d)
         parts = []
         for x, old in zip(new, image[:2]):
