@@ -39,8 +39,9 @@ def each(family, number, law, **options):
         except world.NotApplicable as reason:
             reasons.append(str(reason))
         except KernelUnavailable as reason:
-            # "gather" must look into a layout, which vmap hides; any other kernel serves under every transform.
-            if impl != "gather":
+            # "gather" must look into a layout, which vmap hides, and has no form for a cache; any other kernel serves under every
+            # transform. Linformer drops entries of a matrix that no kernel makes.
+            if impl != "gather" and (family.name, law) != ("linformer", LAWS["dropout_laws"]):
                 raise
             reasons.append(str(reason))
     if len(reasons) == len(able(family.name, number)):
@@ -74,7 +75,7 @@ def test_any_cuts_of_any_length_equal_one_pass(family, number):
     @SOME
     @given(st.integers(1, 19), st.lists(st.integers(0, 19), max_size=4))
     def check(length, cuts):
-        for impl in able(family.name, number):
+        for impl in sorted({*able(family.name, number)} - {"gather"}):  # which has no form for a cache
             laws_values.split_anywhere(family, family.examples[number], KEY, impl, cuts, length)
 
     try:

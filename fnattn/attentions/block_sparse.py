@@ -149,7 +149,7 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         mask: bool [b, n]; False keys are not there; a state remembers it.
         context: refused; rows and columns of the layout are positions of x.
         dropout_key: drops entries of the result if cfg.dropout > 0.
-        impl: passed to `ops.block_sparse_attention`; with a state to `ops.softmax_attention`.
+        impl: passed to `ops.block_sparse_attention`; with a state to `ops.cached_attention`.
     Returns:
         out [b, n, dim] in x's dtype, 0 where no key is visible; the state after x, or EMPTY.
     """
@@ -183,7 +183,7 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
                       _cache.noted(state.visible, mask, pos), pos + n)
         keep = state.visible if used is None else state.visible[:, :used + n]
         seen = visible(params.layout, positions, torch.arange(keep.shape[1], device=x.device), cfg.block_size)[None]
-        out = _cache.attend(q, state.k, state.v, pos, used, mask=seen & keep[:, None, None, :], impl=turn)
+        out = _cache.attend(q, state.k, state.v, pos, used, mask=seen & keep[:, None, None, :], impl=impl)
     else:
         out = ops.block_sparse_attention(q, k, v, params.layout, block=cfg.block_size, causal=cfg.causal, keep=keep, impl=impl)
     out = F.linear(merge_heads(taps.tap("heads", out)).to(x.dtype), params.to_out, params.to_out_bias)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of, refuse
+from ..ops._door import only_plain
 from ..ops.decayed_attention import decay, decayed_attention
 from . import _cache, _states, _step
 from ._cache import Rows
@@ -140,7 +141,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         state: from `init_state` or a former call: x continues that sequence, in a chunk of any length.
         mask, context: refused; the decay between two positions is that of all positions between them.
         dropout_key: accepted; this attention drops nothing.
-        impl: passed to `ops.softmax_attention`; the decaying scores are plain torch and take "auto" or "reference".
+        impl: passed to `ops.softmax_attention`; scores that decay, or that no softmax normalises, are plain torch and take "auto" or
+            "reference".
     Returns:
         out [b, n, dim] in x's dtype; the state after x, or EMPTY.
     """
@@ -158,7 +160,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     q, k, v = (split_heads(t, cfg.heads) for t in F.linear(x, params.to_qkv).chunk(3, -1))
     if cfg.rotary_emb:
         positions, freqs = _cache.positions(pos, n), ops.lang_freqs(cfg.dim_head, device=x.device)
-        q, k = ops.rotary(q, positions, freqs), ops.rotary(k, positions, freqs)
+        turn = impl if impl == "reference" else "auto"
+        q, k = ops.rotary(q, positions, freqs, impl=turn), ops.rotary(k, positions, freqs, impl=turn)
     q = q * cfg.dim_head ** -0.5
     log_sum = phase_sum = total = EMPTY
     if cfg.data_dependent_rel_pos and not cfg.ablate_state_transition:
@@ -188,9 +191,10 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
             known = None if used is None else used + n
             keys = tuple(EMPTY if isinstance(rows, Empty) else _cache.read(rows, after.pos, known) for rows in after[:4])
         if cfg.decays:
-            _only_reference(impl)
+            only_plain("gate_loop_full.apply", impl, "decaying scores are plain torch")
             out = decayed_attention(q, *keys[:2], log_sum, phase_sum, *keys[2:], offset=pos, softmax=cfg.softmax)
         else:
+            only_plain("gate_loop_full.apply", impl, "scores without softmax are plain torch")
             out = _unnormalised(q, *keys[:2], pos)
     out = taps.tap("heads", out).to(x.dtype)
     if cfg.add_swish_gating:
@@ -214,11 +218,6 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
         steps.multiply(heads, steps.linear(x, params.to_gates, act=steps.SILU))
     return (steps.linear(heads, params.to_out, params.to_out_bias, out=out),
             State(keys, values, EMPTY, EMPTY, EMPTY, state.pos + 1))
-
-
-def _only_reference(impl: str) -> None:
-    check(impl in ("auto", "reference"), 'gate_loop_full.apply: decaying scores are plain torch; got impl={!r}.', impl,
-          remedy='Use impl="auto" or impl="reference".')
 
 
 def _raw_gate(params: Params, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of
+from ..ops._door import only_plain
 from ..ops.softmax import weights
 from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
 
@@ -123,7 +124,7 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
             Masking the end of a sequence equals cutting it off.
         context: [b, keys, dim], keys <= cfg.seq_len, to attend to instead of x.
         dropout_key: drops entries of the attention matrix if cfg.dropout > 0.
-        impl: passed to `ops.softmax_attention`.
+        impl: passed to `ops.softmax_attention`; where entries are dropped, plain torch is all there is.
     Returns:
         out [b, n, dim] in x's dtype, 0 where no key is visible; EMPTY.
     """
@@ -146,6 +147,7 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
     if dropout_key is None or cfg.dropout == 0.0:
         out = ops.softmax_attention(q, k, v, impl=impl)
     else:
+        only_plain("linformer.apply", impl, "dropping entries of the attention matrix is plain torch: no kernel makes that matrix")
         out = _dropped_attention(q, k, v, dropout_key, cfg.dropout)
     out = F.linear(merge_heads(taps.tap("heads", out)), params.to_out, params.to_out_bias)
     if mask is not None:

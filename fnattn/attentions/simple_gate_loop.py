@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of, refuse
+from ..ops._door import only_plain
 from . import _states, _step
 from ._heads import layer_norm, linear, linear_init, ones_init, rms_norm
 
@@ -124,8 +125,7 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     q, kv, a = taps.tap("q", q), taps.tap("kv", kv), taps.tap("a", a)
     h0 = state.h if streaming else None
     if cfg.use_heinsen:
-        check(impl in ("auto", "reference"), "simple_gate_loop.apply: use_heinsen is plain torch; got impl={!r}.", impl,
-              remedy='Use impl="auto", or Config(use_heinsen=False, ...).')
+        only_plain("simple_gate_loop.apply", impl, "use_heinsen is plain torch; Config(use_heinsen=False, ...) has kernels")
         out, h = ops.heinsen_gate_loop(q, kv, a, h0, reverse=cfg.reverse)
     else:
         out, h = ops.simple_gate_loop(q, kv, a, h0, reverse=cfg.reverse, impl=impl)

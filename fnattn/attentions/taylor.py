@@ -160,7 +160,8 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         start = state.pos if streaming else torch.zeros((), dtype=torch.int64, device=x.device)
         positions = start + torch.arange(x.shape[1], device=x.device)
         freqs = ops.lang_freqs(cfg.dim_head, device=x.device)
-        q, k = ops.rotary(q, positions, freqs), ops.rotary(k, positions, freqs)
+        turn = impl if impl == "reference" else "auto"
+        q, k = ops.rotary(q, positions, freqs, impl=turn), ops.rotary(k, positions, freqs, impl=turn)
     q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
 
     out, sums = ops.taylor(q, k, v, keep=mask, sums=state.sums if streaming else None, causal=cfg.causal, impl=impl)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of, refuse
+from ..ops._door import only_plain
 from ..ops.taylor.reference import features
 from ._heads import linear_init, merge_heads, ones_init, rms_norm, split_heads, uniform_init
 
@@ -120,8 +121,7 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
            "Call apply(params, x) on the whole sequence, or use the family taylor with causal=True.", state=state)
     refuse("taylor_poly.apply", "Queries of the second pass are keys of the first and come from x.",
            "Use the family taylor with causal=False for cross attention.", context=context)
-    check(impl in ("auto", "reference"), "taylor_poly.apply: this family is plain torch; got impl={!r}.", impl,
-          remedy='Use impl="auto" or impl="reference".')
+    only_plain("taylor_poly.apply", impl, "this family is plain torch")
     q1, *gates = F.linear(rms_norm(x, params.norm, impl) if cfg.prenorm else x, params.to_q).split(cfg.heads * cfg.dim_head, -1)
     q2, *roots = F.linear(x, params.to_kv1).split(cfg.heads * cfg.dim_head, -1)
     q3, v = F.linear(x, params.to_kv2).chunk(2, -1)
@@ -129,7 +129,7 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
     q1, q2, q3 = (rms_norm(q, gamma, impl) for q, gamma in zip((q1, q2, q3), params.q_norms))
     if cfg.use_rotary_embed:
         positions, freqs = torch.arange(x.shape[1], device=x.device), ops.lang_freqs(cfg.dim_head, device=x.device)
-        q1, q2, q3 = (ops.rotary(q, positions, freqs) for q in (q1, q2, q3))
+        q1, q2, q3 = (ops.rotary(q, positions, freqs, impl=impl) for q in (q1, q2, q3))
     q1, q2, q3, v = taps.tap("q1", q1), taps.tap("q2", q2), taps.tap("q3", q3), taps.tap("v", v)
     out = taps.tap("heads", poly_attention(q1, q2, q3, v, mask, cfg.include_pass1_mass, cfg.eps))
     if cfg.multiply_root_value:

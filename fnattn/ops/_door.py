@@ -6,7 +6,7 @@ can serve the call and is worth it at this size (`fnattn_kernels.crossovers`, as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -17,6 +17,9 @@ from fnattn_kernels.native import build
 from torch import Tensor
 
 REFERENCE = "reference"
+# Every name that some operator has a kernel of: what is none of these is a mistake in the name, not a missing kernel.
+NAMES = ("native", "triton", "flex", "fast_transformers", "colt5", "deepspeed", "sdpa", "gather", "bands", "associative_scan",
+         "rotary_embedding_torch")
 _NOTHING = nullcontext()
 
 
@@ -45,8 +48,8 @@ def choose(operator: str, impl: str, kernels: Sequence[Kernel], *args) -> Kernel
     """The kernel that serves this call; None means the reference.
 
     Raises:
-        ValueError: impl is not a name that this operator knows.
-        KernelUnavailable: the named kernel cannot serve the call.
+        ValueError: no operator has a kernel of this name.
+        KernelUnavailable: the named kernel cannot serve the call, or this operator has none of this name.
     """
     if impl == REFERENCE:
         return None
@@ -60,11 +63,29 @@ def choose(operator: str, impl: str, kernels: Sequence[Kernel], *args) -> Kernel
             reason = kernel.why_not(*args)
             if reason is None:
                 return kernel
-            raise KernelUnavailable(f"{operator}: impl={impl!r} cannot serve this call.\n  {impl}: {reason}\n"
-                                    f'  Use impl="auto" to let the library choose, or impl="reference" for plain torch.')
-    known = ", ".join(repr(name) for name in ("auto", REFERENCE, *(k.name for k in kernels)))
-    raise ValueError(f"{operator}: impl must be one of {known}; got {impl!r}.\n"
-                     f'  Use impl="auto" to let the library choose.')
+            raise _unavailable(operator, impl, reason)
+    names = [repr(kernel.name) for kernel in kernels]
+    _known(operator, impl, names)
+    raise _unavailable(operator, impl, f"{operator} has no such kernel, only {', '.join(names)}")
+
+
+def only_plain(who: str, impl: str, reason: str) -> None:
+    """Raises as `choose` does unless impl is "auto" or "reference", for what no kernel can do; the reason says what that is."""
+    if impl not in ("auto", REFERENCE):
+        _known(who, impl, map(repr, NAMES))
+        raise _unavailable(who, impl, reason)
+
+
+def _known(who: str, impl: str, names: Iterable[str]) -> None:
+    if impl not in NAMES:
+        known = ", ".join(("'auto'", repr(REFERENCE), *names))
+        raise ValueError(f"{who}: impl must be one of {known}; got {impl!r}.\n"
+                         f'  Use impl="auto" to let the library choose.')
+
+
+def _unavailable(who: str, impl: str, reason: str) -> KernelUnavailable:
+    return KernelUnavailable(f"{who}: impl={impl!r} cannot serve this call.\n  {impl}: {reason}\n"
+                             f'  Use impl="auto" to let the library choose, or impl="reference" for plain torch.')
 
 
 def native_reason(source: str, *tensors: Tensor | None) -> str | None:
