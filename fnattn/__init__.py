@@ -1,5 +1,9 @@
 """fnattn: attention as pure functions. Every derivative right in every mode, or an error that says why not."""
 
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from ._kernels_path import provide_kernels
 
 provide_kernels()  # before anything that imports fnattn_kernels
@@ -22,3 +26,28 @@ from .core import Family as Family
 from .core import KernelUnavailable as KernelUnavailable
 
 __version__ = "0.1.0"
+
+if _TYPE_CHECKING:
+    from . import bench as bench
+    from . import checkpoint as checkpoint
+    from . import cli as cli
+    from . import convert as convert
+    from . import data as data
+    from . import ensemble as ensemble
+    from . import inspect as inspect
+    from . import models as models
+    from . import optim as optim
+    from . import testing as testing
+
+# Imported when they are first asked for: computing an attention needs none of them.
+_LATER = ("bench", "checkpoint", "cli", "convert", "data", "ensemble", "inspect", "models", "optim", "testing")
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LATER:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -68,6 +68,26 @@ print((time.process_time() - b) / (b - a))"""))
     assert ratio < 1
 
 
+def test_every_part_is_there_after_a_bare_import_and_none_before_it_is_asked_for():
+    fresh("""
+import pkgutil, sys
+import fnattn
+parts = ["convert", "models", "optim", "ensemble", "testing"]
+assert not [p for p in parts if f"fnattn.{p}" in sys.modules]
+assert {*parts, "ops", "init"} <= set(dir(fnattn))
+assert callable(fnattn.models.lm.apply) and "fnattn.models.vit" not in sys.modules and "vit" in dir(fnattn.models)
+assert callable(fnattn.convert.load)
+for package in (fnattn, fnattn.models):
+    for name in [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]:
+        assert getattr(package, name) is sys.modules[f"{package.__name__}.{name}"], name
+    assert not hasattr(package, "nothing")
+try:
+    fnattn.nothing
+except AttributeError as error:
+    assert str(error) == "module 'fnattn' has no attribute 'nothing'"
+""")
+
+
 @pytest.mark.parametrize("switch", ["0", "1"])
 def test_the_first_call_of_a_process_may_be_a_compiled_one(switch, tmp_path):
     """Every operator exists before a tracer meets it, with the native kernels not built yet and without them."""
