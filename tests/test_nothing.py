@@ -83,3 +83,30 @@ def test_every_parameter_and_an_empty_input_have_derivatives(name, which, b, n):
     if name not in BY_EINSUM and (name, which, n) != ("coor_descent", 1, 0):
         hessian = torch.func.hessian(lambda x: fnattn.apply(params, x)[0].square().sum())(x.detach())
         assert hessian.shape == 2 * x.shape
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["no key", "all keys hidden"])
+@pytest.mark.parametrize("name, which", [(name, i) for name, i in CONFIGS if FAMILIES[name].contexts])
+def test_a_context_without_a_key_to_attend_to_gives_zeros_without_slope(name, which, hidden):
+    cfg = FAMILIES[name].examples[which]
+    params = fnattn.init(random.key(0), cfg, dtype=torch.float64)
+    x, context = random.normal(random.key(1), (2, 2, 3, cfg.dim), torch.float64)
+    given = {"mask": torch.zeros(2, 3, dtype=torch.bool)} if hidden else {}
+
+    def call(params, x, context):
+        out, _ = fnattn.apply(params, x, context=context, **given)
+        return out
+
+    context = context if hidden else context[:, :0]
+    if getattr(cfg, "causal", False):
+        with pytest.raises(ValueError, match="cannot take context"):
+            call(params, x, context)
+        return
+    out = call(params, x, context)
+    assert out.shape[:2] == x.shape[:2] and not out.any()
+    slopes = tree.grad(lambda *args: (call(*args) + 0.3).sin().sum(), (0, 1, 2))(params, x, context)
+    assert not any(slope.any() for slope in tree.leaves(slopes))
+    moved = torch.func.jvp(lambda x: call(params, x, context), (x,), (torch.ones_like(x),))[1]
+    assert not moved.any()
+    if not hidden:
+        assert not torch.vmap(lambda x: call(params, x[None], context[:1]))(x).any()

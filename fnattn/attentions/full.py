@@ -161,6 +161,8 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
             return done
     used, n = _check(params, x, state, mask, context, angles), x.shape[1]
     pos = state.pos if isinstance(state, State) else torch.zeros((), dtype=torch.int64, device=x.device)
+    if mask is None and context is not None and context.shape[1] == 0:  # no key at all: as if all were hidden
+        mask = torch.zeros_like(context[..., 0], dtype=torch.bool)
 
     turn = impl if impl == "reference" else "auto"
     q, k, v = _project(params, x, context, impl)

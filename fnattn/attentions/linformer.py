@@ -136,6 +136,8 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
     check(given.shape[1] <= cfg.seq_len, "linformer.apply: {} must have at most cfg.seq_len={} positions; got {}.",
           "x" if context is None else "context", cfg.seq_len, given.shape[1],
           remedy="Shorten it, or train with a larger seq_len.")
+    if mask is None and given.shape[1] == 0:  # no key at all: as if all were hidden
+        mask = torch.zeros_like(given[..., 0], dtype=torch.bool)
     if mask is not None:
         given = torch.where(mask[..., None], given, torch.zeros_like(given))
 
