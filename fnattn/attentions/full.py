@@ -21,6 +21,7 @@ from ._cache import Rows
 from ._heads import dropout, linear, linear_init, merge_heads, split_heads, uniform_init
 
 # b batch, h query heads, g key heads, n positions, m keys, d width of a head
+WORD = 62  # entries of a static mask in one integer of a compiled program
 
 
 @config
@@ -241,11 +242,20 @@ def _allowed(cfg: Config, visible: Tensor | None, mask: Tensor | None, pos: Tens
 
 def _static(rows: tuple[str, ...]) -> Tensor:
     """The static mask as a bool tensor [seq_len, seq_len]."""
+    if torch.compiler.is_dynamo_compiling():  # which reads no buffers; a million bools would be a long program
+        words = torch.tensor(_words(rows)).unflatten(0, (len(rows), -1))
+        return (words.unsqueeze(-1) >> torch.arange(WORD) & 1).flatten(1)[:, :len(rows)] == 1
     return torch.frombuffer(bytearray("".join(rows), "ascii"), dtype=torch.uint8).view(len(rows), -1) == ord("1")
 
 
-# A constant to tracers (the decorator of torch.compiler that says so would import the compiler).
-_static._dynamo_marked_constant = True
+def _words(rows: tuple[str, ...]) -> list[int]:
+    """The static mask row by row, WORD entries in one number, the first in its lowest bit."""
+    return [int(row[i:i + WORD][::-1], 2) for row in rows for i in range(0, len(row), WORD)]
+
+
+# A constant to tracers (the decorator of torch.compiler that says so would import the compiler). A tensor would not do: all those
+# of one function have one name in a program, which then may hold a single one.
+_words._dynamo_marked_constant = True
 
 
 def _check(params: Params, x: Tensor, state: State | Empty, mask: Tensor | None, context: Tensor | None,
