@@ -191,7 +191,8 @@ def apply(params: Params, ids: Tensor, state: stack.State | Empty = EMPTY, *, ma
         x = x / x.amax(-1, keepdim=True).detach()
     scores = F.linear(norm(params.norm, x), params.to_logits, params.to_logits_bias)
     is_text = torch.arange(scores.shape[-1], device=ids.device) < cfg.text_vocabulary
-    possible = is_text == (at < cfg.text_seq_len)[:, None]
+    # Not `is_text == ...`: torch's inductor cannot compare two bools that are made of nothing but positions.
+    possible = torch.where((at < cfg.text_seq_len)[:, None], is_text, ~is_text)
     return scores.masked_fill(~possible, -torch.finfo(scores.dtype).max), state
 
 
@@ -204,10 +205,11 @@ def _embed(params: Params, ids: Tensor, at: Tensor) -> Tensor:
                         F.embedding((ids - words).clamp(min=0), params.image_emb))
     if cfg.rotary_emb:
         return x
-    cell = (at - cfg.text_seq_len - 1).clamp(min=0)
+    in_text = at <= cfg.text_seq_len
+    cell = torch.where(in_text, 0, at - cfg.text_seq_len - 1)  # not clamp: torch's inductor cannot divide what comes of it
     picture = F.embedding(cell // cfg.image_fmap_size, params.row_positions) + \
         F.embedding(cell % cfg.image_fmap_size, params.column_positions)
-    return x + torch.where((at <= cfg.text_seq_len)[:, None],
+    return x + torch.where(in_text[:, None],
                            F.embedding(at.clamp(max=cfg.text_seq_len), params.text_positions), picture)
 
 

@@ -56,10 +56,14 @@ def reversible(blocks: Sequence[tuple[Callable, Callable]], params: Sequence[tup
     for one: take gradients with fnattn.tree.grad or torch.func.vjp to save the memory. Under torch.compile it is
     `plain`: the compiler decides there. So it is while taps are harvested or planted.
     """
-    halves, tensors = _flatten(blocks, params, shared)
+    blocks, params = list(blocks), list(params)
+    _check_pairs(blocks, params)
     check(merge in MERGES, "models.reversible: merge must be 'sum' or 'mean'; got {!r}.", merge,
           remedy="Linformer adds the streams, DALLE takes their mean.")
-    if not halves or torch.compiler.is_compiling() or taps.in_use():
+    if torch.compiler.is_compiling():  # what is captured has its gradient in `plain`, and a compiler does not show it
+        return plain(blocks, params, x, *shared, merge=merge)
+    halves, tensors = _flatten(blocks, params, shared)
+    if not halves or taps.in_use():
         return plain(blocks, params, x, *shared, merge=merge)
     return _merged(*_Reversible.apply(_Stack(tuple(halves), x.dtype), _wide(x), *tensors), merge, x.dtype)
 
@@ -99,30 +103,31 @@ class _Stack(NamedTuple):
     dtype: torch.dtype
 
 
-def _flatten(blocks: Sequence, params: Sequence, shared: tuple) -> tuple[list[_Half], list[Tensor]]:
-    """The halves, and every tensor that they need, each once."""
-    blocks, params = list(blocks), list(params)
+def _check_pairs(blocks: Sequence, params: Sequence) -> None:
     check(len(blocks) == len(params), "models.reversible: expected one pair of params for each block; got {} for {} "
           "blocks.", len(params), len(blocks),
           remedy="Pass params=[(f_params, g_params), ...], EMPTY where a half needs none.")
-    tensors: list[Tensor] = []
-    place_of: dict[int, int] = {}
-    halves = []
     for pair, pair_params in zip(blocks, params):
         check(len(pair) == 2 and len(pair_params) == 2, "models.reversible: each block is a pair (f, g), with a pair "
               "of params; got {} and {}.", len(pair), len(pair_params),
               remedy="Pass blocks=[(f, g), ...], params=[(f_params, g_params), ...].")
+
+
+def _flatten(blocks: Sequence, params: Sequence, shared: tuple) -> tuple[list[_Half], list[Tensor]]:
+    """The halves, and every tensor that they need, each once."""
+    tensors: list[Tensor] = []
+    place_of: dict[int, int] = {}
+    halves = []
+    for pair, pair_params in zip(blocks, params):
         for fn, fn_params in zip(pair, pair_params):
             _check_closure(fn)
             items, form = tree.flatten((fn_params, *shared))
             at = [i for i, item in enumerate(items) if isinstance(item, Tensor)]
-            # While torch compiles, a tensor's id cannot always be asked for; a shared one is then given twice, which costs little.
-            ids = range(len(tensors), len(tensors) + len(at)) if torch.compiler.is_compiling() else [id(items[i]) for i in at]
-            for i, name in zip(at, ids):
-                if name not in place_of:
-                    place_of[name] = len(tensors)
+            for i in at:
+                if id(items[i]) not in place_of:
+                    place_of[id(items[i])] = len(tensors)
                     tensors.append(items[i])
-            places = tuple(place_of[name] for name in ids)
+            places = tuple(place_of[id(items[i])] for i in at)
             others = [None if isinstance(item, Tensor) else item for item in items]
             halves.append(_Half(functools.partial(_call, fn, form, others, at), places))
     return halves, tensors
