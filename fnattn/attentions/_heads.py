@@ -90,13 +90,3 @@ def dropout(dropout_key: Tensor | None, name: str, x: Tensor, p: float) -> Tenso
         return x * 0.0
     kept = random.bernoulli(random.fold_in(dropout_key, name), 1.0 - p, tuple(x.shape))
     return torch.where(kept, x / (1.0 - p), torch.zeros_like(x))
-
-
-def channel_first(apply, params, x: Tensor, **options) -> Tensor:
-    """apply on images or video: x [b, c, *spatial] becomes a sequence of its points, and goes back.
-
-    For example `channel_first(taylor.apply, params, images)`. Returns [b, c', *spatial].
-    """
-    spatial = x.shape[2:]
-    out, _ = apply(params, x.flatten(2).mT, **options)
-    return out.mT.unflatten(2, spatial)

@@ -177,6 +177,41 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     return out, State(sums, last, state.pos + x.shape[1])
 
 
+def channel_first(params: Params, x: Tensor, *, mask: Tensor | None = None, dropout_key: Tensor | None = None,
+                  impl: str = "auto") -> Tensor:
+    """`apply` on images or video, whose channels come first: every point attends to all points.
+
+        out[b, :, p] = apply(params, the points x[b, :, q] as a sequence)[b, p]
+
+    Time and memory grow linearly with the number of points. With cfg.causal a point sees those before it, row by row.
+
+    Args:
+        params: from `init`.
+        x: [b, dim, *spatial], for example [b, dim, height, width]; any number of spatial axes, at least one.
+        mask: bool [b, *spatial]; False points are not there as keys.
+        dropout_key: drops entries of the result if cfg.dropout > 0.
+        impl: passed to `ops.taylor`.
+    Returns:
+        [b, dim, *spatial] ([b, heads * dim_head, *spatial] without combine_heads) in x's dtype, summed in float32 or wider.
+    Raises:
+        ValueError: shapes. TypeError: x not floating, mask not bool. KernelUnavailable: the named kernel cannot serve the call.
+
+    Differentiable any number of times in both modes; batches under vmap without a loop; compiles and exports.
+
+    Source: ChannelFirstTaylorSeriesLinearAttn of taylor-series-linear-attention 0.2.0; its `attn` holds our params.
+    """
+    dim = params.cfg.dim
+    check(isinstance(x, Tensor), "taylor.channel_first: x must be a tensor; got {}.", type(x).__name__,
+          remedy="Convert it: torch.as_tensor(x).", error=TypeError)
+    check(x.ndim >= 3 and x.shape[1] == dim, "taylor.channel_first: x must be [batch, {}, *spatial] (cfg.dim={}); got {}.", dim, dim,
+          list(x.shape), remedy="Channels come before the spatial axes: x.movedim(-1, 1). For sequences [batch, seq, dim] use apply.")
+    spatial = x.shape[2:]
+    check(mask is None or mask.shape == (x.shape[0], *spatial), "taylor.channel_first: mask must be [batch, *spatial] = {}; got {}.",
+          [x.shape[0], *spatial], None if mask is None else list(mask.shape), remedy="Give one bool for each point.")
+    out, _ = apply(params, x.flatten(2).mT, mask=None if mask is None else mask.flatten(1), dropout_key=dropout_key, impl=impl)
+    return out.mT.unflatten(2, spatial)
+
+
 def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _step.Row | None = None) -> tuple[_step.Row, State]:
     """What `apply` does for one position of few sequences, as instructions."""
     cfg = params.cfg

@@ -1,4 +1,4 @@
-"""The Taylor vision transformer and the channel-first form of an attention against upstream."""
+"""The Taylor vision transformer against upstream."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from conftest import assert_close
 from upstream import upstream
 
 from fnattn import convert, random, tree
-from fnattn.attentions import taylor
-from fnattn.attentions._heads import channel_first
 from fnattn.models import vit
 
 CFG = vit.Config(image_size=12, patch_size=4, num_classes=5, dim=16, depth=2, heads=3, dim_head=4, channels=2)
@@ -31,18 +29,6 @@ def test_it_equals_upstream_in_value_and_gradient():
     for name, p in module.named_parameters():
         assert_close(grads[name], p.grad, torch.float32)
         assert p.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("spatial", [(5, 7), (3, 5, 2)])
-def test_channel_first_equals_upstream_on_images_and_video(spatial):
-    cls = upstream("taylor_series_linear_attention").ChannelFirstTaylorSeriesLinearAttn
-    cfg = taylor.Config(dim=6, heads=2, dim_head=3)
-    module = cls(dim=6, heads=2, dim_head=3).double()
-    params = convert.load(cfg, {k.removeprefix("attn."): v for k, v in module.state_dict().items()})
-    x = random.normal(random.key(1), (2, 6, *spatial), torch.float64)
-    with torch.no_grad():
-        theirs = module(x)
-    assert_close(channel_first(taylor.apply, params, x), theirs)
 
 
 def test_it_learns_to_tell_rows_from_columns():
