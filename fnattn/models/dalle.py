@@ -27,6 +27,7 @@ from ..core import EMPTY, Empty, check, check_ids, check_init, check_sizes, conf
 from . import dalle_transformer as stack
 from .block import LayerNorm, norm, norm_init
 from .dalle_transformer import Config as Stack
+from .generate import guide
 
 # b batch, t text_seq_len, m image tokens given, s image_fmap_size, v total vocabulary
 
@@ -256,7 +257,7 @@ def generate_images(params: Params, text: Tensor, key: Tensor, *, filter_thres: 
         filter_thres: the share of the vocabulary that is never drawn: the max(int((1 - filter_thres) v), 1) best remain.
         temperature: of the draw; 0 takes the best token.
         image: int64 [b, m] tokens that the picture begins with.
-        cond_scale: guidance: null + (conditional - null) * cond_scale; 1 for none. Two states are kept.
+        cond_scale: guidance, see `generate.guide`: null + (conditional - null) * cond_scale; 1 for none. Two states are kept.
         on_token: on_token(count, total), called after each token, for a progress bar.
     Returns:
         int64 [b, image_seq_len].
@@ -277,7 +278,7 @@ def generate_images(params: Params, text: Tensor, key: Tensor, *, filter_thres: 
     start = 0 if image is None else image.shape[1]
     for i in range(start, cfg.image_seq_len):
         scores = [logits[:, -1, cfg.text_vocabulary:] for logits, _ in branches]
-        scores = scores[0] if len(scores) == 1 else scores[1] + (scores[0] - scores[1]) * cond_scale
+        scores = scores[0] if len(scores) == 1 else guide(*scores, cond_scale)
         token = _draw(random.fold_in(key, i), scores, cfg, filter_thres, temperature)
         drawn.append(token[:, None])
         if on_token is not None:
