@@ -8,10 +8,10 @@ import pytest
 import torch
 from fnattn_kernels.contracts import KernelUnavailable
 
-from fnattn import attentions, random
+from fnattn import attentions, ops, random
 from fnattn.attentions import full, gate_loop_full, linformer, simple_gate_loop, sparse_axial, taylor
 from fnattn.core import EMPTY
-from fnattn.models import dalle, linformer_lm, lm, vit
+from fnattn.models import dalle, feedforward_coor_descent, linformer_lm, lm, vit
 from fnattn.ops import _door
 from fnattn.testing.cases import CASES, kernels, modules
 
@@ -156,6 +156,24 @@ def test_models_pass_the_name_on(name):
     MODELS[name]("reference")
     with pytest.raises(ValueError, match=TYPO):
         MODELS[name]("no_such_kernel")
+
+
+PLAIN = {
+    "routing where all are chosen": lambda impl: ops.route(torch.zeros(1, 3, 5), torch.zeros(1, 5), num_tokens=3, impl=impl),
+    "top k without a gradient": lambda impl: ops.topk(torch.arange(5.0), 2, non_differentiable=True, impl=impl),
+    "a feed-forward with a GELU": lambda impl: feedforward_coor_descent.apply(
+        feedforward_coor_descent.init(KEY, feedforward_coor_descent.Config(dim=3)), torch.zeros(1, 3, 3), impl=impl),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_where_there_is_nothing_for_a_kernel_to_do_a_name_is_refused(name):
+    for impl in ("auto", "reference"):
+        PLAIN[name](impl)
+    with pytest.raises(ValueError, match=TYPO):
+        PLAIN[name]("no_such_kernel")
+    with pytest.raises(KernelUnavailable, match="impl='native' cannot serve this call"):
+        PLAIN[name]("native")
 
 
 def test_the_reason_names_what_is_plain_torch():

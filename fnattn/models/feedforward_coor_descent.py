@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .. import ops, taps
 from ..attentions._heads import layer_norm, linear_init, ones_init, uniform_init
 from ..core import check, check_input, config
+from ..ops._door import only_plain
 
 # b batch, n positions, hidden = int(dim * mult)
 
@@ -110,10 +111,14 @@ def init(params_key: Tensor, cfg: Config, *, dtype: torch.dtype = torch.float32,
 def apply(params: Params, x: Tensor, *, impl: str = "auto") -> Tensor:
     """[b, n, dim] -> [b, n, dim], each position by itself. There is no residual inside.
 
-    impl is passed to `ops.coor_descent`.
+    impl is passed to `ops.coor_descent`; without use_coor_descent all is plain torch.
     """
     cfg = params.cfg
     check_input("feedforward_coor_descent.apply", x, cfg.dim)
     hidden = F.linear(layer_norm(x, params.norm, params.norm_bias), params.w_in, params.b_in)
-    hidden = activate(cfg.activation, hidden, impl) if cfg.use_coor_descent else F.gelu(hidden)
+    if cfg.use_coor_descent:
+        hidden = activate(cfg.activation, hidden, impl)
+    else:
+        only_plain("feedforward_coor_descent.apply", impl, "without use_coor_descent there is a GELU, in plain torch")
+        hidden = F.gelu(hidden)
     return F.linear(taps.tap("hidden", hidden), params.w_out, params.b_out)

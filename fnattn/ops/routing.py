@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import random
+from ._door import only_plain
 from .coor_descent import coor_descent
 
 # b batch, n positions, r routes (routing tokens), t chosen positions
@@ -68,7 +69,7 @@ def topk(x: Tensor, k: int, *, coor_descent_k_ratio: float = 9 / 8, n_iters: int
     Returns:
         TopK, each leaf [..., k].
     Raises:
-        ValueError: k or the ratio out of range.
+        ValueError: k or the ratio out of range. KernelUnavailable: the named kernel cannot serve the call.
 
     Differentiable where no two entries are equal, in every mode, as the straight-through estimate says.
     """
@@ -78,6 +79,7 @@ def topk(x: Tensor, k: int, *, coor_descent_k_ratio: float = 9 / 8, n_iters: int
     _check_ratio("topk", "coor_descent_k_ratio", coor_descent_k_ratio)
     indices = _pick(x, mask, k)
     if non_differentiable:
+        only_plain("topk", impl, "non_differentiable=True takes the largest without coordinate descent, in plain torch")
         y = torch.ones_like(x) if mask is None else mask.expand_as(x).to(x.dtype)
     else:
         y = coor_descent(x, min(k * coor_descent_k_ratio, n), eps=eps, eps_init=eps_init, eps_decay=eps_decay, n_iters=n_iters,
@@ -116,7 +118,7 @@ def route(x: Tensor, routing_tokens: Tensor, *, num_tokens: int, straight_throug
     Returns:
         Routed.
     Raises:
-        ValueError: shapes or options that cannot be.
+        ValueError: shapes or options that cannot be. KernelUnavailable: the named kernel cannot serve the call.
     """
     _check_route(x, routing_tokens, num_tokens, fetch_k_ratio, route_block_size, mask)
     b, n, _ = x.shape
@@ -124,6 +126,7 @@ def route(x: Tensor, routing_tokens: Tensor, *, num_tokens: int, straight_throug
     there = x.new_ones((), dtype=torch.bool).expand(b, n) if mask is None else mask
     drop_axis = tokens.shape[1] == 1 and not keep_one_route_dim
     if n <= num_tokens:
+        only_plain("route", impl, f"all of {n} positions are chosen, without coordinate descent")
         indices = torch.arange(n, device=x.device).expand(b, tokens.shape[1], n)
         return _routed(x, there, indices, x.new_ones(()).expand(b, tokens.shape[1], n), drop_axis)
 
