@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import tree
 
-__all__ = ["EMPTY", "ApplyFn", "DerivativeUnsupported", "Empty", "Family", "InitFn", "KernelUnavailable", "check", "check_ids",
-           "check_init", "check_input", "check_int", "check_sizes", "config", "config_of", "kind_of", "peek", "peek_int", "refuse"]
+__all__ = ["EMPTY", "ApplyFn", "DerivativeUnsupported", "Empty", "Family", "InitFn", "KernelUnavailable", "check",
+           "check_floating", "check_ids", "check_init", "check_input", "check_int", "check_sizes", "config", "config_of",
+           "kind_of", "peek", "peek_int", "refuse"]
 
 
 class Empty(NamedTuple):
@@ -145,7 +146,7 @@ def check_input(who: str, x: Tensor, dim: int, *, like: Tensor | None = None, **
         raise TypeError(f"{who}: x must be a tensor; got {kind_of(x)}.\n  Convert it: torch.as_tensor(x).")
     check(x.ndim == 3 and x.shape[-1] == dim, "{}: x must be [batch, seq, {}] (cfg.dim={}); got {}.", who, dim, dim, list(x.shape),
           remedy="A single sequence needs a batch axis: x[None]." if x.ndim == 2 else "Give x a last axis of cfg.dim.")
-    _check_floating(who, "x", x, like, "Embed tokens first, or cast: x.float().")
+    check_floating(who, "x", x, like, "Embed tokens first, or cast: x.float().")
     context = others.get("context")
     if context is not None:
         if not isinstance(context, Tensor):
@@ -153,7 +154,7 @@ def check_input(who: str, x: Tensor, dim: int, *, like: Tensor | None = None, **
         check(context.ndim == 3 and context.shape[-1] == dim and context.shape[0] == x.shape[0],
               "{}: context must be [{}, keys, {}] (batch of x, cfg.dim); got {}.", who, x.shape[0], dim, list(context.shape),
               remedy="Project the context to cfg.dim first.")
-        _check_floating(who, "context", context, like, "Embed tokens first, or cast: context.float().")
+        check_floating(who, "context", context, like, "Embed tokens first, or cast: context.float().")
     mask = others.get("mask")
     if mask is not None:
         keys = x.shape[1] if context is None else context.shape[1]
@@ -163,7 +164,8 @@ def check_input(who: str, x: Tensor, dim: int, *, like: Tensor | None = None, **
               remedy="Give one bool for each position of this call; a state remembers the earlier ones.")
 
 
-def _check_floating(who: str, name: str, t: Tensor, like: Tensor | None, remedy: str) -> None:
+def check_floating(who: str, name: str, t: Tensor, like: Tensor | None, remedy: str) -> None:
+    """t must be floating, and in the dtype of the weight `like`, or one that autocast brings it to."""
     if not t.is_floating_point():
         raise TypeError(f"{who}: {name} must be floating point; got {t.dtype}.\n  {remedy}")
     if like is None or t.dtype == like.dtype:

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from .. import random
 from ..attentions._heads import linear_init, uniform_init
-from ..core import check, config
+from ..core import check, check_ids, config
 from . import dalle_transformer as stack
+from ._images import check_images
 
 # b batch, t text tokens, p patches
 
@@ -104,11 +105,10 @@ def latents(params: Params, text: Tensor, images: Tensor, *, text_mask: Tensor |
             impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Unit vectors [b, dim_latent] of texts int64 [b, t] and pictures [b, c, size, size]; text_mask bool [b, t]."""
     cfg, size = params.cfg, params.cfg.visual_patch_size
-    want = [cfg.channels, cfg.visual_image_size, cfg.visual_image_size]
-    check(images.ndim == 4 and list(images.shape[1:]) == want, "clip: images must be [batch, {}, {}, {}]; got {}.", *want,
-          list(images.shape), remedy="Resize the pictures, or build the Config with their size.")
-    check(text.ndim == 2 and text.shape[1] <= cfg.text_seq_len, "clip: text must be [batch, at most {}]; got {}.", cfg.text_seq_len,
-          list(text.shape), remedy="Cut the text.")
+    check_images("clip", images, cfg.channels, cfg.visual_image_size, params.to_visual)
+    check_ids("clip", text, params.text_emb.shape[0], name="text", mask=text_mask)
+    check(text.shape[1] <= cfg.text_seq_len, "clip: text must be [batch, at most {}]; got {}.", cfg.text_seq_len, list(text.shape),
+          remedy="Cut the text.")
     words = F.embedding(text, params.text_emb) + params.text_positions[:text.shape[1]]
     words, _ = stack.apply(params.text_transformer, words, mask=text_mask, impl=impl)
     if text_mask is None:

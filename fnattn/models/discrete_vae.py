@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from .. import random
 from ..attentions._heads import uniform_init
-from ..core import check, config
+from ..core import check, check_ids, config
+from ._images import check_images
 
 # b batch, c channels, n num_tokens, d codebook_dim
 
@@ -124,9 +125,7 @@ def normalise(cfg: Config, images: Tensor) -> Tensor:
 def encode(params: Params, images: Tensor) -> Tensor:
     """Token scores [b, n, side, side] of pictures [b, c, image_size, image_size]."""
     cfg = params.cfg
-    check(images.ndim == 4 and list(images.shape[1:]) == [cfg.channels, cfg.image_size, cfg.image_size],
-          "discrete_vae: images must be [batch, {}, {}, {}]; got {}.", cfg.channels, cfg.image_size, cfg.image_size, list(images.shape),
-          remedy="Resize the pictures, or build the Config with their size.")
+    check_images("discrete_vae.encode", images, cfg.channels, cfg.image_size, params.codebook)
     x = normalise(cfg, images)
     for down in params.encoder[:cfg.num_layers]:
         x = F.relu(F.conv2d(x, *down, stride=2, padding=1))
@@ -143,7 +142,8 @@ def codebook_indices(params: Params, images: Tensor) -> Tensor:
 def decode(params: Params, tokens: Tensor) -> Tensor:
     """Pictures [b, c, image_size, image_size] of tokens int64 [b, side^2]; normalised, as the decoder gives them."""
     side = params.cfg.image_fmap_size
-    check(tokens.ndim == 2 and tokens.shape[1] == side * side, "discrete_vae.decode: tokens must be [batch, {}]; got {}.", side * side,
+    check_ids("discrete_vae.decode", tokens, params.codebook.shape[0], name="tokens")
+    check(tokens.shape[1] == side * side, "discrete_vae.decode: tokens must be [batch, {}]; got {}.", side * side,
           list(tokens.shape), remedy="Flatten the tokens row by row.")
     return _decode(params, F.embedding(tokens, params.codebook).mT.unflatten(2, (side, side)))
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .. import random, taps
 from ..attentions import linformer
 from ..attentions._heads import dropout, linear_init, uniform_init
-from ..core import EMPTY, Empty, check, check_input, config
+from ..core import EMPTY, Empty, check, check_ids, check_input, config
 from .block import FeedForward, LayerNorm, norm, norm_init
 from .reversible import reversible
 
@@ -145,9 +145,10 @@ def apply(params: Params, ids: Tensor, state: Empty = EMPTY, *, mask: Tensor | N
     cfg = params.cfg
     check(cfg.num_tokens > 0, "linformer_lm.apply: the config has no vocabulary; got num_tokens=0.",
           remedy="Call encode on vectors.")
-    check(ids.ndim == 2 and not ids.is_floating_point(),
-          "linformer_lm.apply: ids must be integers [batch, seq]; got {} {}.", ids.dtype, list(ids.shape),
+    check(not isinstance(ids, Tensor) or ids.ndim == 2 and not ids.is_floating_point(),
+          "linformer_lm.apply: ids must be integers [batch, seq]; got {} {}.", getattr(ids, "dtype", ""), list(getattr(ids, "shape", ())),
           remedy="Call encode on vectors.")
+    check_ids("linformer_lm.apply", ids, cfg.num_tokens, mask=mask)
     _check_stack("linformer_lm.apply", cfg, ids.shape[1], state)
     x = F.embedding(ids, params.token_emb) + params.pos_emb[:ids.shape[1]]
     x = encode(params, x, mask=mask, dropout_key=dropout_key, impl=impl)
@@ -158,7 +159,7 @@ def encode(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | No
            dropout_key: Tensor | None = None, impl: str = "auto") -> Tensor:
     """The stack of layers on vectors: [b, n, dim] -> [b, n, dim]. Arguments as in `apply`."""
     cfg = params.cfg
-    check_input("linformer_lm.encode", x, cfg.dim, mask=mask)
+    check_input("linformer_lm.encode", x, cfg.dim, like=params.layers[0].attn_norm[0], mask=mask)
     _check_stack("linformer_lm.encode", cfg, x.shape[1], state)
 
     def attn(layer_params, x, mask):

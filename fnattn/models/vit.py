@@ -17,6 +17,7 @@ from .. import random, taps
 from ..attentions import taylor
 from ..attentions._heads import dropout, layer_norm, linear_init, uniform_init
 from ..core import check, config
+from ._images import check_images
 from .block import LayerNorm, norm_init
 
 # b batch, c channels, n patches = side^2, p patch_size
@@ -135,9 +136,7 @@ def _ff_init(key: Tensor, cfg: Config, **kind) -> ConvFeedForward:
 def apply(params: Params, images: Tensor, *, dropout_key: Tensor | None = None, impl: str = "auto") -> Tensor:
     """Class scores [b, num_classes] of images [b, channels, image_size, image_size]."""
     cfg = params.cfg
-    want = [cfg.channels, cfg.image_size, cfg.image_size]
-    check(images.ndim == 4 and list(images.shape[1:]) == want, "vit.apply: images must be [batch, {}, {}, {}]; got {}.", *want,
-          list(images.shape), remedy="Resize the images, or build the Config with their size.")
+    check_images("vit.apply", images, cfg.channels, cfg.image_size, params.to_tokens)
     patches = images.unflatten(2, (cfg.side, -1)).unflatten(4, (cfg.side, -1))  # [b, c, side, p, side, p]
     patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)        # [b, n, p p c]
     x = F.linear(layer_norm(patches, *params.patch_norm), params.to_tokens, params.to_tokens_bias)
