@@ -19,6 +19,35 @@
 #undef PRECISION
 #define PRECISION 64
 #include "decode.c"
+
+/* In place, for rows of m numbers side by side: scores become weights, and the gradient of the weights that of the scores. In double
+ * between the two: a score is rounded once by whoever made it, and its row's sum would be rounded again. */
+#define ROW_GRADIENTS(NAME, REAL)                                                                               \
+    int NAME(REAL *scores, REAL *slope, int64_t rows, int64_t m, int64_t threads) {                             \
+        const int64_t row = (m + LANES_f64 - 1) / LANES_f64 * LANES_f64;                                        \
+        int failed = 0;                                                                                         \
+        _Pragma("omp parallel num_threads((int)min64(threads, rows)) if (threads > 1 && rows > 1)")             \
+        {                                                                                                       \
+            double *p = scratch((size_t)(2 * row) * sizeof(double)), *x = p + row;                              \
+            if (!p) {                                                                                           \
+                _Pragma("omp atomic write") failed = 1;                                                         \
+            }                                                                                                   \
+            unsigned mode = subnormals_off();                                                                   \
+            _Pragma("omp for schedule(static)") for (int64_t i = 0; i < rows; i++) {                            \
+                if (!p) continue;                                                                               \
+                for (int64_t j = 0; j < m; j++) p[j] = scores[i * m + j], x[j] = slope[i * m + j];              \
+                for (int64_t j = m; j < row; j++) p[j] = -INFINITY;                                             \
+                fnattn_normalise_f64(p, row);                                                                   \
+                fnattn_centre_f64(p, x, row, m);                                                                \
+                for (int64_t j = 0; j < m; j++) scores[i * m + j] = (REAL)p[j], slope[i * m + j] = (REAL)x[j];  \
+            }                                                                                                   \
+            subnormals_back(mode);                                                                              \
+            free(p);                                                                                            \
+        }                                                                                                       \
+        return failed;                                                                                          \
+    }
+ROW_GRADIENTS(fnattn_try_row_gradients_f32, float)
+ROW_GRADIENTS(fnattn_try_row_gradients_f64, double)
 #else
 #include "softmax_tile.h"
 #include "lanes.h"

@@ -1,4 +1,4 @@
-"""Softmax attention on CPU without C of our own: torch's own fused forward, and derivatives in blocks of queries.
+"""Softmax attention on CPU, with little C of our own or none: torch's own fused forward, and derivatives in blocks of queries.
 
 torch's kernel knows neither grouped heads, nor values of another width, nor a causal offset, nor empty inputs (it crashes on
 those); what follows lays such calls out as ones that it does know. Keys that every query sees and keys on the diagonal are
@@ -7,11 +7,16 @@ attended to apart and merged by their log-sum-exp, so no mask table is made for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from .build import why_not
+from .call import address, function, merged, threads
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # Scores that a tangent holds at once.
@@ -130,31 +135,45 @@ def attend_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
     """Gradients of q, k and v for the cotangent g of out, some heads or a block of rows of one at a time.
 
     Not by torch's own backward: that has the log-sum-exp in float32, which is an error in all weights of a row, up to thirty times
-    plain torch's. Weights are computed anew, the rows of a few queries in float64.
+    plain torch's. Weights are computed anew; without a compiler the rows of a few queries in float64.
     """
     (b, h, n), (groups, m) = q.shape[:3], v.shape[1:3]
-    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
-    if not b * groups * h:
-        return dq, dk, dv
-    shared = h // groups
-    k, v, dk_all, dv_all = (t.reshape(b * groups, m, t.shape[3]) for t in (k, v, dk, dv))
-    q, g, dq_all = (t.reshape(b * groups, shared, n, t.shape[3]) for t in (q * scale, g, dq))
+    if not b * groups * h * n:
+        return tuple(_zeros(t, t.shape[3]) for t in (q, k, v))
+    shared, grads = h // groups, [merged(t, t.shape[3]) for t in (q, k, v)]
+    q, g, dq = (t.unflatten(1, (groups, shared)) for t in (q * scale, g, grads[0]))
+    dk, dv = grads[1:]
     rows = max(1, min(n, max(64, STAYS // max(1, m)) // shared))
     # A mask is spread over one head at a time only.
     heads = max(1, STAYS // max(1, shared * rows * m)) if mask is None else 1
-    for first in range(0, b * groups, heads):
-        some = slice(first, first + heads)
+    row_gradients = _row_gradients_in_c if why_not("decode") is None else partial(_row_gradients, wide=n <= FEW)
+    for some in _some_heads(b, groups, heads):
         for i in range(0, n, rows):
             here = slice(i, min(n, i + rows))
             end = m if start is None else max(0, min(m, start + here.stop))
-            q_h, g_h, k_h, v_h = q[some, :, here].flatten(1, 2), g[some, :, here].flatten(1, 2), k[some, :end], v[some, :end]
-            hidden = _hidden(mask, first, groups, shared, here, end, start)
-            p, ds = _row_gradients(q_h @ k_h.mT, g_h @ v_h.mT, hidden, wide=n <= FEW)
-            dq_all[some, :, here] = (ds @ k_h).unflatten(1, (shared, -1))
-            # Each block's sum is made, then added: in place, every product would be rounded to the size of the whole.
-            dk_all[some, :end] += ds.mT @ q_h
-            dv_all[some, :end] += p.mT @ g_h
-    return tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (dq.mul_(scale), dk, dv))
+            q_h, g_h = (t[(*some, slice(None), here)].flatten(2, 3).flatten(0, 1) for t in (q, g))
+            k_h, v_h = (t[(*some, slice(end))].flatten(0, 1) for t in (k, v))
+            hidden = _hidden(mask, some[0].start * groups + some[1].start, groups, shared, here, end, start)
+            p, ds = row_gradients(q_h @ k_h.mT, g_h @ v_h.mT, hidden)
+            own = dq[(*some, slice(None), here)]
+            own.copy_((ds @ k_h).view(own.shape))
+            for left, right, whole in ((ds, q_h, dk[some]), (p, g_h, dv[some])):
+                seen = whole[:, :, :end]
+                block = (left.mT @ right).view(seen.shape)
+                if i:  # each block's sum is made, then added: in place, every product would be rounded to the size of the whole
+                    seen += block
+                    continue
+                seen.copy_(block)
+                whole[:, :, end:] = 0
+    grads[0].mul_(scale)
+    return tuple(grads)
+
+
+def _some_heads(b: int, groups: int, count: int) -> list[tuple[slice, slice]]:
+    """Sequences and key heads, about `count` heads at a time: whole sequences, or a part of one."""
+    if count >= groups:
+        return [(slice(i, i + count // groups), slice(0, groups)) for i in range(0, b, count // groups)]
+    return [(slice(i, i + 1), slice(j, j + count)) for i in range(b) for j in range(0, groups, count)]
 
 
 def _hidden(mask: Tensor | None, head: int, groups: int, shared: int, here: slice, end: int, start: int | None) -> Tensor | None:
@@ -168,6 +187,17 @@ def _hidden(mask: Tensor | None, head: int, groups: int, shared: int, here: slic
         unseen = ~part.expand(shared, rows, end).flatten(0, 1)
         hidden = unseen if hidden is None else hidden | unseen
     return hidden
+
+
+def _row_gradients_in_c(scores: Tensor, slope: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_row_gradients` in one pass over each row, in float64."""
+    if hidden is not None:
+        scores = scores.masked_fill_(hidden, -torch.inf)
+    rows, m = math.prod(scores.shape[:-1]), scores.shape[-1]
+    call = function("decode", "try_row_gradients", scores.dtype, "ppiii")
+    if m and call(address(scores), address(slope), rows, m, threads(16 * rows * m)):
+        raise MemoryError(f"softmax_attention: no memory for two rows of {m} numbers")
+    return scores, slope
 
 
 def _row_gradients(scores: Tensor, slope: Tensor, hidden: Tensor | None, wide: bool) -> tuple[Tensor, Tensor]:
