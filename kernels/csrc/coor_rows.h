@@ -9,6 +9,7 @@
 
 #define SOME_ROWS 4 /* rows that stay in the first cache for several iterations */
 
+#undef TABLED
 #undef ABOVE
 #undef UP_TO
 #undef COMPARE
@@ -193,6 +194,46 @@ static inline __attribute__((always_inline)) REAL S(hot_sum)(const VF *row, int6
     return S(total)(a + b);
 }
 
+#if defined(__AVX512F__) && !WIDE
+#define TABLED 1
+/* The bits of 2^(i / 32), less i << 18: adding (32 e + i) << 18 gives 2^(e + i / 32). */
+static const int32_t S(roots)[32] = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+
+/* sum_j 2^((min(s_j, cap) rate - shift) / 32) over a row, to 1e-7; rate = 32 LOG2_E / eps, shift a whole number below 2^21, and nothing
+ * below `floor` if `clamp`. Ten operations an entry where `hot_sum` takes thirteen. */
+static inline __attribute__((always_inline)) REAL S(tabled_sum)(const VF *row, int64_t width, VF cap, VF floor, REAL shift, REAL rate,
+                                                                const int clamp) {
+    const VI low = *(const VI *)S(roots), high = *(const VI *)(S(roots) + 16);
+    const VF scale = S(splat)(rate), magic = S(splat)((REAL)MAGIC - shift), one = S(splat)(1);
+    const VF first = S(splat)(2.1661167e-2f), second = S(splat)(2.3459617e-4f); /* of 2^(r / 32), |r| <= 1/2: to 6e-8 */
+    VF a = {0}, b = {0};
+#define TERM(sum, entry)                                                                                                   \
+    do {                                                                                                                   \
+        VF x = S(least)(entry, cap);                                                                                       \
+        if (clamp) x = S(most)(x, floor);                                                                                  \
+        VF t = (VF)_mm512_fmadd_ps((__m512)x, (__m512)scale, (__m512)magic);                                               \
+        VF r = (VF)_mm512_fmsub_ps((__m512)x, (__m512)scale, (__m512)(t - magic));                                         \
+        VI base = (VI)_mm512_permutex2var_epi32((__m512i)low, (__m512i)t, (__m512i)high) + ((VI)t << 18);                  \
+        VF p = (VF)_mm512_fmadd_ps((__m512)r, _mm512_fmadd_ps((__m512)r, (__m512)second, (__m512)first), (__m512)one);     \
+        sum = (VF)_mm512_fmadd_ps((__m512)(VF)base, (__m512)p, (__m512)sum);                                               \
+    } while (0)
+    int64_t i = 0;
+    for (; i + 2 <= width; i += 2) {
+        TERM(a, row[i]);
+        TERM(b, row[i + 1]);
+    }
+    if (i < width) TERM(a, row[i]);
+#undef TERM
+    return S(total)(a + b);
+}
+#else
+#define TABLED 0
+#endif
+
 /* Some iterations M <- (sum_j min(E_j, M) + none) / k, a few rows at a time: M [steps] with rows in lanes, from cap on. If
  * s is not NULL, E is taken from it first. */
 static void S(sweep)(const S(some) *s, VF *E, int64_t count, int64_t width, VF c, REAL rate, VF cap, VF none, VF inverse_k, VF *M,
@@ -261,6 +302,16 @@ static void S(iterate_rows)(const S(some) *s, const S(results) *y, VF *E, VF *op
             for (int64_t l = 0; l < count; l++) {
                 const VF *row = S(row_of)(s, l), cap = S(splat)(m[l]), at = S(splat)(c[l]);
                 if (t < own[l]) continue;
+#if TABLED
+                const double unit = eps[t] / (32 * LOG2_E);
+                const REAL shift = (REAL)nearbyint(c[l] / unit), fine = (REAL)(1 / unit), floor = c[l] + least;
+                if (fabsf(shift) < 2097152) { /* relative to another c: one that is a whole number of steps */
+                    a[l] += r.bottom[l] > floor ? S(tabled_sum)(row, width, cap, S(splat)(floor), shift, fine, 0)
+                                                : S(tabled_sum)(row, width, cap, S(splat)(floor), shift, fine, 1);
+                    c[l] = (REAL)(shift * unit);
+                    continue;
+                }
+#endif
                 a[l] += r.bottom[l] - c[l] > least ? S(hot_sum)(row, width, cap, at, S(splat)(least), rate, 0)
                                                    : S(hot_sum)(row, width, cap, at, S(splat)(least), rate, 1);
             }

@@ -121,3 +121,13 @@ def test_attention_too(k):
     for mine, true in zip(found["native"], found["reference"]):
         assert_close(mine, true)
         assert true.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("spread, offset", [(1, 0), (6, -40), (0.1, 0.3), (30, 7), (1, 300), (3, 30000)])
+def test_iterations_of_falling_eps_are_as_exact_as_plain_torch_wherever_the_scores_lie(spread, offset):
+    """In float32 on AVX-512 their exponentials come from a table, if scores are not so large that their place in it would be rounded."""
+    options = {"eps": 0.03, "eps_init": 4.0, "eps_decay": 0.8, "n_iters": 13}
+    scores = spread * torch.randn(17, 131, generator=torch.Generator().manual_seed(3)) + offset
+    exact = coor_descent(scores.double(), 5.0, impl="reference", **options)
+    ours, plain = ((coor_descent(scores, 5.0, impl=impl, **options).double() - exact).abs().max() for impl in ("native", "reference"))
+    assert 0 < exact.max() and ours <= 2 * plain + torch.finfo(torch.float32).eps * (1 + scores.abs().max() / 0.03)
