@@ -1,10 +1,9 @@
 """fnattn: attention as pure functions. Every derivative right in every mode, or an error that says why not."""
 
-import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
 
 from ._kernels_path import provide_kernels
+from ._later import later as _later
 
 provide_kernels()  # before anything that imports fnattn_kernels
 
@@ -41,13 +40,4 @@ if _TYPE_CHECKING:
 
 # Imported when they are first asked for: computing an attention needs none of them.
 _LATER = ("bench", "checkpoint", "cli", "convert", "data", "ensemble", "inspect", "models", "optim", "testing")
-
-
-def __getattr__(name: str) -> _Any:
-    if name in _LATER:
-        return _importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+__getattr__, __dir__ = _later(__name__, _LATER, globals())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import platform
 import shutil
@@ -85,3 +86,13 @@ def poisoned_empty(monkeypatch):
                          (torch.Tensor, ("new_empty", "new_empty_strided"))):
         for name in names:
             monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
+
+
+@contextlib.contextmanager
+def refused(who, error, *texts):
+    """An error that names the function, says these texts on its first line, and a remedy below."""
+    with pytest.raises(error) as caught:
+        yield
+    first, _, remedy = str(caught.value).partition("\n  ")
+    assert first.startswith(f"{who}: ") and remedy, caught.value
+    assert all(text in first for text in texts), first

@@ -18,7 +18,7 @@ CODE = (".py", ".c", ".h")
 # From the cellar to the roof. A module imports from its own floor and from those below it.
 FLOORS = (
     ("fnattn_kernels",),
-    ("fnattn._kernels_path", "fnattn._autograd", "fnattn.tree", "fnattn.random", "fnattn.core", "fnattn.taps"),
+    ("fnattn._kernels_path", "fnattn._later", "fnattn._autograd", "fnattn.tree", "fnattn.random", "fnattn.core", "fnattn.taps"),
     ("fnattn.ops",),
     ("fnattn.attentions",),
     ("fnattn.models",),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, refused
 from torch.nn import functional as F
 
 import fnattn
@@ -23,15 +22,6 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def made(cfg, dtype=torch.float32):
     return fnattn.init(KEY, cfg, dtype=dtype), random.normal(KEY, (B, N, cfg.dim)).to(dtype)
-
-
-@contextlib.contextmanager
-def refused(who, error, *texts):
-    with pytest.raises(error) as caught:
-        yield
-    first, _, remedy = str(caught.value).partition("\n  ")
-    assert first.startswith(f"{who}: ") and remedy, caught.value
-    assert all(text in first for text in texts), first
 
 
 def state_of(family, params):
@@ -197,7 +187,7 @@ def test_a_config_has_whole_and_positive_sizes(name, cfg):
 
 
 def test_sizes_may_come_from_numpy():
-    numpy = pytest.importorskip("numpy")
+    numpy = pytest.importorskip("numpy", reason="torch, and this library, work without it")
     cfg = full.Config(dim=numpy.int64(7), seq_len=13, heads=3, dim_head=5)
     same = full.Config(dim=7, seq_len=13, heads=3, dim_head=5)
     assert cfg == same and hash(cfg) == hash(same)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, taps
-from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of, refuse
+from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of, kind_of, refuse
 from ..ops.taylor.reference import EPS
 from . import _states, _step
 from ._heads import dropout, linear, linear_init, merge_heads, ones_init, rms_norm, shift_tokens, split_heads
@@ -200,9 +200,10 @@ def channel_first(params: Params, x: Tensor, *, mask: Tensor | None = None, drop
 
     Source: ChannelFirstTaylorSeriesLinearAttn of taylor-series-linear-attention 0.2.0; its `attn` holds our params.
     """
-    dim = params.cfg.dim
-    check(isinstance(x, Tensor), "taylor.channel_first: x must be a tensor; got {}.", type(x).__name__,
-          remedy="Convert it: torch.as_tensor(x).", error=TypeError)
+    dim = config_of("taylor.channel_first", params, Params).dim
+    for name, t in {"x": x, "mask": x if mask is None else mask}.items():
+        check(isinstance(t, Tensor), "taylor.channel_first: {} must be a tensor; got {}.", name, kind_of(t),
+              remedy=f"Convert it: torch.as_tensor({name}).", error=TypeError)
     check(x.ndim >= 3 and x.shape[1] == dim, "taylor.channel_first: x must be [batch, {}, *spatial] (cfg.dim={}); got {}.", dim, dim,
           list(x.shape), remedy="Channels come before the spatial axes: x.movedim(-1, 1). For sequences [batch, seq, dim] use apply.")
     spatial = x.shape[2:]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
+
+from .._later import later as _later
 
 if _TYPE_CHECKING:
     from . import block as block
@@ -23,13 +23,4 @@ if _TYPE_CHECKING:
 # Imported when they are first asked for, one model without the others.
 _LATER = ("block", "clip", "dalle", "dalle_transformer", "discrete_vae", "feedforward_coor_descent", "generate",
           "linformer_lm", "lm", "reversible", "token_shift", "vit")
-
-
-def __getattr__(name: str) -> _Any:
-    if name in _LATER:
-        return _importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+__getattr__, __dir__ = _later(__name__, _LATER, globals())

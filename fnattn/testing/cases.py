@@ -147,7 +147,7 @@ CASES = (
     Case("conv_attention", "conv_attention", "conv_attention", _qkv(h=1, g=1, n=11, m=11, d=2),
          {"text_len": 2, "image_size": 3, "kernel_size": 3}, dynamic=({0: "b"},) * 3),
     Case("conv_attention, dilated, one key head, mask", "conv_attention", "conv_attention",
-         {**_qkv(b=1, h=3, g=1, n=10, m=10, d=2), "mask": ((1, 10), "mask")},
+         {**_qkv(b=2, h=3, g=1, n=10, m=10, d=2), "mask": ((2, 10), "mask")},
          {"text_len": 3, "image_size": 3, "kernel_size": 3, "dilation": 2, "text_sees_all": True}),
     Case("axial_attention, rows", "axial_attention", "axial_attention", _qkv(h=1, g=1, n=11, m=11, d=2),
          {"text_len": 2, "image_size": 3}, dynamic=({0: "b"},) * 3),

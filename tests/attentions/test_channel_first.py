@@ -64,10 +64,12 @@ def test_it_maps_over_pictures_and_params():
     (lambda: taylor.channel_first(PARAMS, points(5)[:, :, 0]), ValueError, r"x must be \[batch, 7, \*spatial\].*got \[2, 7\]"),
     (lambda: taylor.channel_first(PARAMS, points(7, 5).movedim(1, -1)[:, :5]), ValueError, r"got \[2, 5, 5, 7\].\n  Channels come"),
     (lambda: taylor.channel_first(PARAMS, [0.0]), TypeError, "x must be a tensor; got list"),
+    (lambda: taylor.channel_first(PARAMS, points(5, 3), mask=[[True]]), TypeError, "mask must be a tensor; got list"),
+    (lambda: taylor.channel_first(PARAMS.cfg, points(5, 3)), TypeError, "params must come from taylor.init; got taylor.Config"),
     (lambda: taylor.channel_first(PARAMS, points(5, 3), mask=torch.ones(2, 15, dtype=torch.bool)), ValueError,
      r"mask must be \[batch, \*spatial\] = \[2, 5, 3\]; got \[2, 15\]"),
     (lambda: taylor.channel_first(PARAMS, points(5, 3), impl="no_such_kernel"), ValueError, "impl must be one of"),
-], ids=["no spatial axis", "channels last", "no tensor", "flat mask", "impl"])
+], ids=["no spatial axis", "channels last", "no tensor", "list as mask", "config as params", "flat mask", "impl"])
 def test_bad_input_is_named(wrong, error, text):
     with pytest.raises(error, match=text):
         wrong()

@@ -94,6 +94,7 @@ def test_they_are_zeros_and_the_rest_is_what_it_is(name, threads):
         torch.set_num_threads(before)
     assert any(((t.abs() > 0) & (t.abs() < tiny)).any() for t in theirs), "nothing is subnormal: this shows nothing"
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6 * b.abs().max().item())
+        # Closer than the table of conftest asks: float32 on both sides, and the largest entry sets the size of what is rounded.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
         if FLUSHES:
             assert not ((a.abs() > 0) & (a.abs() < tiny)).any()

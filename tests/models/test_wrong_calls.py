@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
+from conftest import refused
 
 from fnattn import EMPTY, random
 from fnattn.attentions import full, simple_gate_loop, taylor
@@ -16,15 +15,6 @@ ATTENTIONS = (taylor.Config(dim=6, heads=2, dim_head=3, causal=True), full.Confi
               simple_gate_loop.Config(dim=6))
 DALLE = dict(dim=7, depth=2, num_image_tokens=11, image_fmap_size=3, num_text_tokens=13, text_seq_len=5, heads=2, dim_head=6)
 lengths = pytest.mark.parametrize("n", [1, 3], ids=["step", "pass"])
-
-
-@contextlib.contextmanager
-def refused(who, error, *texts):
-    with pytest.raises(error) as caught:
-        yield
-    first, _, remedy = str(caught.value).partition("\n  ")
-    assert first.startswith(f"{who}: ") and remedy, caught.value
-    assert all(text in first for text in texts), first
 
 
 def model(attention=ATTENTIONS[0], depth=2, **options):
