@@ -9,7 +9,8 @@
 
 #define SOME_ROWS 4 /* rows that stay in the first cache for several iterations */
 
-#undef TABLED
+#undef STEPS
+#undef SHIFT_MOST
 #undef ABOVE
 #undef UP_TO
 #undef COMPARE
@@ -101,12 +102,16 @@ static inline __attribute__((always_inline)) int64_t S(between)(const VF *x, int
     }
 #else
     VI more = {0};
-    for (int64_t i = 0; i < width; i++) {
-        VI up = x[i] > floor, over = x[i] > ceiling;
-        if (below) sum += S(keep)(~up, x[i]);
-        more -= over;
-        for (unsigned found = S(bits)(up & ~over); found; found &= found - 1)
-            list[count++] = (INT)(i * LANES + __builtin_ctz(found));
+    for (int64_t i = 0; i < width;) { /* bits first: where the next entry lies is foreseen once in 64 places */
+        const int64_t first = i * LANES;
+        uint64_t found = 0;
+        for (int at = 0; at < 64 && i < width; at += LANES, i++) {
+            VI up = x[i] > floor, over = x[i] > ceiling;
+            if (below) sum += S(keep)(~up, x[i]);
+            more -= over;
+            found |= (uint64_t)S(bits)(up & ~over) << at;
+        }
+        for (; found; found &= found - 1) list[count++] = (INT)(first + __builtin_ctzll(found));
     }
     for (int l = 0; l < LANES; l++) higher += more[l];
 #endif
@@ -123,8 +128,9 @@ typedef struct {
     int64_t step, count, width;
 } S(some);
 
-/* Asks for the same place of the rows after these, while there is work in registers. */
-#define SOON(s, row, i) __builtin_prefetch((row) + (s)->count * (s)->step / LANES + (i), 0, 2)
+/* Asks for the same place of the rows after these, while there is work in registers; once for two vectors that share a line. */
+#define SOON(s, row, i) \
+    do if (VECTOR_BYTES == 64 || (i) % 2 == 0) __builtin_prefetch((row) + (s)->count * (s)->step / LANES + (i), 0, 2); while (0)
 
 /* Where results go. Results too many for caches bypass them if they can: what is written as a whole need not be read before. */
 typedef struct {
@@ -164,15 +170,18 @@ static S(rows) S(look_rows)(const S(some) *s) {
     for (int64_t r = 0; r < s->count; r++) {
         const VF *row = S(row_of)(s, r);
         VF t = low, u = S(splat)(INFINITY), c = {0}, a = {0};
+        for (int64_t i = 0; i < s->width; i++) t = S(most)(row[i], t), u = S(least)(row[i], u), a += row[i];
+        top[r] = S(largest)(t), bottom[r] = -S(largest)(-u), sum[r] = S(total)(a), count[r] = (REAL)(s->width * LANES);
+        if (isfinite(sum[r])) continue; /* then all entries are numbers and there */
         VI nan = {0};
+        a = c;
         for (int64_t i = 0; i < s->width; i++) {
             VF x = row[i];
             VI there = x != low;
-            t = S(most)(x, t), u = S(least)(x, u);
             c += S(keep)(there, one), a += S(keep)(there, x);
             nan |= x != x;
         }
-        top[r] = S(largest)(t), bottom[r] = -S(largest)(-u), count[r] = S(total)(c), sum[r] = S(total)(a);
+        count[r] = S(total)(c), sum[r] = S(total)(a);
         if (S(any)(nan)) clean[r] = NAN;
     }
     VI none = count == 0;
@@ -181,21 +190,8 @@ static S(rows) S(look_rows)(const S(some) *s) {
     return found;
 }
 
-/* sum_j exp((min(s_j, cap) - at) / eps) over a row; `least` is the lowest exponent, which some entry may fall below if `clamp`. */
-static inline __attribute__((always_inline)) REAL S(hot_sum)(const VF *row, int64_t width, VF cap, VF at, VF least, REAL rate,
-                                                             const int clamp) {
-    VF a = {0}, b = {0};
-    int64_t i = 0;
-    for (; i + 2 <= width; i += 2) {
-        VF x = S(least)(row[i], cap) - at, z = S(least)(row[i + 1], cap) - at;
-        a += S(power_sum)(clamp ? S(most)(x, least) : x, rate), b += S(power_sum)(clamp ? S(most)(z, least) : z, rate);
-    }
-    if (i < width) a += S(power_sum)(S(most)(S(least)(row[i], cap) - at, least), rate);
-    return S(total)(a + b);
-}
-
 #if defined(__AVX512F__) && !WIDE
-#define TABLED 1
+#define STEPS 32
 /* The bits of 2^(i / 32), less i << 18: adding (32 e + i) << 18 gives 2^(e + i / 32). */
 static const int32_t S(roots)[32] = {
     0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
@@ -203,23 +199,43 @@ static const int32_t S(roots)[32] = {
     0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
     0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
 
-/* sum_j 2^((min(s_j, cap) rate - shift) / 32) over a row, to 1e-7; rate = 32 LOG2_E / eps, shift a whole number below 2^21, and nothing
- * below `floor` if `clamp`. Ten operations an entry where `hot_sum` takes thirteen. */
-static inline __attribute__((always_inline)) REAL S(tabled_sum)(const VF *row, int64_t width, VF cap, VF floor, REAL shift, REAL rate,
-                                                                const int clamp) {
-    const VI low = *(const VI *)S(roots), high = *(const VI *)(S(roots) + 16);
-    const VF scale = S(splat)(rate), magic = S(splat)((REAL)MAGIC - shift), one = S(splat)(1);
-    const VF first = S(splat)(2.1661167e-2f), second = S(splat)(2.3459617e-4f); /* of 2^(r / 32), |r| <= 1/2: to 6e-8 */
+/* 2^(t / 32) for the whole number in the low bits of t, and 2^(r / 32) for |r| <= 1/2, to 6e-8. */
+static inline __attribute__((always_inline)) VF S(whole)(VF t) {
+    const __m512i low = *(const __m512i *)S(roots), high = *(const __m512i *)(S(roots) + 16);
+    return (VF)((VI)_mm512_permutex2var_epi32(low, (__m512i)t, high) + ((VI)t << 18));
+}
+
+static inline VF S(part)(VF r) { return (r * 2.3459617e-4f + 2.1661167e-2f) * r + 1.0f; }
+#else
+#define STEPS 1
+/* 2^(t - bias) for the whole number in the low bits of t, and 2^r for |r| <= 1/2, in float32 to 1e-7. */
+static inline VF S(whole)(VF t) { return (VF)((VI)t << FRACTION); }
+
+static inline VF S(part)(VF r) {
+#if WIDE
+    return S(fraction)(r);
+#else
+    VF p = r * 1.3276472e-3f + 9.675541e-3f;
+    p = p * r + 5.550713e-2f, p = p * r + 2.402212e-1f, p = p * r + 6.9314694e-1f;
+    return p * r + 1.0000001f;
+#endif
+}
+#endif
+#define SHIFT_MOST (WIDE ? 562949953421312.0 : 2097152.0) /* a quarter of what MAGIC still rounds to whole numbers */
+
+/* sum_j 2^((min(s_j, cap) rate - shift) / STEPS) over a row; rate = STEPS LOG2_E / eps, shift a whole number up to SHIFT_MOST, and
+ * nothing below `floor` if `clamp`. Ten or eleven operations an entry; thirteen if cap were taken from s first. */
+static inline __attribute__((always_inline)) REAL S(hot_sum)(const VF *row, int64_t width, VF cap, VF floor, REAL shift, REAL rate,
+                                                             const int clamp) {
+    const REAL bias = STEPS > 1 ? 0 : WIDE ? 1023 : 127;
+    const VF scale = S(splat)(rate), magic = S(splat)((REAL)MAGIC + bias - shift);
     VF a = {0}, b = {0};
-#define TERM(sum, entry)                                                                                                   \
-    do {                                                                                                                   \
-        VF x = S(least)(entry, cap);                                                                                       \
-        if (clamp) x = S(most)(x, floor);                                                                                  \
-        VF t = (VF)_mm512_fmadd_ps((__m512)x, (__m512)scale, (__m512)magic);                                               \
-        VF r = (VF)_mm512_fmsub_ps((__m512)x, (__m512)scale, (__m512)(t - magic));                                         \
-        VI base = (VI)_mm512_permutex2var_epi32((__m512i)low, (__m512i)t, (__m512i)high) + ((VI)t << 18);                  \
-        VF p = (VF)_mm512_fmadd_ps((__m512)r, _mm512_fmadd_ps((__m512)r, (__m512)second, (__m512)first), (__m512)one);     \
-        sum = (VF)_mm512_fmadd_ps((__m512)(VF)base, (__m512)p, (__m512)sum);                                               \
+#define TERM(sum, entry)                                      \
+    do {                                                      \
+        VF x = S(least)(entry, cap);                          \
+        if (clamp) x = S(most)(x, floor);                     \
+        VF t = x * scale + magic, r = x * scale - (t - magic); \
+        sum += S(whole)(t) * S(part)(r);                      \
     } while (0)
     int64_t i = 0;
     for (; i + 2 <= width; i += 2) {
@@ -230,31 +246,46 @@ static inline __attribute__((always_inline)) REAL S(tabled_sum)(const VF *row, i
 #undef TERM
     return S(total)(a + b);
 }
-#else
-#define TABLED 0
-#endif
 
-/* Some iterations M <- (sum_j min(E_j, M) + none) / k, a few rows at a time: M [steps] with rows in lanes, from cap on. If
- * s is not NULL, E is taken from it first. */
-static void S(sweep)(const S(some) *s, VF *E, int64_t count, int64_t width, VF c, REAL rate, VF cap, VF none, VF inverse_k, VF *M,
-                     int64_t steps) {
-    const REAL *start = (const REAL *)&cap, *ones = (const REAL *)&none, *factor = (const REAL *)&inverse_k;
-    for (int64_t i = 0; i < steps; i++) M[i] = none * inverse_k;
+/* The same for entries so far from 0 that no shift is exact, of exp((min(s_j, cap) - at) / eps). */
+static REAL S(far_sum)(const VF *row, int64_t width, VF cap, VF at, REAL rate) {
+    VF a = {0};
+    for (int64_t i = 0; i < width; i++) a += S(decay)(S(least)(row[i], cap) - at, rate);
+    return S(total)(a);
+}
+
+/* E_j = exp((s_j - at) / eps) of a row, and sum_j min(E_j, cap); `clamp` if some exponent leaves the range of `power`. */
+static inline __attribute__((always_inline)) REAL S(powers)(const S(some) *s, const VF *row, VF *E, VF cap, VF at, REAL rate,
+                                                            const int clamp) {
+    VF a = {0}, b = {0};
+    int64_t i = 0;
+    for (; i + 2 <= s->width; i += 2) {
+        SOON(s, row, i);
+        SOON(s, row, i + 1);
+        VF x = row[i] - at, z = row[i + 1] - at;
+        E[i] = x = clamp ? S(decay)(x, rate) : S(power)(x, rate), E[i + 1] = z = clamp ? S(decay)(z, rate) : S(power)(z, rate);
+        a += S(least)(x, cap), b += S(least)(z, cap);
+    }
+    if (i < s->width) E[i] = S(decay)(row[i] - at, rate), a += S(least)(E[i], cap);
+    return S(total)(a + b);
+}
+
+/* Some iterations M <- (sum_j min(E_j, M) + none) / k of the rows `of`, a few rows at a time: M [steps] with rows in lanes, from cap
+ * on. If s is not NULL, E is taken from it first. */
+static void S(sweep)(const S(some) *s, const S(rows) *of, VF *E, int64_t count, int64_t width, VF c, REAL rate, VF cap, VF inverse_k,
+                     VF *M, int64_t steps) {
+    const REAL *start = (const REAL *)&cap, *ones = (const REAL *)&of->none, *factor = (const REAL *)&inverse_k;
+    const REAL low = (REAL)(EXP_LOW * LOG2_E) / rate, high = (REAL)(EXP_HIGH * LOG2_E) / rate;
+    for (int64_t i = 0; i < steps; i++) M[i] = of->none * inverse_k;
     for (int64_t first = 0; first < count; first += SOME_ROWS) {
         int64_t end = min64(count, first + SOME_ROWS), from = 0;
         if (s)
             for (int64_t r = first; r < end; r++) {
                 const VF *row = S(row_of)(s, r), at = S(splat)(c[r]), most = S(splat)(start[r]);
-                VF *e = E + r * width, a = {0}, b = {0};
-                int64_t i = 0;
-                for (; i + 2 <= width; i += 2) {
-                    SOON(s, row, i), SOON(s, row, i + 1);
-                    VF x = S(decay)(row[i] - at, rate), z = S(decay)(row[i + 1] - at, rate);
-                    e[i] = x, e[i + 1] = z;
-                    a += S(least)(x, most), b += S(least)(z, most);
-                }
-                for (; i < width; i++) e[i] = S(decay)(row[i] - at, rate), a += S(least)(e[i], most);
-                ((REAL *)M)[r] = (S(total)(a + b) + ones[r]) * factor[r];
+                VF *e = E + r * width;
+                const int inside = of->bottom[r] - c[r] > low && of->top[r] - c[r] < high;
+                const REAL sum = inside ? S(powers)(s, row, e, most, at, rate, 0) : S(powers)(s, row, e, most, at, rate, 1);
+                ((REAL *)M)[r] = (sum + ones[r]) * factor[r];
                 from = 1;
             }
         for (int64_t k = from; k < steps; k++) {
@@ -300,20 +331,16 @@ static void S(iterate_rows)(const S(some) *s, const S(results) *y, VF *E, VF *op
             const REAL least = (REAL)(EXP_LOW * eps[t]); /* nobody notices e^EXP_LOW in the sum */
             c = S(least)(r.top, m);
             for (int64_t l = 0; l < count; l++) {
-                const VF *row = S(row_of)(s, l), cap = S(splat)(m[l]), at = S(splat)(c[l]);
+                const VF *row = S(row_of)(s, l), cap = S(splat)(m[l]), floor = S(splat)(c[l] + least);
+                const REAL fine = STEPS * rate, shift = (REAL)nearbyint(c[l] * (double)fine);
                 if (t < own[l]) continue;
-#if TABLED
-                const double unit = eps[t] / (32 * LOG2_E);
-                const REAL shift = (REAL)nearbyint(c[l] / unit), fine = (REAL)(1 / unit), floor = c[l] + least;
-                if (fabsf(shift) < 2097152) { /* relative to another c: one that is a whole number of steps */
-                    a[l] += r.bottom[l] > floor ? S(tabled_sum)(row, width, cap, S(splat)(floor), shift, fine, 0)
-                                                : S(tabled_sum)(row, width, cap, S(splat)(floor), shift, fine, 1);
-                    c[l] = (REAL)(shift * unit);
+                if (!(fabs((double)shift) < SHIFT_MOST)) {
+                    a[l] += S(far_sum)(row, width, cap, S(splat)(c[l]), rate);
                     continue;
                 }
-#endif
-                a[l] += r.bottom[l] - c[l] > least ? S(hot_sum)(row, width, cap, at, S(splat)(least), rate, 0)
-                                                   : S(hot_sum)(row, width, cap, at, S(splat)(least), rate, 1);
+                a[l] += r.bottom[l] > floor[0] ? S(hot_sum)(row, width, cap, floor, shift, fine, 0)
+                                               : S(hot_sum)(row, width, cap, floor, shift, fine, 1);
+                c[l] = (REAL)(shift / (double)fine); /* which `shift` is exactly */
             }
             m = c + now * (S(logarithm)(a) - log_k);
             m_out[t] = m = S(pick)(own > (INT)t, S(splat)(INFINITY), m), t++;
@@ -339,7 +366,7 @@ static void S(iterate_rows)(const S(some) *s, const S(results) *y, VF *E, VF *op
             int64_t end = t + 1;
             while (end < T && eps[end] == eps[t] && (end < w.next || T - end < WINDOW_AFTER)) end++;
             steps = end - t;
-            S(sweep)(anew ? s : NULL, E, count, width, c, rate, M, r.none, inverse_k, m_out + t, steps);
+            S(sweep)(anew ? s : NULL, &r, E, count, width, c, rate, M, inverse_k, m_out + t, steps);
         }
         for (int64_t i = 0; i < steps && fresh; i++, t++) {
             M = m_out[t];

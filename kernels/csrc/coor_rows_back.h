@@ -99,7 +99,8 @@ static int S(iterate_rows_back)(const S(some) *s, const S(some) *g, const S(resu
         const VF *row = S(row_of)(s, r), *grad = S(row_of)(g, r);
         VF *E = of->E + r * width, *D = of->D + r * width, edge = S(splat)(last[r]), sum = zero;
         for (int64_t i = 0; i < width; i++) {
-            SOON(s, row, i), SOON(g, grad, i);
+            SOON(s, row, i);
+            SOON(g, grad, i);
             VF e = S(decay)(row[i] - edge, rate), d = S(keep)(row[i] <= edge, grad[i] * inverse);
             sum += e * d;
             E[i] = e, D[i] = first < T ? d : e * d;

@@ -70,9 +70,8 @@ static inline int S(any)(VI mask) {
 #endif
 }
 
-/* e^(x rate / LOG2_E) = 2^(x rate) for exponents from EXP_LOW to EXP_HIGH: rate = LOG2_E / eps saves the division. About 1 ulp. */
-static inline VF S(power)(VF x, REAL rate) {
-    VF t = x * rate + (REAL)MAGIC, whole = t - (REAL)MAGIC, r = x * rate - whole;
+/* 2^r for |r| <= 1/2. About 1 ulp. */
+static inline VF S(fraction)(VF r) {
 #if WIDE
     static const double terms[] = {1.3691488853904128e-12, 2.5678435993488206e-11, 4.4455382718708116e-10, 7.0549116208011233e-9,
                                    1.0178086009239699e-7, 1.3215486790144309e-6, 1.5252733804059841e-5, 1.5403530393381609e-4,
@@ -84,18 +83,13 @@ static inline VF S(power)(VF x, REAL rate) {
     VF p = S(splat)(terms[0]);
 #pragma GCC unroll 16
     for (int i = 1; i < (int)(sizeof terms / sizeof *terms); i++) p = p * r + terms[i];
-    return (VF)((VI)p + ((VI)t << FRACTION));
+    return p;
 }
 
-/* The same for sums: in float32 to 1e-7 in place of 3e-8, with one multiply-add less. */
-static inline VF S(power_sum)(VF x, REAL rate) {
-#if WIDE
-    return S(power)(x, rate);
-#else
-    VF t = x * rate + (REAL)MAGIC, r = x * rate - (t - (REAL)MAGIC), p = S(splat)(1.3276472e-3f);
-    p = p * r + 9.675541e-3f, p = p * r + 5.550713e-2f, p = p * r + 2.402212e-1f, p = p * r + 6.9314694e-1f, p = p * r + 1.0000001f;
-    return (VF)((VI)p + ((VI)t << FRACTION));
-#endif
+/* e^(x rate / LOG2_E) = 2^(x rate) for exponents from EXP_LOW to EXP_HIGH: rate = LOG2_E / eps saves the division. */
+static inline VF S(power)(VF x, REAL rate) {
+    VF t = x * rate + (REAL)MAGIC, whole = t - (REAL)MAGIC;
+    return (VF)((VI)S(fraction)(x * rate - whole) + ((VI)t << FRACTION));
 }
 
 /* e^(x rate / LOG2_E); 0 below EXP_LOW, e^EXP_HIGH above EXP_HIGH. */

@@ -84,10 +84,10 @@ static int segment_keys(const segment_lists *lists, const segment_tile *tile, co
     for (; vectors >= 2; vectors -= 2, NEXT(2)) { int64_t i = 0; PRODUCT(MOST(2), 2) PRODUCT(4, 2) PRODUCT(1, 2) } \
     for (; vectors >= 1; vectors -= 1, NEXT(1)) { int64_t i = 0; PRODUCT(MOST(1), 1) PRODUCT(1, 1) }
 #else
-#define FEW(X) 4
+#define FEW(X) 6
 #define MANY(X) (X == 2 ? 6 : 8)
-#define PRODUCT_COLUMNS(PRODUCT, NEXT, MOST)                                                       \
-    for (; vectors >= 2; vectors -= 2, NEXT(2)) { int64_t i = 0; PRODUCT(MOST(2), 2) PRODUCT(1, 2) } \
+#define PRODUCT_COLUMNS(PRODUCT, NEXT, MOST)                                                                     \
+    for (; vectors >= 2; vectors -= 2, NEXT(2)) { int64_t i = 0; PRODUCT(MOST(2), 2) PRODUCT(4, 2) PRODUCT(1, 2) } \
     for (; vectors >= 1; vectors -= 1, NEXT(1)) { int64_t i = 0; PRODUCT(MOST(1), 1) PRODUCT(1, 1) }
 #endif
 

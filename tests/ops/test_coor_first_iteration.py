@@ -125,10 +125,19 @@ def test_attention_too(k):
 
 @pytest.mark.parametrize("spread, offset", [(1, 0), (6, -40), (0.1, 0.3), (30, 7), (1, 300), (3, 30000)])
 def test_iterations_of_falling_eps_are_as_exact_as_plain_torch_wherever_the_scores_lie(spread, offset):
-    """In float32 on AVX-512 their exponentials come from a table, if scores are not so large that their place in it would be rounded."""
+    """Their exponents are relative to a whole number of steps, if scores are not so large that it would be rounded."""
     options = {"eps": 0.03, "eps_init": 4.0, "eps_decay": 0.8, "n_iters": 13}
     scores = spread * torch.randn(17, 131, generator=torch.Generator().manual_seed(3)) + offset
     exact = coor_descent(scores.double(), 5.0, impl="reference", **options)
     ours, plain = ((coor_descent(scores, 5.0, impl=impl, **options).double() - exact).abs().max() for impl in ("native", "reference"))
     # Beside plain torch's error: scores in double are those in float32, but a threshold among them is rounded, and divided by eps.
     assert 0 < exact.max() and ours <= 2 * plain + torch.finfo(torch.float32).eps * (1 + scores.abs().max() / 0.03)
+
+
+def test_scores_of_millions_are_no_worse_than_their_own_rounding():
+    """From 2^21 steps of eps on, exponents are taken relative to the largest entry first; numbers there are 0.5 apart."""
+    scores = torch.zeros(16, 128)
+    scores[:, 3:93:9] = 2.0**22
+    mine = coor_descent(scores, 5.0, eps=1.0, eps_init=4.0, eps_decay=0.8, n_iters=12, impl="native")
+    torch.testing.assert_close(mine[:, 3:93:9], torch.full((16, 10), 0.5), rtol=0, atol=0.15)
+    assert mine.count_nonzero() == 160
