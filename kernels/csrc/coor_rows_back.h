@@ -88,6 +88,7 @@ static void S(take_pairs)(const VF *row, const VF *E, const VF *D, VF *to, int64
 static int S(iterate_rows_back)(const S(some) *s, const S(some) *g, const S(results) *ds, const S(work) *of, VF log_k,
                                 const double *eps, int64_t T, const VF *m, VF *dlogk_out) {
     VF zero = {0}, one = S(splat)(1), none = S(splat)(-INFINITY), last = m[T - 1], mu = zero, dlogk = zero, clean = one + (last - last);
+    VF bottom = zero;
     S(stage) at = {last, S(exponential)(-log_k), (REAL)eps[T]};
     int64_t begin = S(begun)(m, T), first = max64(S(last_stage)(eps, T), begin), width = s->width;
     REAL rate = (REAL)(LOG2_E / eps[T]), inverse = (REAL)(1 / eps[T]);
@@ -97,15 +98,16 @@ static int S(iterate_rows_back)(const S(some) *s, const S(some) *g, const S(resu
     for (int64_t t = first; t < alone; t++) of->above[t] = zero;
     for (int64_t r = 0; r < s->count; r++) {
         const VF *row = S(row_of)(s, r), *grad = S(row_of)(g, r);
-        VF *E = of->E + r * width, *D = of->D + r * width, edge = S(splat)(last[r]), sum = zero;
+        VF *E = of->E + r * width, *D = of->D + r * width, edge = S(splat)(last[r]), sum = zero, lowest = S(splat)(INFINITY);
+#pragma GCC unroll 2
         for (int64_t i = 0; i < width; i++) {
             SOON(s, row, i);
             SOON(g, grad, i);
             VF e = S(decay)(row[i] - edge, rate), d = S(keep)(row[i] <= edge, grad[i] * inverse);
-            sum += e * d;
+            sum += e * d, lowest = S(least)(row[i], lowest);
             E[i] = e, D[i] = first < T ? d : e * d;
         }
-        mu[r] = -S(total)(sum);
+        mu[r] = -S(total)(sum), bottom[r] = -S(largest)(-lowest);
         for (int64_t t = first; t < alone; t++) ((REAL *)(of->above + t))[r] = S(count_above)(row, width, S(splat)(m[t - 1][r]));
     }
     S(pairs) pairs = {.count = 0};
@@ -131,15 +133,10 @@ static int S(iterate_rows_back)(const S(some) *s, const S(some) *g, const S(resu
         VF *D = of->D + r * width, *out = (VF *)(ds->first + r * ds->step);
         if (first < T) S(take_pairs)(row, of->E + r * width, D, D, width, &pairs, r);
         for (int64_t t = first - 1; t > 0 && mu[r] != 0; t--) { /* a threshold that caps no entry ends it: see `first_iteration` */
-            REAL now = (REAL)(LOG2_E / eps[t]);
-            VF before = S(splat)(m[t - 1][r]), offset = S(splat)(m[t][r] + (REAL)eps[t] * log_k[r]), above = zero, by = S(splat)(mu[r]);
-            VF low = S(splat)((REAL)(EXP_LOW * eps[t]));
-            for (int64_t i = 0; i < width; i++) {
-                VI in = row[i] <= before;
-                VF w = S(power)(S(most)(S(least)(row[i], before) - offset, low), now);
-                D[i] += S(keep)(in, by * w), above += S(keep)(~in, w);
-            }
-            dlogk[r] -= mu[r] * (REAL)eps[t], mu[r] *= S(total)(above);
+            const S(hot) hot = {S(splat)(m[t - 1][r]), S(splat)(m[t][r] + (REAL)eps[t] * log_k[r]), (REAL)eps[t]};
+            const REAL above = bottom[r] - hot.offset[0] > (REAL)EXP_LOW * hot.eps ? S(hot_back)(row, D, width, &hot, mu[r], 0)
+                                                                                   : S(hot_back)(row, D, width, &hot, mu[r], 1);
+            dlogk[r] -= mu[r] * (REAL)eps[t], mu[r] *= above;
         }
         VF sound = S(splat)(clean[r]);
         for (int64_t i = 0; i < width; i++) S(put)(out + i, S(keep)(row[i] != none, D[i]) * sound, ds->bypass);

@@ -52,7 +52,7 @@
 #define ROOT_HALF 0x3f3504f3
 #endif
 
-static inline VF S(splat)(double x) { return (VF){0} + (REAL)x; }
+static inline VF S(splat)(double x) { return (REAL)x - (VF){0}; } /* x + 0 would be an addition: -0 + 0 is not -0 */
 static inline VF S(pick)(VI mask, VF yes, VF no) { return (VF)((mask & (VI)yes) | (~mask & (VI)no)); }
 static inline VF S(keep)(VI mask, VF yes) { return (VF)(mask & (VI)yes); }
 #include "extremes.h"
