@@ -34,6 +34,9 @@ HELP = "time every operator and layer against upstream"
 # glibc gives large blocks back at once and faults every page in again at the next call. That is most of the time of what
 # makes large tables, and depends on what ran before; kept memory makes the comparison fair and repeatable.
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "100000000"}
+# of one operator; what the cases of the whole table look like is fixed
+SIZES = {"b": (2, "batch"), "h": (8, "heads"), "n": ([256, 1024], "lengths"), "d": (16, "width of a head"),
+         "repeats": (5, "runs of which the median counts")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,15 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     single.add_argument("--op", nargs="+", metavar="NAME", help=f"operators, or all of them: {', '.join(OPERATORS)}")
     single.add_argument("--crossovers", action="store_true", help="all implementations at short and long sequences, and the table of "
                         'thresholds by which impl="auto" chooses; with --op, of these operators')
-    single.add_argument("--b", type=int, default=2, help="batch")
-    single.add_argument("--h", type=int, default=8, help="heads")
-    single.add_argument("--n", type=int, nargs="+", default=[256, 1024], help="lengths")
-    single.add_argument("--d", type=int, default=16, help="width of a head")
-    single.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
+    for name, (default, what) in SIZES.items():
+        several = {"nargs": "+"} if isinstance(default, list) else {}
+        single.add_argument(f"--{name}", type=int, help=f"{what} (default: {default})", **several)
 
 
 def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit code."""
+    for name, (default, _) in SIZES.items():
+        given = getattr(args, name)
+        check(given is None or args.op or args.crossovers, "bench: --{} is for --op; got --{} {} without it.", name, name, given,
+              remedy="Name operators, or all: --op all. The cases of the table have sizes of their own, or small ones with --quick.")
+        setattr(args, name, default if given is None else given)
     for name, least in (("b", 1), ("h", 1), ("d", 2), ("repeats", 1), ("threads", 1), ("rounds", 1), ("seconds", 1)):
         value = getattr(args, name)
         check(value is None or value >= least, "bench: --{} must be at least {}; got {}.", name, least, value,

@@ -29,7 +29,7 @@ from torch import Tensor
 def weights(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Softmax over the last axis among the allowed entries; rows without one are exactly 0, with finite derivatives.
 
-    scores [..., m]; allowed bool, broadcastable to scores. The only softmax in the library.
+    scores [..., m]; allowed bool, broadcastable to scores. The softmax of every attention in plain torch.
     """
     if scores.shape[-1] == 0:
         return scores
