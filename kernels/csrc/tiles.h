@@ -9,6 +9,11 @@
 #else
 #define TILE 4
 #endif
+#if defined(__AVX__) && VECTOR_BYTES == 32
+#define KEPT(x) __asm__("" : "+x"(x))
+#else
+#define KEPT(x)
+#endif
 #define PAD (TILE > 16 ? TILE : 16)
 
 /* Which part of a product of a lower triangle is needed. */
@@ -28,7 +33,10 @@ INLINE void S(tile)(const REAL *a, int64_t ra, int64_t ca, const REAL *b, int64_
     for (int64_t k = 0; k < depth; k++) {
         VF right[2];
 #pragma GCC unroll 2
-        for (int j = 0; j < vectors; j++) right[j] = S(load)(b + k * ldb + j * LANES, LANES);
+        for (int j = 0; j < vectors; j++) {
+            right[j] = S(load)(b + k * ldb + j * LANES, LANES);
+            KEPT(right[j]);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < TILE; r++) {
             REAL left = a[r * ra + k * ca];
