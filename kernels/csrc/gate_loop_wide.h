@@ -18,6 +18,19 @@ static inline wide_sizes wide_size(int64_t b, int64_t h, int64_t n, int64_t d, i
     int64_t m = d + e >= 64 ? 64 : 32;
     return (wide_sizes){b, h, n, d, e, up(d, PAD), up(e, PAD), m};
 }
+
+/* Heads that a thread takes by turns, a chunk of each: a row holds all heads side by side, so one after another is a walk with long
+ * steps that misses the translation of addresses again for every head. As many as keep `bytes` of each in the second cache, and no
+ * thread idle. One with the wide vectors that this was not measured with. */
+#if VECTOR_BYTES == 64
+#define HEADS 1
+#else
+#define HEADS 16
+#endif
+static inline int64_t heads_together(int64_t tasks, int64_t threads, int64_t bytes) {
+    int64_t most = max64(1, min64(HEADS, (128 << 10) / max64(1, bytes))), rounds = (tasks + threads * most - 1) / (threads * most);
+    return (tasks + threads * rounds - 1) / (threads * rounds);
+}
 #define AT(x, i) ((x) + (i) / s.h * x##_batch + (i) % s.h * x##_head)
 #define PLACE(x, i, start) ((i) / s.h * x##_batch + (i) % s.h * x##_head + (start) * x##_row)
 #endif
@@ -157,35 +170,49 @@ void S(gate_loop_wide)(const REAL *q, const REAL *k, const REAL *v, const REAL *
                        int64_t threads) {
     wide_sizes s = wide_size(b, h, n, d, e);
     int64_t dp = s.dp, ep = s.ep, tasks = b * h, size = 2 * dp * ep, chunks = (n + s.m - 1) / s.m;
+/* Asks for the rows of the next turn between products, so that they come while products are made. */
+#define FETCH(x, width) S(fetch)(x + PLACE(x, i_next, next), x##_row, later, width)
 #define LAST(i, state)                                                                                             \
     for (int64_t r = 0; r < d; r++)                                                                                \
         for (int64_t j = 0; j < e; j++)                                                                            \
             for (int64_t c = 0; c < 2; c++) last[2 * (((i)*d + r) * e + j) + c] = (state)[(c * dp + r) * ep + j]
-    if (threads <= tasks || chunks == 1) { /* a thread per head */
+    if (threads <= tasks || chunks == 1) { /* a thread per head or several heads */
+        int64_t together = heads_together(tasks, min64(threads, tasks), size * (int64_t)sizeof(REAL));
 #pragma omp parallel num_threads((int)min64(threads, tasks)) if (threads > 1 && tasks > 1)
         {
-            REAL *state = scratch((size_t)size * sizeof(REAL));
+            REAL *states = scratch((size_t)(together * size) * sizeof(REAL));
             S(wide_work) *w = S(wide_room)(dp, ep);
             unsigned mode = subnormals_off();
-            if (!state) abort();
+            if (!states) abort();
 #pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < tasks; i++) {
-                double whole[2] = {1, 0};
-                S(plain_state_in)(h0 ? h0 + i * 2 * d * e : NULL, state, d, e, dp, ep);
-                for (int64_t start = 0; start < n; start += s.m) {
+            for (int64_t first = 0; first < tasks; first += together) {
+                int64_t end = min64(tasks, first + together);
+                double wholes[HEADS][2];
+                for (int64_t i = first; i < end; i++) {
+                    wholes[i - first][0] = 1, wholes[i - first][1] = 0;
+                    S(plain_state_in)(h0 ? h0 + i * 2 * d * e : NULL, states + (i - first) * size, d, e, dp, ep);
+                }
+                for (int64_t turn = 0; turn < chunks * (end - first); turn++) {
+                    int64_t i = first + turn % (end - first), start = turn / (end - first) * s.m;
                     int64_t m = min64(s.m, n - start), rows = up(m, PAD);
-                    S(chunk_gates)(AT(a, i) + start * a_row, a_row, m, &w->gates, whole);
+                    int64_t i_next = i + 1 < end ? i + 1 : first, next = i + 1 < end ? start : start + s.m, later = min64(s.m, n - next);
+                    REAL *state = states + (i - first) * size;
+                    S(chunk_gates)(AT(a, i) + start * a_row, a_row, m, &w->gates, wholes[i - first]);
                     S(pack)(AT(q, i) + start * q_row, q_row, w->q, dp, m, d, rows);
                     S(pack)(AT(k, i) + start * k_row, k_row, w->k, dp, m, d, rows);
                     S(pack)(AT(v, i) + start * v_row, v_row, w->v, ep, m, e, rows);
+                    if (HEADS > 1) FETCH(q, d), FETCH(a, 2);
                     S(wide_outputs)(w, start || h0 ? state : NULL, AT(out, i) + start * out_row, out_row, m, d, e, dp, ep);
+                    if (HEADS > 1) FETCH(k, d), FETCH(v, e);
                     S(wide_advance)(w, state, dp, ep, dp * ep, ep, m);
                 }
-                LAST(i, state);
-                product[2 * i] = (REAL)whole[0], product[2 * i + 1] = (REAL)whole[1];
+                for (int64_t i = first; i < end; i++) {
+                    LAST(i, states + (i - first) * size);
+                    product[2 * i] = (REAL)wholes[i - first][0], product[2 * i + 1] = (REAL)wholes[i - first][1];
+                }
             }
             subnormals_back(mode);
-            free(state), free(w);
+            free(states), free(w);
         }
         return;
     }
@@ -242,6 +269,7 @@ void S(gate_loop_wide)(const REAL *q, const REAL *k, const REAL *v, const REAL *
         LAST(i, states + (i * (keep + 1) + (chunks - 1) % keep + 1) * size);
         product[2 * i] = (REAL)wholes[2 * i], product[2 * i + 1] = (REAL)wholes[2 * i + 1];
     }
+#undef FETCH
 #undef LAST
     free(states), free(wholes);
 }
