@@ -5,6 +5,10 @@
 #ifndef FNATTN_GATE_LANES_ONCE
 #define FNATTN_GATE_LANES_ONCE
 
+#if VECTOR_BYTES == 32
+#include <immintrin.h>
+#endif
+
 typedef int32_t vi32 __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
 typedef int64_t vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
 
@@ -27,6 +31,9 @@ typedef int64_t vi64 __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
 #define HIGH_16 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* Vectors of gates made side by side where registers are narrow; one of the widest is work enough. */
+#define ABREAST (VECTOR_BYTES == 64 ? 1 : 4)
 
 /* Channels of one task: `most`, or fewer, whole cache lines, if that leaves threads without a task. */
 static inline int64_t task_channels(int64_t b, int64_t c, int64_t threads, int64_t most) {
@@ -92,7 +99,18 @@ INLINE S(pair) S(load_pairs)(const REAL *p, int64_t count) {
     VF two[2] = {{0}, {0}};
     if (count == LANES) two[0] = *(const VF *)p, two[1] = *(const VF *)(p + LANES);
     else memcpy(two, p, 2 * (size_t)count * sizeof(REAL));
+#if VECTOR_BYTES == 32
+    /* Halves first: they come from memory in place, where lanes taken across a whole register are slow. */
+#if WIDE
+    VF low = SHUFFLE(VI, two[0], two[1], 0, 1, 4, 5), high = SHUFFLE(VI, two[0], two[1], 2, 3, 6, 7);
+    return (S(pair)){SHUFFLE(VI, low, high, 0, 4, 2, 6), SHUFFLE(VI, low, high, 1, 5, 3, 7)};
+#else
+    VF low = SHUFFLE(VI, two[0], two[1], 0, 1, 2, 3, 8, 9, 10, 11), high = SHUFFLE(VI, two[0], two[1], 4, 5, 6, 7, 12, 13, 14, 15);
+    return (S(pair)){SHUFFLE(VI, low, high, 0, 2, 8, 10, 4, 6, 12, 14), SHUFFLE(VI, low, high, 1, 3, 9, 11, 5, 7, 13, 15)};
+#endif
+#else
     return (S(pair)){SHUFFLE(VI, two[0], two[1], EVEN), SHUFFLE(VI, two[0], two[1], ODD)};
+#endif
 }
 
 INLINE void S(store_pairs)(REAL *p, VF re, VF im, int64_t count) {
@@ -128,13 +146,17 @@ INLINE VF S(exp_down)(VF x, const int careful) {
     return (VF)((VI)y + ((VI)shifted << (WIDE ? 52 : 23)));
 }
 
-/* x^-1/2 for normal x > 0: a guess from the exponent, then Newton steps. Neither compiler's vector types have a sqrt. */
+/* x^-1/2 for normal x > 0: a guess from the exponent, then Newton steps. Neither compiler's vector types have a sqrt.
+ * Where there is an instruction for the guess, that: less than half the operations. */
 INLINE VF S(inverse_root)(VF x) {
 #if WIDE
     VF y = (VF)(0x5FE6EB50C7B537A9 - ((VI)x >> 1));
     VF half = x * 0.5;
     for (int i = 0; i < 4; i++) y = y * (1.5 - half * y * y);
     return y + 0.5 * y * (1.0 - x * y * y);
+#elif VECTOR_BYTES == 32
+    VF y = (VF)_mm256_rsqrt_ps((__m256)x), rest = 1.0f - x * y * y; /* twelve bits, and two terms of the series of (1 - rest)^-1/2 */
+    return y + y * rest * (0.375f * rest + 0.5f);
 #else
     VF y = (VF)(0x5F375A86 - ((VI)x >> 1));
     VF half = x * 0.5f;
@@ -159,21 +181,14 @@ typedef struct {
     VF ux, uy, size, inverse;
 } S(gate);
 
-INLINE S(gate) S(make_gate)(S(pair) a, const int careful, VI *odd) {
+INLINE S(gate) S(careful_gate)(S(pair) a) {
 #if WIDE
-    const REAL low = 0, up = 1, high = 0x1p1000, down = 0x1p-600, up_again = 0x1p600, none = 0x1p-200, far = 490000;
+    const REAL low = 0, up = 1, high = 0x1p1000, down = 0x1p-600, up_again = 0x1p600, none = 0x1p-200;
 #else
-    const REAL low = 0x1p-100f, up = 0x1p80f, high = 0x1p100f, down = 0x1p-80f, up_again = 0x1p80f, none = 0x1p-40f, far = 6400;
+    const REAL low = 0x1p-100f, up = 0x1p80f, high = 0x1p100f, down = 0x1p-80f, up_again = 0x1p80f, none = 0x1p-40f;
 #endif
     S(gate) g;
     VF square = a.re * a.re + a.im * a.im;
-    if (!careful) {
-        *odd |= (square < (REAL)0x1p-100) | ~(square < far); /* nan is odd */
-        g.inverse = S(inverse_root)(square);
-        g.ux = a.re * g.inverse, g.uy = a.im * g.inverse;
-        g.size = (REAL)1 / ((REAL)1 + S(exp_down)(-square * g.inverse, 0));
-        return g;
-    }
     VI tiny = square < low, huge = square > high;
     VF scale = S(select)(tiny, S(all)(up), S(select)(huge, S(all)(down), S(all)(1)));
     VF back = S(select)(tiny, S(all)((REAL)1 / up), S(select)(huge, S(all)(up_again), S(all)(1)));
@@ -187,6 +202,33 @@ INLINE S(gate) S(make_gate)(S(pair) a, const int careful, VI *odd) {
     g.inverse = S(select)(zero, S(all)(0), root * scale);
     VF length = S(select)(zero, S(all)(0), square * root * back);
     g.size = (REAL)1 / ((REAL)1 + S(exp_down)(-length, 1));
+    return g;
+}
+
+/* Several at a time, stage by stage: one gate is a chain of some thirty dependent operations, and the processor looks ahead over too
+ * few of the next vectors' to keep busy. */
+INLINE void S(make_gates)(const S(pair) *a, S(gate) *g, const int careful, VI *odd, const int vectors) {
+    const REAL far = WIDE ? 490000 : 6400;
+    VF square[ABREAST];
+    if (careful) {
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++) g[i] = S(careful_gate)(a[i]);
+        return;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; i++) {
+        square[i] = a[i].re * a[i].re + a[i].im * a[i].im;
+        *odd |= (square[i] < (REAL)0x1p-100) | ~(square[i] < far); /* nan is odd */
+        g[i].inverse = S(inverse_root)(square[i]);
+        g[i].ux = a[i].re * g[i].inverse, g[i].uy = a[i].im * g[i].inverse;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; i++) g[i].size = (REAL)1 / ((REAL)1 + S(exp_down)(-square[i] * g[i].inverse, 0));
+}
+
+INLINE S(gate) S(make_gate)(S(pair) a, const int careful, VI *odd) {
+    S(gate) g;
+    S(make_gates)(&a, &g, careful, odd, 1);
     return g;
 }
 

@@ -53,7 +53,8 @@
 #define EVERY 32     /* steps between the saved states from which the backward pass starts again */
 /* Rows of saved states: enough, and never 1, so that a tracer need not treat short sequences apart. */
 #define MARKS(n) ((n) / EVERY + 2)
-#define AHEAD 6      /* rows to prefetch */
+/* Rows to prefetch: so few that they wait in the first cache, which is smaller where vectors are, beside the states. */
+#define AHEAD (VECTOR_BYTES == 64 ? 6 : 3)
 #define VECTORS (CHANNELS / LANES)
 
 /* One operand with its strides, in numbers: batch and row. The channels of a row lie side by side. */

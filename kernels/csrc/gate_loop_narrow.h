@@ -15,29 +15,55 @@ INLINE S(pair) S(load_gates)(const NUM *a, int64_t count) {
     return S(read_pairs)(padded, LANES);
 }
 
-INLINE void S(narrow_step)(const NUM *q, const NUM *k, const NUM *v, const NUM *a, NUM *out, const S(narrow_state) *from,
-                           S(narrow_state) *to, int64_t i, const int careful, VI *odd, int64_t count) {
-    S(gate) gate = S(make_gate)(S(load_gates)(a, count), careful, odd);
-    VF re = gate.size * gate.ux, im = gate.size * gate.uy, hr = from->hr[i], hi = from->hi[i], pr = from->pr[i], pi = from->pi[i];
-    VF next = re * hr - im * hi + S(read)(k, count) * S(read)(v, count);
-    to->hr[i] = next, to->hi[i] = re * hi + im * hr;
-    to->pr[i] = re * pr - im * pi, to->pi[i] = re * pi + im * pr;
-    S(write)(out, S(read)(q, count) * next, count);
+/* The gates of `vectors` vectors side by side, each of `count` channels. */
+INLINE void S(side_gates)(const NUM *a, S(gate) *gates, const int careful, VI *odd, int64_t count, const int vectors) {
+    S(pair) raw[ABREAST];
+#pragma GCC unroll 4
+    for (int u = 0; u < vectors; u++) raw[u] = S(load_gates)(a + u * 2 * LANES, count);
+    S(make_gates)(raw, gates, careful, odd, vectors);
 }
 
-/* Ordinary rows take the fast gates. A row with a gate near zero or beyond reach is done again with care, and so are the rows
- * that follow it, without trying first. */
-#define FAST_OR_CAREFUL(slow, call_fast, call_careful) \
-    do {                                               \
-        if (!slow) {                                   \
-            VI odd = {0};                              \
-            STEP(full, width, call_fast);              \
-            if (!S(any)(odd)) break;                   \
-            slow = EVERY;                              \
-        }                                              \
-        VI odd = {0};                                  \
-        STEP(full, width, call_careful);               \
-        slow--;                                        \
+/* Asks for some numbers that will be read, or written, soon. */
+INLINE void S(soon)(const NUM *p, int64_t numbers) {
+    for (int64_t i = 0; i < numbers; i += 64 / (int64_t)sizeof(NUM)) __builtin_prefetch(p + i);
+}
+
+INLINE void S(soon_written)(const NUM *p, int64_t numbers) {
+    for (int64_t i = 0; i < numbers; i += 64 / (int64_t)sizeof(NUM)) __builtin_prefetch(p + i, 1);
+}
+
+INLINE void S(narrow_step)(const NUM *q, const NUM *k, const NUM *v, const NUM *a, NUM *out, const S(narrow_state) *from,
+                           S(narrow_state) *to, int64_t i, const int careful, VI *odd, int64_t count, const int vectors) {
+    S(gate) gates[ABREAST];
+    S(side_gates)(a, gates, careful, odd, count, vectors);
+#pragma GCC unroll 4
+    for (int u = 0; u < vectors; u++, i++, q += LANES, k += LANES, v += LANES, out += LANES) {
+        VF re = gates[u].size * gates[u].ux, im = gates[u].size * gates[u].uy;
+        VF hr = from->hr[i], hi = from->hi[i], pr = from->pr[i], pi = from->pi[i];
+        VF next = re * hr - im * hi + S(read)(k, count) * S(read)(v, count);
+        to->hr[i] = next, to->hi[i] = re * hi + im * hr;
+        to->pr[i] = re * pr - im * pi, to->pi[i] = re * pi + im * pr;
+        S(write)(out, S(read)(q, count) * next, count);
+    }
+}
+
+/* Ordinary rows take the fast gates, `abreast` vectors at a time. A row with a gate near zero or beyond reach is done again with care,
+ * and so are the rows that follow it, without trying first. */
+#define FAST_OR_CAREFUL(slow, call_fast, call_careful, abreast)                                    \
+    do {                                                                                           \
+        if (!slow) {                                                                               \
+            VI odd = {0};                                                                          \
+            int64_t j = 0;                                                                         \
+            for (; j + (abreast) * LANES <= full; j += (abreast) * LANES) call_fast(LANES, abreast); \
+            if ((abreast) > 1)                                                                     \
+                for (; j < full; j += LANES) call_fast(LANES, 1);                                  \
+            if (j < width) call_fast(width - j, 1);                                                \
+            if (!S(any)(odd)) break;                                                               \
+            slow = EVERY;                                                                          \
+        }                                                                                          \
+        VI odd = {0};                                                                              \
+        STEP(full, width, call_careful);                                                           \
+        slow--;                                                                                    \
     } while (0)
 
 static void S(split_pairs)(const REAL *from, VF *re, VF *im, int64_t width) {
@@ -74,14 +100,15 @@ void S(gate_loop_narrow)(const NUM *q, const NUM *k, const NUM *v, const NUM *a,
             const NUM *q_t = ROW(q, i, t) + from, *k_t = ROW(k, i, t) + from, *v_t = ROW(v, i, t) + from;
             const NUM *a_t = ROW(a, i, t) + 2 * from;
             NUM *out_t = out + (i * n + t) * c + from;
-#define FAST(count)                                                                                                       \
-    (__builtin_prefetch(q_t + AHEAD * q_row + j), __builtin_prefetch(k_t + AHEAD * k_row + j),                            \
-     __builtin_prefetch(v_t + AHEAD * v_row + j), __builtin_prefetch(a_t + AHEAD * a_row + 2 * j),                        \
-     __builtin_prefetch(a_t + AHEAD * a_row + 2 * j + LANES), __builtin_prefetch(out_t + AHEAD * c + j, 1),               \
-     S(narrow_step)(q_t + j, k_t + j, v_t + j, a_t + 2 * j, out_t + j, now, next, j / LANES, 0, &odd, count))
-#define CAREFUL(count) \
-    S(narrow_step)(q_t + j, k_t + j, v_t + j, a_t + 2 * j, out_t + j, now, next, j / LANES, 1, &odd, count)
-            FAST_OR_CAREFUL(slow, FAST, CAREFUL);
+#define ALL(count, careful, vectors) \
+    S(narrow_step)(q_t + j, k_t + j, v_t + j, a_t + 2 * j, out_t + j, now, next, j / LANES, careful, &odd, count, vectors)
+#define FAST(count, vectors)                                                                                             \
+    (S(soon)(q_t + AHEAD * q_row + j, (vectors) * LANES), S(soon)(k_t + AHEAD * k_row + j, (vectors) * LANES),           \
+     S(soon)(v_t + AHEAD * v_row + j, (vectors) * LANES), S(soon)(a_t + AHEAD * a_row + 2 * j, (vectors) * 2 * LANES),   \
+     S(soon_written)(out_t + AHEAD * c + j, (vectors) * LANES), ALL(count, 0, vectors))
+#define CAREFUL(count) ALL(count, 1, 1)
+            FAST_OR_CAREFUL(slow, FAST, CAREFUL, ABREAST);
+#undef ALL
 #undef FAST
 #undef CAREFUL
         }
@@ -96,12 +123,17 @@ typedef struct {
     VF hr, hi, ux, uy, size, inverse;
 } S(narrow_kept);
 
-INLINE void S(narrow_again)(const NUM *k, const NUM *v, const NUM *a, VF hr, VF hi, S(narrow_kept) *kept, const int careful,
-                            VI *odd, int64_t count) {
-    S(gate) gate = S(make_gate)(S(load_gates)(a, count), careful, odd);
-    VF re = gate.size * gate.ux, im = gate.size * gate.uy;
-    *kept = (S(narrow_kept)){re * hr - im * hi + S(read)(k, count) * S(read)(v, count), re * hi + im * hr, gate.ux, gate.uy,
-                             gate.size, gate.inverse};
+/* hr, hi: the states before the step. */
+INLINE void S(narrow_again)(const NUM *k, const NUM *v, const NUM *a, const VF *hr, const VF *hi, int64_t apart, S(narrow_kept) *kept,
+                            const int careful, VI *odd, int64_t count, const int vectors) {
+    S(gate) gates[ABREAST];
+    S(side_gates)(a, gates, careful, odd, count, vectors);
+#pragma GCC unroll 4
+    for (int u = 0; u < vectors; u++, hr += apart, hi += apart, k += LANES, v += LANES) {
+        VF re = gates[u].size * gates[u].ux, im = gates[u].size * gates[u].uy;
+        kept[u] = (S(narrow_kept)){re * *hr - im * *hi + S(read)(k, count) * S(read)(v, count), re * *hi + im * *hr, gates[u].ux,
+                                   gates[u].uy, gates[u].size, gates[u].inverse};
+    }
 }
 
 typedef struct {
@@ -165,15 +197,17 @@ void S(gate_loop_narrow_backward)(const NUM *q, const NUM *k, const NUM *v, cons
                     int64_t t = start + s;
                     const NUM *k_t = ROW(k, i, t) + from, *v_t = ROW(v, i, t) + from, *a_t = ROW(a, i, t) + 2 * from;
                     S(narrow_kept) *kept_t = kept + s * VECTORS, *kept_b = s ? kept_t - VECTORS : NULL;
-#define BEFORE(part, mark) (kept_b ? kept_b[j / LANES].part : mark[j / LANES])
-#define FAST(count)                                                                                                    \
-    (__builtin_prefetch(k_t + AHEAD * k_row + j), __builtin_prefetch(v_t + AHEAD * v_row + j),                         \
-     __builtin_prefetch(a_t + AHEAD * a_row + 2 * j), __builtin_prefetch(a_t + AHEAD * a_row + 2 * j + LANES),         \
-     S(narrow_again)(k_t + j, v_t + j, a_t + 2 * j, BEFORE(hr, mark_re), BEFORE(hi, mark_im), kept_t + j / LANES, 0, &odd, count))
-#define CAREFUL(count)                                                                                                    \
-    S(narrow_again)                                                                                                       \
-    (k_t + j, v_t + j, a_t + 2 * j, BEFORE(hr, mark_re), BEFORE(hi, mark_im), kept_t + j / LANES, 1, &odd, count)
-                    FAST_OR_CAREFUL(slow, FAST, CAREFUL);
+#define BEFORE(part, mark) (kept_b ? &kept_b[j / LANES].part : &mark[j / LANES])
+#define ALL(count, careful, vectors)                                                                                           \
+    S(narrow_again)(k_t + j, v_t + j, a_t + 2 * j, BEFORE(hr, mark_re), BEFORE(hi, mark_im), apart, kept_t + j / LANES, careful, \
+                    &odd, count, vectors)
+#define FAST(count, vectors)                                                                                           \
+    (S(soon)(k_t + AHEAD * k_row + j, (vectors) * LANES), S(soon)(v_t + AHEAD * v_row + j, (vectors) * LANES),         \
+     S(soon)(a_t + AHEAD * a_row + 2 * j, (vectors) * 2 * LANES), ALL(count, 0, vectors))
+#define CAREFUL(count) ALL(count, 1, 1)
+                    int64_t apart = kept_b ? sizeof(S(narrow_kept)) / sizeof(VF) : 1; /* of neighbouring states */
+                    FAST_OR_CAREFUL(slow, FAST, CAREFUL, ABREAST);
+#undef ALL
 #undef FAST
 #undef CAREFUL
                 }
@@ -187,7 +221,7 @@ void S(gate_loop_narrow_backward)(const NUM *q, const NUM *k, const NUM *v, cons
      __builtin_prefetch(r.dq - AHEAD * c + j, 1), __builtin_prefetch(r.dk - AHEAD * c + j, 1),                             \
      __builtin_prefetch(r.dv - AHEAD * c + j, 1), __builtin_prefetch(r.da - AHEAD * 2 * c + 2 * j, 1),                     \
      __builtin_prefetch(r.da - AHEAD * 2 * c + 2 * j + LANES, 1),                                                          \
-     S(narrow_back)(&r, j, kept_t + j / LANES, BEFORE(hr, mark_re), BEFORE(hi, mark_im), carry_re + j / LANES,             \
+     S(narrow_back)(&r, j, kept_t + j / LANES, *BEFORE(hr, mark_re), *BEFORE(hi, mark_im), carry_re + j / LANES,           \
                     carry_im + j / LANES, wr[j / LANES], wi[j / LANES], count))
                     STEP(full, width, CALL);
 #undef CALL

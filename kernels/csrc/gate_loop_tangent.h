@@ -99,9 +99,9 @@ void S(gate_loop_narrow_tangent)(const REAL *q, const REAL *k, const REAL *v, co
             S(tangent_rows) r = {ROW(q, i, t) + from, ROW(k, i, t) + from, ROW(v, i, t) + from, ROW(a, i, t) + 2 * from,
                                  TANGENT_ROW(tq, i, t, from), TANGENT_ROW(tk, i, t, from), TANGENT_ROW(tv, i, t, from),
                                  TANGENT_ROW(ta, i, t, 2 * from), tout + (i * n + t) * c + from};
-#define FAST(count) S(narrow_tangent_step)(&r, j, now, next, 0, &odd, count)
+#define FAST(count, vectors) S(narrow_tangent_step)(&r, j, now, next, 0, &odd, count)
 #define CAREFUL(count) S(narrow_tangent_step)(&r, j, now, next, 1, &odd, count)
-            FAST_OR_CAREFUL(slow, FAST, CAREFUL);
+            FAST_OR_CAREFUL(slow, FAST, CAREFUL, 1);
 #undef FAST
 #undef CAREFUL
         }
