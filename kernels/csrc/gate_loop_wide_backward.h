@@ -174,6 +174,9 @@ void S(gate_loop_wide_backward)(const REAL *q, const REAL *k, const REAL *v, con
         if (!all_h || !all_r || !wholes) abort();
     }
 #define LOAD(x, c, offset, ld, count) S(pack)(AT(x, i) + (c) * s.m * x##_row + (offset), x##_row, w->x, ld, m, count, up(m, PAD))
+/* Asks for another chunk of an operand, so that it comes while this one is worked on; chunks beyond the ends have no rows. */
+#define FETCH(x, c, width)                                                                                                  \
+    if (HEADS > 1) S(fetch)(AT(x, i) + (c) * s.m * x##_row, x##_row, (c) < 0 ? 0 : min64(s.m, n - (c) * s.m), width)
 #define LOAD_G(c, offset, ld, count)                             \
     do {                                                         \
         if (g) LOAD(g, c, offset, ld, count);                    \
@@ -217,13 +220,19 @@ void S(gate_loop_wide_backward)(const REAL *q, const REAL *k, const REAL *v, con
                     S(chunk_gates)(AT(a, i) + c * s.m * a_row, a_row, m, &w->gates, whole);
                     if (c == chunks - 1 && !g_last) break; /* nobody asks for the last state */
                     LOAD(k, c, 0, dp, d), LOAD(v, c, 0, ep, e);
+                    FETCH(k, c + 1, d);
+                    FETCH(v, c + 1, e);
                     memcpy(hs + (c + 1) * size, hs + c * size, (size_t)size * sizeof(REAL));
                     S(back_advance)(w, w->k, w->v, hs + (c + 1) * size, ep, dp, dp, m, 1);
                 }
                 for (int64_t c = chunks - 1; c >= 0; c--) {
                     int64_t m = min64(s.m, n - c * s.m);
                     S(chunk_gates)(AT(a, i) + c * s.m * a_row, a_row, m, &w->gates, ignored);
+                    FETCH(q, c - 1, d);
+                    FETCH(k, c - 1, d);
                     CHUNK_BACK(hs, rt);
+                    FETCH(v, c - 1, e);
+                    if (g) FETCH(g, c - 1, e);
                     S(back_advance)(w, w->q, w->g, rt, ep, dp, dp, m, 0);
                 }
                 S(state_out)(rt, dh0 + i * 2 * d * e, d, e, dp);
@@ -269,6 +278,7 @@ void S(gate_loop_wide_backward)(const REAL *q, const REAL *k, const REAL *v, con
         free(w);
     }
 #undef LOAD
+#undef FETCH
 #undef LOAD_G
 #undef START
 #undef CHUNK_BACK
