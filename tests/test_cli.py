@@ -363,10 +363,15 @@ def test_bench_times_after_checking_and_writes_json(tmp_path, capsys):
     assert {row["operator"] for row in found["results"]} == {"scan", "causal_dot"}
     assert all("forward_ms" in row or "unavailable" in row for row in found["results"]) and found["machine"]["torch"]
     for flags, message in ((["--op", "magic"], "bench: expected an operator; got 'magic'."),
-                           (["--n", "0"], "bench: --n must be at least 1"),
-                           (["--d", "3"], "bench: --d must be even"), (["--device", "abacus"], "bench: this machine has cpu")):
+                           (["--op", "scan", "--n", "0"], "bench: --n must be at least 1"),
+                           (["--op", "scan", "--d", "3"], "bench: --d must be even"), (["--device", "abacus"], "bench: this machine has cpu")):
         assert main(["bench", *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_bench_takes_one_position_where_gradients_are_empty_or_cancel(capsys):
+    assert main(["bench", "--op", "cached_attention", "taylor", "gate_loop", "--n", "1", "--h", "1", "--repeats", "1"]) == 0
+    assert "WRONG" not in capsys.readouterr().out
 
 
 def test_bench_refuses_to_time_what_is_wrong(monkeypatch, capsys):

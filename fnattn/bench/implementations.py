@@ -104,7 +104,7 @@ def disagreement(name: str, sizes: dict, device: str, impl: str) -> str | None:
         except KernelUnavailable:  # not in this precision: nothing to compare
             continue
         # A gradient that cancels, as that of one lone key, is a rounding of terms larger than itself.
-        rounding = 8 * torch.finfo(dtype).eps * max(float(b.abs().max()) for b in truth if b.numel())
+        rounding = 8 * torch.finfo(dtype).eps * max(float(b.abs().max()) for b in truth if b is not None and b.numel())
         for a, b in zip(found, truth):
             if a is None or not a.numel():
                 continue
