@@ -9,6 +9,7 @@
 #else
 #define TILE 4
 #endif
+/* Says that a vector is wanted in a register: GCC would read the right side again for every row, more loads than there is time for. */
 #if defined(__AVX__) && VECTOR_BYTES == 32
 #define KEPT(x) __asm__("" : "+x"(x))
 #else
