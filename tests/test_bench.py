@@ -237,6 +237,11 @@ def test_a_mistake_is_one_message_and_exit_code_two(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_an_operator_is_timed_at_one_position_where_gradients_are_empty_or_cancel(capsys):
+    assert main(["bench", "--op", "cached_attention", "taylor", "gate_loop", "--n", "1", "--h", "1", "--repeats", "1"]) == 0
+    assert "WRONG" not in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
 def test_a_gpu_that_is_not_there_is_refused(capsys):
     assert main(["bench", "--device", "cuda"]) == 2

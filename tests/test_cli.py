@@ -369,11 +369,6 @@ def test_bench_times_after_checking_and_writes_json(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_bench_takes_one_position_where_gradients_are_empty_or_cancel(capsys):
-    assert main(["bench", "--op", "cached_attention", "taylor", "gate_loop", "--n", "1", "--h", "1", "--repeats", "1"]) == 0
-    assert "WRONG" not in capsys.readouterr().out
-
-
 def test_bench_refuses_to_time_what_is_wrong(monkeypatch, capsys):
     from fnattn.bench import implementations as bench
     true = bench.function

@@ -64,6 +64,14 @@ static VF S(window_rows_back)(const S(some) *s, const S(work) *of, S(pairs) *pai
     return coef;
 }
 
+/* Whether thresholds m[first - 1 .. T - 2], several of them, are within a few eps, so that few entries will lie between. */
+static int S(near_each_other)(const VF *m, int64_t first, int64_t T, REAL eps) {
+    if (T - first < 2) return 0;
+    VF low = m[first - 1], high = low;
+    for (int64_t t = first; t < T - 1; t++) low = S(least)(m[t], low), high = S(most)(m[t], high);
+    return !S(any)(~(high - low <= 4 * eps)); /* not so with NaN, or a threshold of infinity */
+}
+
 /* to = E (D + what the pairs give to entries of row r). */
 static void S(take_pairs)(const VF *row, const VF *E, const VF *D, VF *to, int64_t width, const S(pairs) *pairs, int64_t r) {
     int64_t i = 0;
@@ -94,7 +102,7 @@ static int S(iterate_rows_back)(const S(some) *s, const S(some) *g, const S(resu
     REAL rate = (REAL)(LOG2_E / eps[T]), inverse = (REAL)(1 / eps[T]);
     for (int64_t t = first; t < T; t++)
         if (!S(in_reach)(&at, m[t])) return 0;
-    const int64_t alone = min64(T, first + WINDOW_AFTER + 1);
+    const int64_t alone = S(near_each_other)(m, first, T, at.eps) ? first : min64(T, first + WINDOW_AFTER + 1);
     for (int64_t t = first; t < alone; t++) of->above[t] = zero;
     for (int64_t r = 0; r < s->count; r++) {
         const VF *row = S(row_of)(s, r), *grad = S(row_of)(g, r);
@@ -115,7 +123,7 @@ static int S(iterate_rows_back)(const S(some) *s, const S(some) *g, const S(resu
         VF coef = mu * at.inverse_k, k = S(exponential)(log_k), sum_mu = zero;
         for (int64_t t = T - 1; t >= first;) {
             int64_t from = t;
-            while (from > first + WINDOW_AFTER && from > first + (t - first) / 4) from--;
+            while (from > (alone == first ? first : max64(first + WINDOW_AFTER, first + (t - first) / 4))) from--;
             if (from < t) coef = S(window_rows_back)(s, of, &pairs, coef, at.inverse_k, m, from, t);
             else {
                 pairs.cap[pairs.count] = m[t - 1], pairs.take[pairs.count++] = of->coef[t] = coef;

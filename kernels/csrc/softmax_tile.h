@@ -60,7 +60,7 @@ static inline int S(any)(S(ints) yes) {
 #include "head_rows.h"
 
 /* exp of what is not far above 0, as 2^(j + r) with |r| <= 1/2; 0 from LOWEST down, where the bits of 2^j are all 0. In float32 off by
- * 4e-8 (2 + |x|) of itself: nothing that a sum of weights up to 1 would notice. */
+ * 4e-8 (2 + |x|) of itself, twice that without fused multiply-adds: nothing that a sum of weights up to 1 would notice. */
 static inline VF S(exponential)(VF x) {
 #if PRECISION == 32
     static const float factor[] = {1.5356861e-4f, 1.3398959e-3f, 9.618423e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.931472e-1f, 1}; /* minimax */
