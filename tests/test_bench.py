@@ -231,7 +231,8 @@ def test_the_command_prints_the_table_and_writes_json_and_a_plot(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--case", "magic"], "bench: expected a case; got 'magic'."), (["--rounds", "0"], "bench: --rounds must be at least 1"),
-    (["--threads", "0"], "bench: --threads must be at least 1"), (["--n", "8"], "bench: --n is for --op; got --n [8] without it.")])
+    (["--threads", "0"], "bench: --threads must be at least 1"), (["--n", "8"], "bench: --n is for --op alone; got --n [8]."),
+    (["--crossovers", "--op", "scan", "--d", "4"], "bench: --d is for --op alone; got --d 4.")])
 def test_a_mistake_is_one_message_and_exit_code_two(flags, message, capsys):
     assert main(["bench", *flags]) == 2
     assert message in capsys.readouterr().err

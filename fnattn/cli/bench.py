@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit code."""
     for name, (default, _) in SIZES.items():
         given = getattr(args, name)
-        check(given is None or args.op or args.crossovers, "bench: --{} is for --op; got --{} {} without it.", name, name, given,
-              remedy="Name operators, or all: --op all. The cases of the table have sizes of their own, or small ones with --quick.")
+        check(given is None or args.op and not args.crossovers, "bench: --{} is for --op alone; got --{} {}.", name, name, given,
+              remedy="Name operators, or all: --op all. The table and --crossovers have sizes of their own, or small ones with --quick.")
         setattr(args, name, default if given is None else given)
     for name, least in (("b", 1), ("h", 1), ("d", 2), ("repeats", 1), ("threads", 1), ("rounds", 1), ("seconds", 1)):
         value = getattr(args, name)

@@ -86,7 +86,7 @@ static inline __attribute__((always_inline)) REAL S(hot_back)(const VF *row, VF 
     const REAL rate = (REAL)LOG2_E / hot->eps * STEPS, shift = (REAL)nearbyint(hot->offset[0] * rate);
     const VF low = hot->offset + (REAL)EXP_LOW * hot->eps, before = hot->before, one = S(splat)(1);
     VF up_to = {0};
-    if (!(shift < (REAL)SHIFT_MOST && shift > -(REAL)SHIFT_MOST)) {
+    if (!(fabs((double)shift) < SHIFT_MOST)) {
         for (int64_t i = 0; i < width; i++) {
             const VF w = S(power)(S(most)(S(least)(row[i], before), low) - hot->offset, rate / STEPS);
             D[i] = ADD_WHERE(D[i], UP_TO(row[i], before), mu * w), up_to = ADD_WHERE(up_to, UP_TO(row[i], before), one);

@@ -157,9 +157,9 @@ static void S(iterate_rows)(const S(some) *s, const S(results) *y, VF *E, VF *op
             const REAL least = (REAL)(EXP_LOW * eps[t]); /* nobody notices e^EXP_LOW in the sum */
             c = S(least)(r.top, m);
             for (int64_t l = 0; l < count; l++) {
+                if (t < own[l]) continue;
                 const VF *row = S(row_of)(s, l), cap = S(splat)(m[l]), floor = S(splat)(c[l] + least);
                 const REAL fine = STEPS * rate, shift = (REAL)nearbyint(c[l] * (double)fine);
-                if (t < own[l]) continue;
                 if (!(fabs((double)shift) < SHIFT_MOST)) {
                     a[l] += S(far_sum)(row, width, cap, S(splat)(c[l]), rate);
                     continue;
