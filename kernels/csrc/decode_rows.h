@@ -1,6 +1,9 @@
 /* One query and the rows of a cache: scores, and sums of values. The lanes of a vector lie along the channels, so a single query
  * fills them. Included once per precision after lanes.h. */
 
+/* Asks for what lies so far behind x: rows of a cache come from afar, and pages end where the processor stops looking ahead. */
+#define FROM_AFAR(x) __builtin_prefetch((const char *)(x) + 1024, 0, 3)
+
 /* score[j] = scale q . k_j for `count` keys. */
 static void S(score_keys)(const REAL *restrict q, const REAL *restrict k, int64_t count, int64_t d, REAL scale, REAL *restrict score) {
     int64_t j = 0, whole = d - d % LANES;
@@ -8,6 +11,7 @@ static void S(score_keys)(const REAL *restrict q, const REAL *restrict k, int64_
         VF sum[4] = {{0}};
         for (int64_t c = 0; c < whole; c += LANES) {
             VF q_c = *(const VF *)(q + c);
+            for (int x = 0; x < 4; x++) FROM_AFAR(k + x * d + c);
             for (int x = 0; x < 4; x++) sum[x] += q_c * *(const VF *)(k + x * d + c);
         }
         for (int x = 0; x < 4; x++) {
@@ -32,7 +36,10 @@ static void S(sum_values)(REAL *restrict out, const REAL *restrict p, const REAL
     for (; c + X * LANES <= e; c += X * LANES) {                                                       \
         VF sum[X] = {{0}};                                                                             \
         for (int64_t j = 0; j < count; j++)                                                            \
-            for (int x = 0; x < X; x++) sum[x] += p[j] * *(const VF *)(v + j * e + c + x * LANES);     \
+            for (int x = 0; x < X; x++) {                                                              \
+                const REAL *v_j = v + j * e + c + x * LANES;                                           \
+                FROM_AFAR(v_j), sum[x] += p[j] * *(const VF *)v_j;                                     \
+            }                                                                                          \
         for (int x = 0; x < X; x++) *(VF *)(out + c + x * LANES) += sum[x];                            \
     }
     CHANNELS(8)
@@ -45,3 +52,4 @@ static void S(sum_values)(REAL *restrict out, const REAL *restrict p, const REAL
         out[c] += sum;
     }
 }
+#undef FROM_AFAR

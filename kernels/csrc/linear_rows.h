@@ -14,6 +14,7 @@ static inline __attribute__((always_inline)) int64_t S(meet)(const int rows, con
         VF x_c[ROWS];
         for (int r = 0; r < rows; r++) x_c[r] = *(const VF *)(x + r * ldx + c);
         for (int o = 0; o < outs; o++) {
+            __builtin_prefetch(w + (outs + o) * k + c, 0, 3); /* the next strip, from afar */
             const VF w_c = *(const VF *)(w + o * k + c);
             for (int r = 0; r < rows; r++) sum[o][r] += w_c * x_c[r];
         }
