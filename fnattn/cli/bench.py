@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
         check(value is None or value >= least, "bench: --{} must be at least {}; got {}.", name, least, value,
               remedy="Give a larger number.")
     check(all(n >= 1 for n in args.n), "bench: --n must be at least 1; got {}.", args.n, remedy="Give positive lengths.")
-    check(args.d % 2 == 0, "bench: --d must be even, for rotary; got {}.", args.d, remedy="Give an even width.")
+    rotary = args.op and {"all", "rotary"}.intersection(args.op)
+    check(args.d % 2 == 0 or not rotary, "bench: --d must be even, for rotary; got {}.", args.d, remedy="Give an even width.")
     check(args.device in devices(), "bench: this machine has {}; got --device {}.", ", ".join(devices()), args.device,
           remedy="Choose one of those.")
     if args.crossovers:

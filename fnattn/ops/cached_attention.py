@@ -15,6 +15,7 @@ from fnattn_kernels.contracts import reference_vjp
 from fnattn_kernels.forward_mode import reference_jvp
 from fnattn_kernels.native import decode as native
 from fnattn_kernels.native.build import why_not
+from fnattn_kernels.watchers import unwatched
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -121,11 +122,11 @@ def _native(q, k, v, k_late, v_late, mask, first, length, scale):
     if q.shape[1] // max(k.shape[1], 1) * q.shape[2] > FEW or why_not("decode") is not None:
         return _joined_native(q, k, v, k_late, v_late, mask, first, length, scale)
     parts = (q, k, v, k_late, v_late)
-    if len({t.dtype for t in parts}) > 1 or q.dtype not in (torch.float32, torch.float64):
-        k, v = join(k, k_late, first, length), join(v, v_late, first, length)
-        q, k, v = widen(q, k, v)
-        parts = (q, k, v, k[:, :, :0], v[:, :, :0])
-        first = length
+    if all(t.dtype == torch.bfloat16 for t in parts) and not torch.compiler.is_compiling() and unwatched(parts):
+        parts = (q.float(), *parts[1:])  # a cache of halves is read where it lies; derivatives want one dtype
+    elif len({t.dtype for t in parts}) > 1 or q.dtype not in (torch.float32, torch.float64):
+        late = length - first
+        parts = widen(q, k[:, :, :first], v[:, :, :first], k_late[:, :, :late], v_late[:, :, :late])
     # One mask per sequence, so that the batch axis means the same in every argument.
     mask = mask if mask is None else mask.expand(q.shape[0], *mask.shape[1:])
     return native.attend(*parts, mask, first, length, scale)

@@ -11,6 +11,8 @@
  *     ds_ij = p_ij (g_i . v_j - sum_j p_ij g_i . v_j)     dq = scale ds k     dk = scale ds^T q     dv = p^T g
  *     out_i. = sum_j (w_ij v_j + p_ij v_j.)               w_ij = p_ij (x_ij - sum_j p_ij x_ij)      x = scale (q. k + q k.)
  *
+ * `decode` also takes caches of bfloat16, with q and out in float.
+ *
  * Keys and values are read once for all queries of a key head, in blocks that stay in the first cache. One task is a key head;
  * the lanes of a vector lie along the channels, so a single query fills them. */
 #ifndef PRECISION
@@ -51,7 +53,6 @@ ROW_GRADIENTS(fnattn_try_row_gradients_f64, double)
 #else
 #include "softmax_tile.h"
 #include "lanes.h"
-#include "decode_rows.h"
 
 /* Scores to weights that add up to 1, or all 0 if none is above -infinity. `count` is a multiple of LANES. */
 static void S(normalise)(REAL *p, int64_t count) {
@@ -72,56 +73,10 @@ static void S(normalise)(REAL *p, int64_t count) {
     for (int64_t j = 0; j < count; j += LANES) *(VF *)(p + j) *= part;
 }
 
-/* What all three kernels are called with. */
-typedef struct {
-    const REAL *q, *k, *v, *k_late, *v_late;
-    const uint8_t *mask;
-    int64_t b, h, g, n, d, e, room, late, first, m, sb, sh, sn, start;
-    REAL scale;
-} S(cache);
-
-/* The rows of part `main` or `late`, `width` numbers each, of key head `task` from position j on, and in *stop where a block ends. */
-static inline const REAL *S(block_of)(const S(cache) *a, const REAL *main, const REAL *late, int64_t width, int64_t task, int64_t j,
-                                      int64_t *stop) {
-    *stop = min64(j + KEYS, j < a->first ? a->first : a->m);
-    return j < a->first ? main + (task * a->room + j) * width : late + (task * a->late + j - a->first) * width;
-}
-
-/* table [rows][row] = (more: +=) factor x . y_j over the keys, for rows of x [rows][width] and the two parts of y; spare [KEYS]. */
-static void S(meet_cache)(const S(cache) *a, const REAL *x, const REAL *main, const REAL *late, int64_t width, REAL factor, int64_t task,
-                          int64_t rows, int64_t row, int more, REAL *spare, REAL *table) {
-    for (int64_t j = 0, stop; j < a->m; j = stop) {
-        const REAL *y = S(block_of)(a, main, late, width, task, j, &stop);
-        for (int64_t i = 0; i < rows; i++) {
-            REAL *to = table + i * row + j;
-            S(score_keys)(x + i * width, y, stop - j, width, factor, more ? spare : to);
-            for (int64_t l = 0; more && l < stop - j; l++) to[l] += spare[l];
-        }
-    }
-}
-
-/* out [rows][width] += table times the two parts of y. */
-static void S(mix_cache)(const S(cache) *a, const REAL *table, const REAL *main, const REAL *late, int64_t width, int64_t task,
-                         int64_t rows, int64_t row, REAL *out) {
-    for (int64_t j = 0, stop; j < a->m; j = stop) {
-        const REAL *y = S(block_of)(a, main, late, width, task, j, &stop);
-        for (int64_t i = 0; i < rows; i++) S(sum_values)(out + i * width, table + i * row + j, y, stop - j, width);
-    }
-}
-
-/* The weights p [rows][row] of the queries of a key head. */
-static void S(weights_of)(const S(cache) *a, int64_t task, int64_t rows, int64_t row, REAL *p) {
-    const int64_t r = a->h / a->g, n = a->n;
-    S(meet_cache)(a, a->q + task * rows * a->d, a->k, a->k_late, a->d, a->scale, task, rows, row, 0, NULL, p);
-    for (int64_t i = 0; i < rows; i++, p += row) {
-        const int64_t head = task % a->g * r + i / n, end = max64(0, min64(a->m, a->start + i % n + 1));
-        const uint8_t *seen = a->mask ? a->mask + task / a->g * a->sb + head * a->sh + i % n * a->sn : NULL;
-        for (int64_t j = end; j < row; j++) p[j] = -(REAL)INFINITY;
-        if (seen)
-            for (int64_t j = 0; j < end; j++) p[j] = seen[j] ? p[j] : -(REAL)INFINITY;
-        S(normalise)(p, row);
-    }
-}
+#define HALF 0
+#define NUM REAL
+#define R S
+#include "decode_cache.h"
 
 /* x_j = p_j (x_j - sum_j p_j x_j), whose own sum, 0 but for rounding, is taken off once more. */
 static void S(centre)(const REAL *p, REAL *x, int64_t row, int64_t m) {
@@ -157,40 +112,6 @@ static void S(spread)(const REAL *table, const REAL *x, int64_t rows, int64_t ro
         }
     }
     memset(to, 0, (size_t)((room - count) * width) * sizeof(REAL));
-}
-
-#define CACHE(a)                                                                                                               \
-    const S(cache) a = {q, k, v, k_late, v_late, mask, b, h, g, n, d, e, room, late, first, m, sb, sh, sn, start, (REAL)scale}; \
-    const int64_t rows = h / g * n, row = (m + LANES - 1) / LANES * LANES;                                                     \
-    int failed = 0
-
-/* Scratch for `tables` tables, and KEYS numbers; says so where there is none. */
-#define TABLES(memory, tables)                                                     \
-    REAL *memory = scratch((size_t)((tables) * rows * row + KEYS) * sizeof(REAL)); \
-    if (!memory) {                                                                 \
-        _Pragma("omp atomic write") failed = 1;                                    \
-    }
-
-int S(try_decode)(const REAL *q, const REAL *k, const REAL *v, const REAL *k_late, const REAL *v_late, const uint8_t *mask,
-                  REAL *out, int64_t b, int64_t h, int64_t g, int64_t n, int64_t d, int64_t e, int64_t room, int64_t late,
-                  int64_t first, int64_t m, int64_t sb, int64_t sh, int64_t sn, int64_t start, int64_t threads, double scale) {
-    CACHE(a);
-    memset(out, 0, (size_t)(b * h * n * e) * sizeof(REAL));
-    if (!rows || !m) return 0;
-#pragma omp parallel num_threads((int)min64(threads, b * g)) if (threads > 1 && b * g > 1)
-    {
-        TABLES(p, 1)
-        unsigned mode = subnormals_off();
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < b * g; task++) {
-            if (!p) continue;
-            S(weights_of)(&a, task, rows, row, p);
-            S(mix_cache)(&a, p, v, v_late, e, task, rows, row, out + task * rows * e);
-        }
-        subnormals_back(mode);
-        free(p);
-    }
-    return failed;
 }
 
 /* grad like out; dq, dk, dv, dk_late, dv_late like their namesakes. */
@@ -254,6 +175,21 @@ int S(try_decode_tangent)(const REAL *q, const REAL *k, const REAL *v, const REA
     }
     return failed;
 }
+#undef HALF
+#undef NUM
+#undef R
 #undef CACHE
 #undef TABLES
+
+#if PRECISION == 32 /* averages of rows of bfloat16; queries and results are floats */
+#define HALF 1
+#define NUM uint16_t
+#define R(x) PASTE(fnattn_, x, _, bf16)
+#include "decode_cache.h"
+#undef HALF
+#undef NUM
+#undef R
+#undef CACHE
+#undef TABLES
+#endif
 #endif

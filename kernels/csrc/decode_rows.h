@@ -1,55 +1,101 @@
 /* One query and the rows of a cache: scores, and sums of values. The lanes of a vector lie along the channels, so a single query
- * fills them. Included once per precision after lanes.h. */
+ * fills them. Included after lanes.h once per kind of number NUM in the cache: REAL itself or, with HALF, bfloat16. Names of what
+ * depends on it are R(name), of the rest S(name). */
+#if HALF
+#include "halves.h"
+typedef uint16_t R(halves) __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2)));
+typedef uint32_t R(words) __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
+static inline VF R(channels)(const NUM *x) { return (VF)WIDEN(*(const R(halves) *)x, R(words)); }
+static inline REAL R(channel)(const NUM *x) {
+    const uint32_t word = (uint32_t)*x << 16;
+    REAL whole;
+    memcpy(&whole, &word, sizeof whole);
+    return whole;
+}
+#else
+static inline VF R(channels)(const NUM *x) { return *(const VF *)x; }
+static inline REAL R(channel)(const NUM *x) { return *x; }
+#endif
 
 /* Asks for what lies so far behind x: rows of a cache come from afar, and pages end where the processor stops looking ahead. */
 #define FROM_AFAR(x) __builtin_prefetch((const char *)(x) + 1024, 0, 3)
 
+/* Channels of a row that fill no vector: the vector that ends with the row, or in narrow rows begins with it, and which of its lanes
+ * are those channels. */
+typedef struct {
+    int64_t at;                                /* its first channel */
+    __typeof__((VF){0} == (VF){0}) lanes;      /* all bits or none */
+} R(tail);
+
+static inline R(tail) R(tail_of)(int64_t width) {
+    R(tail) t = {width < LANES ? 0 : width - LANES, {0}};
+    for (int l = 0; l < LANES; l++) t.lanes[l] = -(t.at + l >= width - width % LANES && t.at + l < width);
+    return t;
+}
+
+static inline VF R(tail_channels)(const R(tail) *t, const NUM *row) {
+    return (VF)((__typeof__(t->lanes))R(channels)(row + t->at) & t->lanes);
+}
+
+/* How many of `count` rows have a whole vector from their tail's first channel on: what lies behind the last may be nobody's. */
+static inline int64_t R(rows_with_tail)(int64_t count, int64_t width) {
+    return width >= LANES ? count : width ? max64(0, count - (LANES - 1) / width) : 0;
+}
+
 /* score[j] = scale q . k_j for `count` keys. */
-static void S(score_keys)(const REAL *restrict q, const REAL *restrict k, int64_t count, int64_t d, REAL scale, REAL *restrict score) {
-    int64_t j = 0, whole = d - d % LANES;
-    for (; j + 4 <= count; j += 4, k += 4 * d) {
+static void R(score_keys)(const REAL *restrict q, const NUM *restrict k, int64_t count, int64_t d, REAL scale, REAL *restrict score) {
+    const int64_t whole = d - d % LANES, vectors = whole < d ? R(rows_with_tail)(count, d) : count;
+    const R(tail) tail = R(tail_of)(d);
+    VF q_tail = {0};
+    for (int l = 0; l < LANES; l++)
+        if (tail.lanes[l]) q_tail[l] = q[tail.at + l];
+    int64_t j = 0;
+    for (; j + 4 <= vectors; j += 4, k += 4 * d) {
         VF sum[4] = {{0}};
         for (int64_t c = 0; c < whole; c += LANES) {
             VF q_c = *(const VF *)(q + c);
             for (int x = 0; x < 4; x++) FROM_AFAR(k + x * d + c);
-            for (int x = 0; x < 4; x++) sum[x] += q_c * *(const VF *)(k + x * d + c);
+            for (int x = 0; x < 4; x++) sum[x] += q_c * R(channels)(k + x * d + c);
         }
-        for (int x = 0; x < 4; x++) {
-            double rest = S(add_lanes)(sum[x]); /* what fills no vector is summed without rounding */
-            for (int64_t c = whole; c < d; c++) rest += (double)q[c] * k[x * d + c];
-            score[j + x] = (REAL)(rest * scale);
-        }
+        for (int x = 0; x < 4 && whole < d; x++) sum[x] += q_tail * R(tail_channels)(&tail, k + x * d);
+        for (int x = 0; x < 4; x++) score[j + x] = S(add_lanes)(sum[x]) * scale;
     }
     for (; j < count; j++, k += d) {
         VF sum = {0};
-        for (int64_t c = 0; c < whole; c += LANES) sum += *(const VF *)(q + c) * *(const VF *)(k + c);
-        double rest = S(add_lanes)(sum);
-        for (int64_t c = whole; c < d; c++) rest += (double)q[c] * k[c];
+        for (int64_t c = 0; c < whole; c += LANES) sum += *(const VF *)(q + c) * R(channels)(k + c);
+        double rest = S(add_lanes)(sum); /* what fills no vector is summed without rounding */
+        for (int64_t c = whole; c < d; c++) rest += (double)q[c] * R(channel)(k + c);
         score[j] = (REAL)(rest * scale);
     }
 }
 
 /* out += sum_j p_j v_j, the sum by itself first: what is added to out are few large parts. */
-static void S(sum_values)(REAL *restrict out, const REAL *restrict p, const REAL *restrict v, int64_t count, int64_t e) {
+static void R(sum_values)(REAL *restrict out, const REAL *restrict p, const NUM *restrict v, int64_t count, int64_t e) {
     int64_t c = 0;
-#define CHANNELS(X)                                                                                    \
-    for (; c + X * LANES <= e; c += X * LANES) {                                                       \
-        VF sum[X] = {{0}};                                                                             \
-        for (int64_t j = 0; j < count; j++)                                                            \
-            for (int x = 0; x < X; x++) {                                                              \
-                const REAL *v_j = v + j * e + c + x * LANES;                                           \
-                FROM_AFAR(v_j), sum[x] += p[j] * *(const VF *)v_j;                                     \
-            }                                                                                          \
-        for (int x = 0; x < X; x++) *(VF *)(out + c + x * LANES) += sum[x];                            \
+#define CHANNELS(X)                                                             \
+    for (; c + X * LANES <= e; c += X * LANES) {                                \
+        VF sum[X] = {{0}};                                                      \
+        for (int64_t j = 0; j < count; j++)                                     \
+            for (int x = 0; x < X; x++) {                                       \
+                const NUM *v_j = v + j * e + c + x * LANES;                     \
+                FROM_AFAR(v_j), sum[x] += p[j] * R(channels)(v_j);              \
+            }                                                                   \
+        for (int x = 0; x < X; x++) *(VF *)(out + c + x * LANES) += sum[x];     \
     }
     CHANNELS(8)
     CHANNELS(4)
     CHANNELS(1)
 #undef CHANNELS
-    for (; c < e; c++) {
-        REAL sum = 0;
-        for (int64_t j = 0; j < count; j++) sum += p[j] * v[j * e + c];
-        out[c] += sum;
-    }
+    if (c == e) return;
+    const R(tail) tail = R(tail_of)(e);
+    const int64_t vectors = R(rows_with_tail)(count, e);
+    VF sum = {0};
+    for (int64_t j = 0; j < vectors; j++) sum += p[j] * R(channels)(v + j * e + tail.at);
+    for (int l = 0; l < LANES; l++)
+        if (tail.lanes[l]) {
+            REAL rest = sum[l];
+            for (int64_t j = vectors; j < count; j++) rest += p[j] * R(channel)(v + j * e + tail.at + l);
+            out[tail.at + l] += rest;
+        }
 }
 #undef FROM_AFAR

@@ -3,26 +3,7 @@
  * NUM is REAL itself or, with HALF, bfloat16: the upper half of a float. Sums and states are REAL in every case. */
 
 #if HALF
-#if VECTOR_BYTES == 64 || defined(__AVX2__) || (VECTOR_BYTES == 16 && defined(__SSE2__))
-#include <immintrin.h>
-#endif
-/* Halves to the upper halves of words, zeros below; and back. Intrinsics where GCC does not find the instruction by itself. */
-#if VECTOR_BYTES == 64
-#define WIDEN(x, words) (words) _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)(x)), 16)
-#define NARROW(x, halves) (halves) _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)(x), 16))
-#elif defined(__AVX2__)
-#define WIDEN(x, words) (words) _mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)(x)), 16)
-#define PACKED(x) _mm256_packs_epi32(x, x)
-#define NARROW(x, halves) \
-    (halves) _mm256_castsi256_si128(_mm256_permute4x64_epi64(PACKED(_mm256_srai_epi32((__m256i)(x), 16)), 0x08))
-#elif VECTOR_BYTES == 16 && defined(__SSE2__)
-#define WIDEN(x, words) (words) _mm_unpacklo_epi16(_mm_setzero_si128(), (__m128i){(long long)(x), 0})
-#define PACKED(x) _mm_packs_epi32(x, x)
-#define NARROW(x, halves) (halves)(PACKED(_mm_srai_epi32((__m128i)(x), 16))[0])
-#else
-#define WIDEN(x, words) (__builtin_convertvector(x, words) << 16)
-#define NARROW(x, halves) __builtin_convertvector((x) >> 16, halves)
-#endif
+#include "halves.h"
 typedef uint16_t S(halves) __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2)));
 typedef uint32_t S(words) __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
 #undef ONE

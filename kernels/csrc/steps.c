@@ -22,6 +22,9 @@ enum { DONE, NO_MEMORY, OUT_OF_RANGE };  /* what the function returns */
 #else
 #include "common.h"
 #include "lanes.h"
+#define HALF 0
+#define NUM REAL
+#define R S
 #include "decode_rows.h"
 #include "linear_rows.h"
 #include "rms_row.h"
@@ -346,4 +349,7 @@ int S(try_steps)(const int64_t *code, int64_t length, int64_t space, int64_t thr
     free(scratch_at);
     return failed;
 }
+#undef HALF
+#undef NUM
+#undef R
 #endif

@@ -16,15 +16,16 @@ from .call import address, function, threads
 
 def _call(name: str, before: list[Tensor], parts: list[Tensor], mask: Tensor | None, after: list[Tensor], first: int, m: int,
           scale: float) -> None:
-    """The C function of this name; parts: q, k, v, k_late, v_late. What it reads must be contiguous, what it writes is `after`."""
-    q, k, v, k_late, _ = parts
+    """The C function of this name and v's dtype; parts: q, k, v, k_late, v_late. What it reads must be contiguous, what it writes is
+    `after`."""
+    q, _, v, k_late, _ = parts
     (b, h, n, d), (g, room, e) = q.shape, v.shape[1:]
     strides = [0] * 3
     if mask is not None:
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         strides = [stride if size > 1 else 0 for stride, size in zip(mask.stride(), mask.shape[:3])]
     pointers = [*map(address, before), *map(address, parts), address(mask), *map(address, after)]
-    call = function("decode", name, q.dtype, "p" * len(pointers) + "i" * 15 + "d")
+    call = function("decode", name, v.dtype, "p" * len(pointers) + "i" * 15 + "d")
     if call(*pointers, b, h, g, n, d, e, room, k_late.shape[2], first, m, *strides, m - n, threads(b * h * n * m * (d + e)), scale):
         raise MemoryError(f"cached_attention: no memory for the native kernel's scores ({h // g * n} queries, {m} keys)")
 
@@ -66,7 +67,8 @@ def _fake_backward(g, q, k, v, k_late, v_late, *others):
 
 
 _PARTS, _NUMBERS = "Tensor q, Tensor k, Tensor v, Tensor k_late, Tensor v_late, Tensor? mask", "SymInt first, SymInt m, float scale"
-# out [b, h, n, e]: the queries stand at the end of m keys, the first `first` of which are in k and v.
+# out [b, h, n, e]: the queries stand at the end of m keys, the first `first` of which are in k and v. Beside q in float32 the others
+# may be bfloat16; derivatives want one dtype.
 attend = Operator("decode_native", 3, f"({_PARTS}, {_NUMBERS}) -> Tensor", fake=_fake, cpu=_attend)
 # Gradients of q, k, v, k_late, v_late for the cotangent g of out: 0 in rows that are not read.
 attend_backward = Operator("decode_backward_native", 1, f"(Tensor g, {_PARTS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
