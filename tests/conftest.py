@@ -22,6 +22,9 @@ if "FNATTN_TEST_COMPILE_CACHE" not in os.environ:
 
 import hypothesis
 import torch
+from fnattn_kernels.contracts import KernelUnavailable
+from fnattn_kernels.native import build
+from fnattn_kernels.native.call import function
 
 import fnattn
 import fnattn.random
@@ -66,6 +69,19 @@ def nothing_compiled_before():
     """Each test compiles afresh: torch allows eight recompilations of one code object, and all tests share torch.func's."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(params=["native", "avx2", "baseline"])
+def instructions(request, monkeypatch):
+    """The kernels, built for these instructions."""
+    monkeypatch.setenv("FNATTN_ISA", request.param)
+    try:
+        build._extra_flags(request.param)
+    except KernelUnavailable as error:
+        pytest.skip(str(error))
+    function.cache_clear()
+    yield
+    function.cache_clear()
 
 
 @pytest.fixture

@@ -364,7 +364,8 @@ def test_bench_times_after_checking_and_writes_json(tmp_path, capsys):
     assert all("forward_ms" in row or "unavailable" in row for row in found["results"]) and found["machine"]["torch"]
     for flags, message in ((["--op", "magic"], "bench: expected an operator; got 'magic'."),
                            (["--op", "scan", "--n", "0"], "bench: --n must be at least 1"),
-                           (["--op", "rotary", "--d", "3"], "bench: --d must be even"), (["--device", "abacus"], "bench: this machine has cpu")):
+                           (["--op", "rotary", "--d", "3"], "bench: --d must be even"),
+                           (["--device", "abacus"], "bench: this machine has cpu")):
         assert main(["bench", *flags]) == 2
         assert message in capsys.readouterr().err
 

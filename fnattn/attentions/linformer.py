@@ -22,7 +22,7 @@ from .. import ops, taps
 from ..core import EMPTY, Empty, Family, check, check_init, check_input, check_sizes, config, config_of
 from ..ops._door import only_plain
 from ..ops.softmax import weights
-from ._heads import dropout, linear_init, merge_heads, split_heads, uniform_init
+from ._heads import dropout, linear, linear_init, merge_heads, split_heads, uniform_init
 
 # b batch, h query heads, g key heads (h, or 1 if one_kv_head), n queries, m keys, d width of a head, k mixed rows
 
@@ -142,7 +142,7 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
         given = torch.where(mask[..., None], given, torch.zeros_like(given))
 
     given = taps.tap("context", given)
-    q = taps.tap("q", split_heads(F.linear(x, params.to_q), cfg.heads))
+    q = taps.tap("q", split_heads(linear(x, params.to_q, impl=impl), cfg.heads))
     k = _mix(given, params.proj_k, params.to_k)
     v = k if cfg.share_kv else _mix(given, params.proj_v, params.to_v)
     k, v = taps.tap("k", split_heads(k, cfg.kv_heads)), taps.tap("v", split_heads(v, cfg.kv_heads))
@@ -164,7 +164,7 @@ def _mix(context: Tensor, proj: Tensor, weight: Tensor) -> Tensor:
     mixing = proj.T.expand(context.shape[0], -1, -1)
     if mixes_first(context.shape[1], context.shape[2], weight.shape[0], proj.shape[1]):
         return F.linear(torch.bmm(mixing, context), weight)
-    return torch.bmm(mixing, F.linear(context, weight))
+    return torch.bmm(mixing, linear(context, weight))
 
 
 def mixes_first(m: int, dim: int, kv: int, k: int) -> bool:

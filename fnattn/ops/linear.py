@@ -7,10 +7,11 @@ import math
 import torch
 from fnattn_kernels import crossovers
 from fnattn_kernels.native import linear as native
+from fnattn_kernels.watchers import unwatched
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._door import Kernel, cast, choose, compute_dtype, native_reason, widen
+from ._door import Kernel, cast, choose, native_reason, widen
 
 # b batch, n rows, k width of the input, m of the result
 
@@ -42,7 +43,10 @@ def unchecked(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tens
     return (reference if kernel is None else kernel.run)(x, weight, bias)
 
 
-reference = F.linear
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's own. Rows that lie apart are put side by side first: where nothing is differentiated torch would multiply them sequence
+    by sequence, which takes twice as long in float32, and tens of times in bfloat16."""
+    return F.linear(x.contiguous() if x.ndim > 2 else x, weight, bias)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -59,8 +63,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x.reshape(1, _rows(x), x.shape[-1])
-    out = native.linear(*widen(rows, weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0)))
+    args = x.reshape(1, _rows(x), x.shape[-1]), weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0)
+    if weight.dtype == torch.bfloat16 and unwatched([t for t in args if t is not None]):  # read as they lie; derivatives want one dtype
+        out = native.linear(args[0].float(), args[1], None if bias is None else args[2].float())
+    else:
+        out = native.linear(*widen(*args))
     return cast(out.view(*x.shape[:-1], weight.shape[0]), x.dtype)
 
 
@@ -83,12 +90,13 @@ def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _worth(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not _fit(x, weight, bias):
         return False  # torch says what is wrong; a kernel would read beyond the end
-    large = weight.numel() >= LARGE and x.dtype == compute_dtype(x)  # weights of another dtype would be converted as a whole
-    return large and _rows(x) <= FEW and native.linear.straight((x, weight, bias)) is not None
+    few = FEW.get(x.dtype)  # of another dtype the weights would be converted as a whole
+    return few is not None and weight.numel() >= LARGE and _rows(x) <= few and native.linear.straight((x, weight, bias)) is not None
 
 
 _LIMITS = crossovers.limits("linear", "native")
-FEW, LARGE = _LIMITS["rows"], _LIMITS["weights"]
+LARGE = _LIMITS["weights"]
+FEW = {torch.float32: _LIMITS["rows"], torch.float64: _LIMITS["rows"], torch.bfloat16: _LIMITS["halves"]}
 
 
 def _vjp(needs, args, outs, cotangents):

@@ -1,5 +1,6 @@
 /* Few queries and the two parts of a cache: their scores, and their averages of its rows. Included once per kind of number in the
- * cache, as decode_rows.h is; the macros at its end are undefined by whoever includes it. */
+ * cache, as numbers.h is; the macros at its end are undefined by whoever includes it. */
+#include "numbers.h"
 #include "decode_rows.h"
 
 /* What all three kernels are called with. */

@@ -1,21 +1,5 @@
 /* One query and the rows of a cache: scores, and sums of values. The lanes of a vector lie along the channels, so a single query
- * fills them. Included after lanes.h once per kind of number NUM in the cache: REAL itself or, with HALF, bfloat16. Names of what
- * depends on it are R(name), of the rest S(name). */
-#if HALF
-#include "halves.h"
-typedef uint16_t R(halves) __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2)));
-typedef uint32_t R(words) __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
-static inline VF R(channels)(const NUM *x) { return (VF)WIDEN(*(const R(halves) *)x, R(words)); }
-static inline REAL R(channel)(const NUM *x) {
-    const uint32_t word = (uint32_t)*x << 16;
-    REAL whole;
-    memcpy(&whole, &word, sizeof whole);
-    return whole;
-}
-#else
-static inline VF R(channels)(const NUM *x) { return *(const VF *)x; }
-static inline REAL R(channel)(const NUM *x) { return *x; }
-#endif
+ * fills them. Included after numbers.h once per kind of number in the cache. */
 
 /* Asks for what lies so far behind x: rows of a cache come from afar, and pages end where the processor stops looking ahead. */
 #define FROM_AFAR(x) __builtin_prefetch((const char *)(x) + 1024, 0, 3)
@@ -34,7 +18,7 @@ static inline R(tail) R(tail_of)(int64_t width) {
 }
 
 static inline VF R(tail_channels)(const R(tail) *t, const NUM *row) {
-    return (VF)((__typeof__(t->lanes))R(channels)(row + t->at) & t->lanes);
+    return (VF)((__typeof__(t->lanes))R(several)(row + t->at) & t->lanes);
 }
 
 /* How many of `count` rows have a whole vector from their tail's first channel on: what lies behind the last may be nobody's. */
@@ -55,16 +39,16 @@ static void R(score_keys)(const REAL *restrict q, const NUM *restrict k, int64_t
         for (int64_t c = 0; c < whole; c += LANES) {
             VF q_c = *(const VF *)(q + c);
             for (int x = 0; x < 4; x++) FROM_AFAR(k + x * d + c);
-            for (int x = 0; x < 4; x++) sum[x] += q_c * R(channels)(k + x * d + c);
+            for (int x = 0; x < 4; x++) sum[x] += q_c * R(several)(k + x * d + c);
         }
         for (int x = 0; x < 4 && whole < d; x++) sum[x] += q_tail * R(tail_channels)(&tail, k + x * d);
         for (int x = 0; x < 4; x++) score[j + x] = S(add_lanes)(sum[x]) * scale;
     }
     for (; j < count; j++, k += d) {
         VF sum = {0};
-        for (int64_t c = 0; c < whole; c += LANES) sum += *(const VF *)(q + c) * R(channels)(k + c);
+        for (int64_t c = 0; c < whole; c += LANES) sum += *(const VF *)(q + c) * R(several)(k + c);
         double rest = S(add_lanes)(sum); /* what fills no vector is summed without rounding */
-        for (int64_t c = whole; c < d; c++) rest += (double)q[c] * R(channel)(k + c);
+        for (int64_t c = whole; c < d; c++) rest += (double)q[c] * R(single)(k + c);
         score[j] = (REAL)(rest * scale);
     }
 }
@@ -78,7 +62,7 @@ static void R(sum_values)(REAL *restrict out, const REAL *restrict p, const NUM 
         for (int64_t j = 0; j < count; j++)                                     \
             for (int x = 0; x < X; x++) {                                       \
                 const NUM *v_j = v + j * e + c + x * LANES;                     \
-                FROM_AFAR(v_j), sum[x] += p[j] * R(channels)(v_j);              \
+                FROM_AFAR(v_j), sum[x] += p[j] * R(several)(v_j);              \
             }                                                                   \
         for (int x = 0; x < X; x++) *(VF *)(out + c + x * LANES) += sum[x];     \
     }
@@ -90,11 +74,11 @@ static void R(sum_values)(REAL *restrict out, const REAL *restrict p, const NUM 
     const R(tail) tail = R(tail_of)(e);
     const int64_t vectors = R(rows_with_tail)(count, e);
     VF sum = {0};
-    for (int64_t j = 0; j < vectors; j++) sum += p[j] * R(channels)(v + j * e + tail.at);
+    for (int64_t j = 0; j < vectors; j++) sum += p[j] * R(several)(v + j * e + tail.at);
     for (int l = 0; l < LANES; l++)
         if (tail.lanes[l]) {
             REAL rest = sum[l];
-            for (int64_t j = vectors; j < count; j++) rest += p[j] * R(channel)(v + j * e + tail.at + l);
+            for (int64_t j = vectors; j < count; j++) rest += p[j] * R(single)(v + j * e + tail.at + l);
             out[tail.at + l] += rest;
         }
 }

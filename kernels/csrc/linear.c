@@ -2,21 +2,39 @@
  *
  * Libraries for large products first copy the weights into an order of their own, which for a row or two takes longer than the
  * product. x [b, n, k] with rows in one piece, w [1 or b, m, k] and bias [1 or b, m] contiguous (a stride of 0 between batch
- * entries: the same for all), y [b, n, m] contiguous. One task is a block of OUTS outputs of one batch entry; the lanes of a
- * vector lie along k. */
+ * entries: the same for all), y [b, n, m] contiguous; w may be bfloat16 where the others are float. One task is a block of OUTS
+ * outputs of one batch entry; the lanes of a vector lie along k. */
 #ifndef PRECISION
 #define PRECISION 32
 #include "linear.c"
 #undef PRECISION
 #define PRECISION 64
 #include "linear.c"
-#else
+#elif !defined(NUM)
 #include "common.h"
 #include "lanes.h"
+#define HALF 0
+#define NUM REAL
+#define R S
+#include "linear.c"
+#undef HALF
+#undef NUM
+#undef R
+#if PRECISION == 32
+#define HALF 1
+#define NUM uint16_t
+#define R(x) PASTE(fnattn_, x, _, bf16)
+#include "linear.c"
+#undef HALF
+#undef NUM
+#undef R
+#endif
+#else
+#include "numbers.h"
 #include "linear_rows.h"
 
-void S(linear)(const REAL *x, const REAL *w, const REAL *bias, REAL *y, int64_t b, int64_t n, int64_t m, int64_t k, int64_t x_batch,
+void R(linear)(const REAL *x, const NUM *w, const REAL *bias, REAL *y, int64_t b, int64_t n, int64_t m, int64_t k, int64_t x_batch,
                int64_t ldx, int64_t w_batch, int64_t bias_batch, int64_t threads) {
-    S(products)(x, w, bias, y, b, n, m, k, x_batch, ldx, w_batch, bias_batch, threads);
+    R(products)(x, w, bias, y, b, n, m, k, x_batch, ldx, w_batch, bias_batch, threads);
 }
 #endif

@@ -25,6 +25,7 @@ enum { DONE, NO_MEMORY, OUT_OF_RANGE };  /* what the function returns */
 #define HALF 0
 #define NUM REAL
 #define R S
+#include "numbers.h"
 #include "decode_rows.h"
 #include "linear_rows.h"
 #include "rms_row.h"

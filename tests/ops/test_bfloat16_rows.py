@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import FLUSHES, assert_close
-from fnattn_kernels.contracts import KernelUnavailable
 from fnattn_kernels.native import build
-from fnattn_kernels.native.call import function
 
 from fnattn import ops
 
@@ -114,19 +112,6 @@ def test_a_wider_gate_or_state_widens_all():
         assert out.dtype == BF16 and last.dtype == (torch.float64 if args[3].dtype == torch.float64 else torch.float32)
     assert_close(last, ops.simple_gate_loop(q.double(), x.double(), a.double(), h.to(BF16).double())[1])
     assert_close(ops.simple_gate_loop(q, x, a, h.double())[1], exact[1])
-
-
-@pytest.fixture(params=["native", "avx2", "baseline"])
-def instructions(request, monkeypatch):
-    """The kernels, built for these instructions."""
-    monkeypatch.setenv("FNATTN_ISA", request.param)
-    try:
-        build._extra_flags(request.param)
-    except KernelUnavailable as error:
-        pytest.skip(str(error))
-    function.cache_clear()
-    yield
-    function.cache_clear()
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -5,29 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import assert_close
-from fnattn_kernels.contracts import KernelUnavailable
 from fnattn_kernels.native import build
 from fnattn_kernels.native import decode as native
-from fnattn_kernels.native.call import function
 
 from fnattn import ops
 
 BF16, NAN = torch.bfloat16, float("nan")
 WIDTHS = ((1, 3), (5, 7), (13, 8), (16, 19), (31, 33), (64, 130), (67, 15))  # of keys and values: below, at and above a vector
 pytestmark = pytest.mark.skipif(bool(build.why_not("decode")), reason="no C kernel here")
-
-
-@pytest.fixture(params=["native", "avx2", "baseline"])
-def instructions(request, monkeypatch):
-    """The kernels, built for these instructions."""
-    monkeypatch.setenv("FNATTN_ISA", request.param)
-    try:
-        build._extra_flags(request.param)
-    except KernelUnavailable as error:
-        pytest.skip(str(error))
-    function.cache_clear()
-    yield
-    function.cache_clear()
 
 
 def cache(d, e, first=37, late=5, n=2, dtype=torch.float32):
