@@ -16,6 +16,7 @@
  * Keys and values are read once for all queries of a key head, in blocks that stay in the first cache. One task is a key head;
  * the lanes of a vector lie along the channels, so a single query fills them. */
 #ifndef PRECISION
+#define QUERIES 16 /* so many are few: what one key head's need beside them stays on the stack */
 #define PRECISION 32
 #include "decode.c"
 #undef PRECISION
@@ -97,6 +98,12 @@ static void S(centre)(const REAL *p, REAL *x, int64_t row, int64_t m) {
 /* to_j = factor sum_i table_ij x_i for the keys of one part, `from` being its first, and 0 in the rows behind its `count`. */
 static void S(spread)(const REAL *table, const REAL *x, int64_t rows, int64_t row, int64_t from, int64_t count, int64_t room, int64_t width,
                       REAL factor, REAL *to) {
+    /* What fills no vector: the last vector of a row is written as a whole, in narrow rows over what follows, which comes later. */
+    const int64_t tails = width % LANES && rows <= QUERIES ? S(rows_with_tail)(count, width) : 0;
+    const S(tail) tail = S(tail_of)(width);
+    VF x_tail[QUERIES] = {{0}};
+    for (int64_t i = 0; i < rows && tails; i++)
+        for (int64_t l = 0; tail.at + l < width && l < LANES; l++) x_tail[i][l] = x[i * width + tail.at + l];
     for (int64_t j = 0; j < count; j++, to += width) {
         const REAL *share = table + from + j;
         int64_t c = 0;
@@ -104,6 +111,12 @@ static void S(spread)(const REAL *table, const REAL *x, int64_t rows, int64_t ro
             VF sum = {0};
             for (int64_t i = 0; i < rows; i++) sum += share[i * row] * *(const VF *)(x + i * width + c);
             *(VF *)(to + c) = factor * sum;
+        }
+        if (j < tails) {
+            VF sum = {0};
+            for (int64_t i = 0; i < rows; i++) sum += share[i * row] * x_tail[i];
+            *(VF *)(to + tail.at) = factor * sum;
+            continue;
         }
         for (; c < width; c++) {
             REAL sum = 0;

@@ -45,6 +45,21 @@ def test_rows_of_any_width_give_the_numbers_of_the_reference(instructions, d, e)
 
 
 @pytest.mark.parametrize("d, e", WIDTHS)
+def test_gradients_in_rows_of_any_width_are_those_of_the_reference(instructions, d, e):
+    parts, where = cache(d, e)
+    found = []
+    for impl, given in (("native", copies(t.nan_to_num() for t in parts)), ("reference", [t.nan_to_num().double() for t in parts])):
+        given = [t.requires_grad_() for t in given]
+        out = ops.cached_attention(*given, **where, impl=impl)
+        found.append(torch.autograd.grad(out, given, torch.ones_like(out).cumsum(-1)))
+    for ours, exact in zip(*found):
+        assert exact.any()
+        assert_close(ours, exact.float())
+    for grad, used in zip(found[0][1:], (where["first"],) * 2 + (where["length"] - where["first"],) * 2):
+        assert not grad[:, :, used:].any()
+
+
+@pytest.mark.parametrize("d, e", WIDTHS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_cache_of_bfloat16_gives_what_its_numbers_give_in_float32_rounded_once(instructions, d, e, masked):
     parts, where = cache(d, e, dtype=BF16)
