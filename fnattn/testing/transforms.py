@@ -83,7 +83,8 @@ def jacrev_jacrev(s: Subject) -> Built:
 
 def jacrev_jacfwd(s: Subject) -> Built:
     """jacrev(jacfwd(f))"""
-    return func.jacrev(func.jacfwd(s.bent, s.diff), s.diff), s.args
+    # Of one number: forward mode inside makes a batch of entries squared for each.
+    return func.jacrev(func.jacfwd(s.loss, s.diff), s.diff), s.args
 
 
 def jacfwd_jacfwd(s: Subject) -> Built:
