@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
 import platform
 import shutil
@@ -31,6 +32,9 @@ import fnattn.random
 
 # Two threads on a busy machine make small operators ten times slower, and results must not depend on their number.
 torch.set_num_threads(1)
+
+# What has been imported stays: collecting garbage need not look at its million objects again and again.
+gc.freeze()
 
 # The same examples in every run, however slow the machine; nothing is left in the checkout.
 hypothesis.settings.register_profile("fnattn", deadline=None, derandomize=True, database=None)

@@ -9,6 +9,7 @@ The interpreter waits for further calls, because starting it takes as long as tw
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -156,9 +157,13 @@ def _serve() -> None:
     done = os.dup(1)
     os.dup2(2, 1)  # whatever else is printed is no answer
 
+    gc.disable()
     import torch._dynamo  # noqa: F401
 
     _warm_up()
+    # All of this stays: no collection, here or in a child, need look at its million objects, or make a child copy their memory.
+    gc.freeze()
+    gc.enable()
     for line in sys.stdin:
         _carry_out(line.rstrip("\n"))
         os.write(done, b"done\n")
