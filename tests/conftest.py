@@ -33,6 +33,10 @@ import fnattn.random
 # Two threads on a busy machine make small operators ten times slower, and results must not depend on their number.
 torch.set_num_threads(1)
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    with contextlib.suppress(ImportError):  # not everything there needs Triton itself
+        import quick_interpreter  # noqa: F401
+
 # What has been imported stays: collecting garbage need not look at its million objects again and again.
 gc.freeze()
 
