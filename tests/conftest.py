@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import os
 import platform
@@ -37,8 +38,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     with contextlib.suppress(ImportError):  # not everything there needs Triton itself
         import quick_interpreter  # noqa: F401
 
-# What has been imported stays: collecting garbage need not look at its million objects again and again.
-gc.freeze()
+
+@functools.cache
+def keep_what_is_imported(moment: str) -> None:
+    """It stays anyway: collecting garbage need not look at its million objects again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+keep_what_is_imported("at the start")
 
 # The same examples in every run, however slow the machine; nothing is left in the checkout.
 hypothesis.settings.register_profile("fnattn", deadline=None, derandomize=True, database=None)
@@ -77,6 +85,7 @@ def nothing_compiled_before():
     """Each test compiles afresh: torch allows eight recompilations of one code object, and all tests share torch.func's."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+        keep_what_is_imported("with the compiler")
 
 
 @pytest.fixture(params=["native", "avx2", "baseline"])

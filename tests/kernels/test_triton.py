@@ -1,6 +1,6 @@
 """Triton's kernels: right in its interpreter, and compiled for a GPU that need not be here.
 
-The interpreter is switched on before Triton is imported, so each file of tests/kernels/interpreted runs in a process of its own.
+The interpreter is switched on before Triton is imported, so the files of tests/kernels/interpreted run in other processes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from fnattn_kernels.triton import lang
 from fnattn import ops
 
 HERE = Path(__file__).resolve().parent
-FILES = sorted((HERE / "interpreted").glob("*.py"))
+# Short files share a process, which takes as long to start as they take to run; `torch_triton` and Triton itself cannot share one.
+TOGETHER = [("causal_dot", "colt5", "coor_descent", "deepspeed", "scan"), ("gpu_suite", "large")]
+FILES = [*TOGETHER, *((path.stem,) for path in sorted((HERE / "interpreted").glob("*.py")) if path.stem not in sum(TOGETHER, ()))]
 
 
 @needs_triton
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_interpreted(path):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+@pytest.mark.parametrize("names", FILES, ids=" ".join)
+def test_interpreted(names):
+    paths = [str(HERE / "interpreted" / f"{name}.py") for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, cwd=HERE.parent.parent)
     assert done.returncode == 0, done.stdout + done.stderr
