@@ -56,6 +56,13 @@ def test_a_sign_error_in_second_order_is_found_by_second_order_checks_only():
     assert not {"f", "grad(f)", "vjp(f)", "jacrev(f)", "vmap(grad(f))", "autograd: backward", "gradcheck: reverse"} & found
 
 
+def test_one_second_derivative_that_is_slightly_wrong_is_found_by_every_second_order_check():
+    found = failed(wrong.one_entry, compile=False)
+    assert {"grad(grad(f))", "vjp(grad(f))", "vmap(vjp(grad(f)))", "jacrev(jacrev(f))", "autograd: double backward",
+            "gradgradcheck: reverse over reverse"} <= found
+    assert not {"f", "grad(f)", "vjp(f)", "jacrev(f)", "vmap(grad(f))", "autograd: backward", "gradcheck: reverse"} & found
+
+
 def test_a_lost_gradient_is_found_by_every_derivative_check():
     found = failed(wrong.detached, compile=False)
     assert {"grad(f)", "vjp(f)", "jvp(f)", "jacfwd(f)", "hessian(f)", "vmap(grad(f))", "gradcheck: forward"} <= found

@@ -72,6 +72,22 @@ def sign_error(x, y):
     return _SignError.apply(x, y, 0)
 
 
+class _OneEntry(_SignError):
+    @staticmethod
+    def backward(ctx, g):
+        x, y = ctx.saved_tensors
+        if ctx.order == 0:
+            return _OneEntry.apply(x, y, 1) * g, x * x * x * g, None
+        last = torch.zeros_like(x)
+        last[-1, -1] = 1.0
+        return (6 + 0.3 * last) * x * y * g, 3 * x * x * g, None
+
+
+def one_entry(x, y):
+    """One second derivative, with respect to the last entry of x, is a twentieth too large."""
+    return _OneEntry.apply(x, y, 0)
+
+
 def detached(x, y):
     """Loses the derivative with respect to y."""
     return x * x * x * y.detach()
