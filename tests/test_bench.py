@@ -147,6 +147,9 @@ def test_the_sides_take_turns_and_the_median_of_the_ratios_counts(monkeypatch):
     found = timing.alternate(side("ours"), side("theirs"), 3, CPU)
     assert "".join(name[0] for name in order) == "ot" + 3 * "ot"
     assert (found.ours, found.theirs, found.ratio) == (1e3, 3e3, 3.0)
+    costs = iter([1, 2, 4, 5, 3, 6])  # a first round and two more
+    order.clear()
+    assert timing.least((side("short"), side("long")), 2, CPU) == [3e3, 5e3] and "".join(name[0] for name in order) == 3 * "sl"
 
 
 def test_one_thread_is_measured_in_processor_time_and_two_on_the_wall(monkeypatch):

@@ -13,6 +13,8 @@ from . import CASES, check, memory, precision, scaling, timing, training, transf
 from .case import Case, Contest, Opponent, Side, shape_text
 from .peaks import Peaks
 
+CLOSE = 5  # times the rounds, where goals are a few percent away: steps of training, and derivatives in their own units
+
 
 class Options(NamedTuple):
     """How to run. rounds: of which the median counts. memory: whether to measure that too, in processes of their own."""
@@ -96,7 +98,7 @@ def training_row(case: training.Training, options: Options) -> dict:
     wrong = training.wrong(sides)
     if wrong:
         return {**head, "wrong": wrong}
-    times = timing.alternate(sides.ours, sides.theirs, options.rounds, options.device)
+    times = timing.alternate(sides.ours, sides.theirs, CLOSE * options.rounds, options.device)
     return {**head, **none, "ours_ms": times.ours, "upstream_ms": times.theirs, "ratio": times.ratio, "spread": times.spread,
             "missing": None}
 
@@ -109,7 +111,7 @@ def multiple_row(case: transforms.Transform, options: Options) -> dict:
     wrong = check.difference(*(list(tensors) for tensors in made.check()), tolerance=case.tolerance)
     if wrong:
         return {**head, "wrong": wrong}
-    times = timing.alternate(made.cost, made.unit, options.rounds, options.device)
+    times = timing.alternate(made.cost, made.unit, CLOSE * options.rounds, options.device)
     faster: Any = times.ratio
     row = {**head, "ours_ms": times.ours, "unit_ms": times.theirs, "spread": times.spread, "more": case.more,
            "multiple": faster if case.more else 1 / faster, "goal": None if options.quick else case.goal}
@@ -121,13 +123,10 @@ def multiple_row(case: transforms.Transform, options: Options) -> dict:
 
 def scaling_row(case: scaling.Scaling, options: Options) -> dict:
     """Forward cost per token at growing lengths; "per" says whose growth is told."""
-    lengths, costs = [], []
-    for n in scaling.QUICK if options.quick else scaling.LENGTHS:
-        side, tokens = case.build(n, options.device)
-        times = timing.alternate(side.forward, None, 3, options.device)
-        lengths.append(tokens)
-        costs.append(1e6 * times.ours / tokens)
-        del side
+    built = [case.build(n, options.device) for n in (scaling.QUICK if options.quick else scaling.LENGTHS)]
+    lengths = [tokens for _, tokens in built]
+    times = timing.least([side.forward for side, _ in built], options.rounds, options.device)
+    costs = [1e6 * ms / tokens for ms, tokens in zip(times, lengths, strict=True)]
     told = costs if case.pairs is None else [cost * n / case.pairs(n) for cost, n in zip(costs, lengths, strict=True)]
     return {"case": case.name, "kind": "scaling", "shape": f"n{lengths[0]} to n{lengths[-1]}", "pass": "forward", "n": lengths,
             "ns_per_token": costs, "per": "token" if case.pairs is None else "key",
