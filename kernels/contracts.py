@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._C._functorch import get_single_level_autograd_function_allowed, set_single_level_autograd_function_allowed
 
 from . import sharding, watchers
-from .forward_mode import along, any_moves, apart, laid_out, unpack_dual
+from .forward_mode import alone, along, any_moves, apart, laid_out, unpack_dual
 from .mapping import fold, mapped
 
 NAMESPACE = "fnattn"
@@ -160,8 +160,11 @@ class Operator:
                 raise DerivativeUnsupported(
                     f"{self.qualified} is a raw kernel without derivatives, and an input carries a gradient or tangent.\n"
                     f"  Call the public operator in fnattn.ops instead.")
-            if self._both is not None and not reverse and (split := apart(args)) is not None:
-                return along(self._both, split)
+            if self._both is not None and not reverse:
+                if (duals := alone(self._both, args)) is not None:
+                    return duals
+                if (split := apart(args)) is not None:
+                    return along(self._both, split)
             before = get_single_level_autograd_function_allowed()
             set_single_level_autograd_function_allowed(True)
             try:

@@ -52,27 +52,40 @@ def apart(args: Sequence[Any]) -> list[tuple[Any, Tensor | None]] | None:
     return split
 
 
-def along(both: Callable, split: Sequence[tuple[Any, Tensor | None]]) -> tuple[Tensor, ...]:
-    """Duals of the results of both(args, tangents), at a level that has forward mode only.
+def alone(both: Callable, args: Sequence[Any]) -> tuple[Tensor, ...] | None:
+    """Duals of the results of both(args, tangents), where a level of forward mode is all there is; None where something else is.
 
-    If that level is all there is, `both` runs below it, where operators meet plain tensors and nothing that watches: the ways
-    through functorch's level and back cost a small operator more than what it computes.
+    `both` runs below the level, where operators meet plain tensors and nothing that watches: the ways through functorch's level and
+    back cost a small operator more than what it computes. For the same reason this looks at each argument once.
     """
-    args, tangents = [primal for primal, _ in split], [tangent for _, tangent in split]
     level = watchers.lone_level()
-    if level is not None:
-        low_args, low_tangents = ([_lowered(x, level) for x in part] for part in (args, tangents))
-        if watchers.plain([x for x in (*low_args, *low_tangents) if isinstance(x, Tensor)]):
-            with watchers.Below(level):
-                outs, moved = both(low_args, low_tangents)
-                moved = [laid_out(t, out.stride()) for out, t in zip(outs, moved, strict=True)]
-            return tuple(make_dual(_raised(out, level), _raised(t, level)) for out, t in zip(outs, moved))
-    outs, moved = both(args, tangents)
+    if level is None:
+        return None
+    primals, tangents, met = [], [], []
+    for a in args:
+        t = None
+        if isinstance(a, Tensor):
+            a, t = _UNPACK(a, level=0)
+            if level:
+                a = _functorch._unwrap_for_grad(a, level)
+                t = t if t is None else _functorch._unwrap_for_grad(t, level)
+            met.append(a)
+            if t is not None:
+                met.append(t)
+        primals.append(a)
+        tangents.append(t)
+    if not watchers.plain(met):
+        return None
+    with watchers.Below(level):
+        outs, moved = both(primals, tangents)
+        moved = [laid_out(t, out.stride()) for out, t in zip(outs, moved, strict=True)]
+    return tuple(make_dual(_raised(out, level), _raised(t, level)) for out, t in zip(outs, moved))
+
+
+def along(both: Callable, split: Sequence[tuple[Any, Tensor | None]]) -> tuple[Tensor, ...]:
+    """The same at a level that has forward mode only, with others below it; split: primals and tangents."""
+    outs, moved = both([primal for primal, _ in split], [tangent for _, tangent in split])
     return tuple(make_dual(out, laid_out(t, out.stride())) for out, t in zip(outs, moved, strict=True))
-
-
-def _lowered(x: Any, level: int) -> Any:
-    return x if not level or not isinstance(x, Tensor) else _functorch._unwrap_for_grad(x, level)
 
 
 def _raised(x: Tensor, level: int) -> Tensor:
