@@ -143,8 +143,8 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
 
     given = taps.tap("context", given)
     q = taps.tap("q", split_heads(linear(x, params.to_q, impl=impl), cfg.heads))
-    k = _mix(given, params.proj_k, params.to_k)
-    v = k if cfg.share_kv else _mix(given, params.proj_v, params.to_v)
+    k = _mix(given, params.proj_k, params.to_k, impl)
+    v = k if cfg.share_kv else _mix(given, params.proj_v, params.to_v, impl)
     k, v = taps.tap("k", split_heads(k, cfg.kv_heads)), taps.tap("v", split_heads(v, cfg.kv_heads))
     if dropout_key is None or cfg.dropout == 0.0:
         out = ops.softmax_attention(q, k, v, impl=impl)
@@ -157,14 +157,14 @@ def apply(params: Params, x: Tensor, state: Empty = EMPTY, *, mask: Tensor | Non
     return out, EMPTY
 
 
-def _mix(context: Tensor, proj: Tensor, weight: Tensor) -> Tensor:
+def _mix(context: Tensor, proj: Tensor, weight: Tensor, impl: str) -> Tensor:
     """proj^T context weight^T [b, k, g d], in the order that takes fewer multiplications. context [b, m, dim]."""
     proj = proj[:context.shape[1]]
     # Not `proj.T @ context`: where a gradient may be asked for, matmul makes one product of the batch, from a transposed copy of context.
     mixing = proj.T.expand(context.shape[0], -1, -1)
     if mixes_first(context.shape[1], context.shape[2], weight.shape[0], proj.shape[1]):
         return F.linear(torch.bmm(mixing, context), weight)
-    return torch.bmm(mixing, linear(context, weight))
+    return torch.bmm(mixing, linear(context, weight, impl=impl))
 
 
 def mixes_first(m: int, dim: int, kv: int, k: int) -> bool:

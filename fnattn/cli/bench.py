@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", nargs="+", metavar="NAME", help="cases, or parts of their names (default: all); see --list")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--quick", action="store_true", help="small shapes, 3 rounds, no memory")
-    parser.add_argument("--rounds", type=int, help="rounds of which the median counts (default: 7, or 3 with --quick)")
+    parser.add_argument("--rounds", type=int, help="rounds of which the median counts (default: 7, or 3 with --quick); "
+                        "training, derivatives and bfloat16, where a few percent decide, take five times as many")
     parser.add_argument("--no-memory", action="store_true", help="leave the column of memory empty")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     parser.add_argument("--suite", choices=("upstream", "gpu"), help="the published table against upstream, or all kernels at the sizes of "

@@ -122,7 +122,7 @@ def _native(q, k, v, k_late, v_late, mask, first, length, scale):
     if q.shape[1] // max(k.shape[1], 1) * q.shape[2] > FEW or why_not("decode") is not None:
         return _joined_native(q, k, v, k_late, v_late, mask, first, length, scale)
     parts = (q, k, v, k_late, v_late)
-    if all(t.dtype == torch.bfloat16 for t in parts) and not torch.compiler.is_compiling() and unwatched(parts):
+    if all(t.dtype == torch.bfloat16 for t in parts) and unwatched(parts):
         parts = (q.float(), *parts[1:])  # a cache of halves is read where it lies; derivatives want one dtype
     elif len({t.dtype for t in parts}) > 1 or q.dtype not in (torch.float32, torch.float64):
         late = length - first
