@@ -17,7 +17,9 @@ CLOSE = 5  # times the rounds, where goals are a few percent away: steps of trai
 
 
 class Options(NamedTuple):
-    """How to run. rounds: of which the median counts, CLOSE times as many for some rows. memory: whether to measure that too, in processes of their own."""
+    """How to run. rounds: of which the median counts, CLOSE times as many for some rows. memory: whether to measure that too, in
+    processes of their own.
+    """
 
     device: torch.device
     rounds: int = 7
