@@ -32,6 +32,7 @@ if _TYPE_CHECKING:
     from . import cli as cli
     from . import convert as convert
     from . import data as data
+    from . import distributed as distributed
     from . import ensemble as ensemble
     from . import inspect as inspect
     from . import models as models
@@ -39,5 +40,5 @@ if _TYPE_CHECKING:
     from . import testing as testing
 
 # Imported when they are first asked for: computing an attention needs none of them.
-_LATER = ("bench", "checkpoint", "cli", "convert", "data", "ensemble", "inspect", "models", "optim", "testing")
+_LATER = ("bench", "checkpoint", "cli", "convert", "data", "distributed", "ensemble", "inspect", "models", "optim", "testing")
 __getattr__, __dir__ = _later(__name__, _LATER, globals())

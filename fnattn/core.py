@@ -65,7 +65,9 @@ class Family(NamedTuple):
     examples:   small configs on which every law is tested.
     combine:    combine(state_a, state_b) -> state of both segments one after the other, or None. state_b must have been
                 grown from resume(state_a).
-    resume:     resume(state) -> a state that stands at the same position and has seen nothing; with combine.
+    resume:     resume(state, last=None, count=0) -> a state that has seen nothing: the start of a segment that `combine` joins to
+                what came before. It stands at the position of `state`; or, given last [batch, 1, dim], `count` positions later,
+                after the token `last`. With combine.
     step:       one new position in a single call, where nothing watches, or None; see `attentions/_step.py`.
     """
 

@@ -5,7 +5,7 @@ per transform level and reaches that kernel each time, exactly as it does for a 
 node. The documented ways (`custom_op` with `register_autograd`, a bare `autograd.Function`) return zero derivatives
 without an error under some transforms, which is why none of them is used.
 
-Private torch names are confined to this file, forward_mode.py, mapping.py, watchers.py and sharding.py.
+Private torch names are confined to this file, forward_mode.py, mapping.py, watchers.py, sharding.py and collectives.py.
 """
 
 from __future__ import annotations

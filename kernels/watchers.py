@@ -33,15 +33,15 @@ def backend(tensors: Sequence[Tensor | None]) -> int | None:
     """
     if torch.compiler.is_compiling():
         return None
+    # No level of forward mode, no tangent: outside of compiled programs, which do not come this way, this global is right.
+    if fwad._current_level >= 0 and _C._is_fwd_grad_enabled() or _listened():
+        return None
     found, keys = _C._dispatch_tls_local_include_set().raw_repr(), _C._dispatch_keys
     for t in tensors:
         if type(t) in _PLAIN:
             found |= keys(t).raw_repr()
         elif t is not None:
             return None
-    # No level of forward mode, no tangent: outside of compiled programs, which do not come this way, this global is right.
-    if _listened() or fwad._current_level >= 0 and _C._is_fwd_grad_enabled():
-        return None
     return found & ~_C._dispatch_tls_local_exclude_set().raw_repr() & ~_PASSED
 
 

@@ -30,6 +30,7 @@ PRIVATE = {
     "kernels/forward_mode.py": "duals of a level, and the way below it",
     "kernels/mapping.py": "how vmap reaches a rule without taking trees of arguments apart",
     "kernels/watchers.py": "what stands between a call and its backend",
+    "kernels/collectives.py": "a group of processes by its name",
     "kernels/sharding.py": "what DTensor remembers a decision by",
     "fnattn/tree.py": "torch's pytree module; remat's forward mode",
     "kernels/higher_order.py": "torch's associative scan has no public name yet",

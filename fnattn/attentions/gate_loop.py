@@ -197,8 +197,8 @@ def _sum_without_decay(q: Tensor, k: Tensor, v: Tensor, state: State | Empty, im
     return out, State(state.h + torch.stack((added, torch.zeros_like(added)), -1), state.a)
 
 
-def resume(state: State) -> State:
-    """A state that has seen nothing: the start of a segment that `combine` joins to what came before."""
+def resume(state: State, last: Tensor | None = None, count: int = 0) -> State:
+    """A state that has seen nothing: see `core.Family`. No position and no token is in it."""
     return State(torch.zeros_like(state.h), torch.stack((torch.ones_like(state.a[..., 0]), torch.zeros_like(state.a[..., 1])), -1))
 
 

@@ -237,9 +237,10 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     return steps.linear(heads, params.to_out, out=out), State(sums, last, state.pos + 1)
 
 
-def resume(state: State) -> State:
-    """A state at the same position that has seen no keys: the start of a segment whose sums are added by `combine`."""
-    return state._replace(sums=torch.zeros_like(state.sums))
+def resume(state: State, last: Tensor | None = None, count: int = 0) -> State:
+    """A state that has seen no keys, `count` positions later, after the token `last`: see `core.Family`."""
+    turned = state.last if last is None or isinstance(state.last, Empty) else last.to(state.last.dtype)
+    return State(torch.zeros_like(state.sums), turned, state.pos + count)
 
 
 def combine(a: State, b: State) -> State:

@@ -125,12 +125,13 @@ def _table(args: argparse.Namespace, chosen: list[str]) -> int:
     limits = peaks.measure(args.threads) if device.type == "cpu" else None
     about = report.machine(device, limits, args.quick, options.rounds)
     print(report.preface(about) + "\n\n" + report.HEAD, flush=True)
+    # Drawn at every row, not by a thread of its own: it would take turns with what is measured.
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
-                   console=Console(stderr=True), transient=True, redirect_stdout=False)
+                   console=Console(stderr=True), transient=True, redirect_stdout=False, auto_refresh=False)
     results: list[dict[str, Any]] = []
     with bar:
         task = bar.add_task("", total=len(chosen), completed=-1)
-        for row in table.rows(chosen, options, limits, lambda name: bar.update(task, description=name, advance=1)):
+        for row in table.rows(chosen, options, limits, lambda name: bar.update(task, description=name, advance=1, refresh=True)):
             results.append(row)
             print(report.line(row), flush=True)
             if args.out:  # after every row: a run of many minutes may be interrupted

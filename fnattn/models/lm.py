@@ -11,6 +11,7 @@ coordinate-descent-attention (norm="layer", norm_attention=False, logits_bias, s
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,8 @@ class Config:
               remedy="Leave dim out.")
         check_sizes("lm.Config", 1, dim=self.dim, depth=self.depth, num_tokens=self.num_tokens)
         check_sizes("lm.Config", 0, "Use 0 for no learned positions.", seq_len=self.seq_len)
+        check(not (self.seq_len and getattr(self.attention, "spread", False)), "lm.Config: seq_len must be 0 for an attention whose "
+              "sequence is spread over processes; got {}.", self.seq_len, remedy="Use rotary positions of the attention itself.")
         check(int(self.dim * self.ff_mult) >= 1, "lm.Config: ff_mult must leave at least one hidden channel; got {}.", self.ff_mult,
               remedy="4 is usual.")
         check(0.0 <= self.dropout <= 1.0, "lm.Config: dropout must lie in [0, 1]; got {}.", self.dropout,
@@ -252,5 +255,9 @@ def loss(params: Params, ids: Tensor, *, mask: Tensor | None = None, dropout_key
 def dropout_chances(cfg: Config) -> dict[str, float]:
     """The chances of dropout above 0 in a config, by name."""
     named = {"cfg.dropout": cfg.dropout}
-    named.update({f"cfg.attention.{k}": v for k, v in vars(cfg.attention).items() if k.endswith("dropout")})
+    inside = [("cfg.attention", cfg.attention)]
+    while inside:  # a family around another has its config in its own
+        where, part = inside.pop()
+        named.update({f"{where}.{k}": v for k, v in vars(part).items() if k.endswith("dropout")})
+        inside += [(f"{where}.{k}", v) for k, v in vars(part).items() if dataclasses.is_dataclass(v)]
     return {name: p for name, p in named.items() if p > 0}
