@@ -65,9 +65,11 @@ class Family(NamedTuple):
     examples:   small configs on which every law is tested.
     combine:    combine(state_a, state_b) -> state of both segments one after the other, or None. state_b must have been
                 grown from resume(state_a).
-    resume:     resume(state, last=None, count=0) -> a state that has seen nothing: the start of a segment that `combine` joins to
-                what came before. It stands at the position of `state`; or, given last [batch, 1, dim], `count` positions later,
+    resume:     resume(state, last=None, skipped=0) -> a state that has seen nothing: the start of a segment that `combine` joins to
+                what came before. It stands at the position of `state`; or, given last [batch, 1, dim], `skipped` positions later,
                 after the token `last`. With combine.
+    absorb:     absorb(params, x, state, mask=, impl=) -> what apply gives as the state after x, without the outputs, or None where that
+                is no less work.
     step:       one new position in a single call, where nothing watches, or None; see `attentions/_step.py`.
     """
 
@@ -84,6 +86,7 @@ class Family(NamedTuple):
     combine: Callable | None = None
     resume: Callable | None = None
     step: Callable | None = None
+    absorb: Callable | None = None
 
 
 def check(ok: bool, message: str, *values: Any, remedy: str = "", error: type[Exception] = ValueError) -> None:

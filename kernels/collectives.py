@@ -23,12 +23,18 @@ def resolve(name: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(name)
 
 
-def _gather(x: Tensor, world: int, group: str) -> Tensor:
+def _call(name: str, out: Tensor, sent: Tensor, group: str) -> None:
+    """A function of torch.distributed by its newer name, or the one of torch 2.11."""
     import torch.distributed as dist
 
+    old = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
+    (getattr(dist, name, None) or getattr(dist, old[name]))(out, sent, group=resolve(group))
+
+
+def _gather(x: Tensor, world: int, group: str) -> Tensor:
     out = x.new_empty(world, *x.shape)
     if x.numel():
-        dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=resolve(group))
+        _call("all_gather_single", out.flatten(0, 1), x.contiguous(), group)
     return out.transpose(0, 1).contiguous()
 
 
@@ -37,12 +43,10 @@ def _gather_fake(x: Tensor, world: int, group: str) -> Tensor:
 
 
 def _scatter(x: Tensor, group: str) -> Tensor:
-    import torch.distributed as dist
-
     wide = x.float() if x.dtype in _HALVES else x
     out = wide.new_empty(x.shape[0], *x.shape[2:])
     if out.numel():
-        dist.reduce_scatter_tensor(out, wide.transpose(0, 1).contiguous().flatten(0, 1), group=resolve(group))
+        _call("reduce_scatter_single", out, wide.transpose(0, 1).contiguous().flatten(0, 1), group)
     return out.to(x.dtype)
 
 

@@ -42,6 +42,19 @@ def test_the_first_example_runs_and_has_twenty_lines():
                "assert grads.to_q.abs().max() > 0")
 
 
+def test_two_processes_train_as_one_does(tmp_path):
+    code = next(block for block in BLOCKS if "torchrun" in block)
+    (tmp_path / "spread.py").write_text(code + "if distributed.rank() == 0:\n    print(loss.item())\ndist.destroy_process_group()\n")
+    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    losses = []
+    for processes in ("1", "2"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "spread.py"]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        losses.append(float(done.stdout))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[0] > 1
+
+
 def test_the_family_in_one_file_obeys_every_law_and_trains():
     code = next(block for block in BLOCKS if "class Config" in block)
     # A file of its own: compiled checks find the family by its module.

@@ -155,8 +155,7 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     if cfg.ablate_state_transition:
         out, after = _sum_without_decay(q, k, v, state, impl)
     else:
-        a = linear(x, params.to_a, params.to_a_bias, impl).unflatten(-1, (cfg.head_count, 2)).transpose(1, 2)
-        a = taps.tap("a", scale_gradient(a, cfg.frac_gradient_state_transition))
+        a = taps.tap("a", _gates(params, x, impl))
         if cfg.ablate_complex:
             a = torch.stack((a[..., 0], torch.zeros_like(a[..., 1])), -1)
         out, after = ops.gate_loop(q, k, v, a, state=tuple(state) if streaming else None, impl=impl)
@@ -186,6 +185,24 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     return heads, State(h, product)
 
 
+def _gates(params: Params, x: Tensor, impl: str) -> Tensor:
+    """[b, h, n, 2]"""
+    a = linear(x, params.to_a, params.to_a_bias, impl).unflatten(-1, (params.cfg.head_count, 2)).transpose(1, 2)
+    return scale_gradient(a, params.cfg.frac_gradient_state_transition)
+
+
+def absorb(params: Params, x: Tensor, state: State, *, mask: Tensor | None = None, impl: str = "auto") -> State:
+    """The state after x, as `apply` gives it, without queries and outputs where that is less work: for wide heads."""
+    cfg = config_of("gate_loop.absorb", params, Params)
+    if cfg.inner == cfg.head_count or cfg.ablate_state_transition or cfg.ablate_complex:
+        return apply(params, x, state, mask=mask, impl=impl)[1]
+    check_input("gate_loop.absorb", x, cfg.dim, like=params.to_qkv)
+    refuse("gate_loop.absorb", "The recurrence has no keys to choose from.", "Leave it out.", mask=mask)
+    _states.check("gate_loop", state, _layout(params, x.shape[0]))
+    k, v = (split_heads(t, cfg.head_count) for t in linear(x, params.to_qkv[cfg.inner:], impl=impl).chunk(2, -1))
+    return State(*ops.gate_loop_state(k, v, _gates(params, x, impl), tuple(state)))
+
+
 def _sum_without_decay(q: Tensor, k: Tensor, v: Tensor, state: State | Empty, impl: str) -> tuple[Tensor, State | Empty]:
     """alpha = 1: causal linear attention, on top of the real part of the state."""
     out = ops.causal_dot(q, k, v, impl=impl)
@@ -197,7 +214,7 @@ def _sum_without_decay(q: Tensor, k: Tensor, v: Tensor, state: State | Empty, im
     return out, State(state.h + torch.stack((added, torch.zeros_like(added)), -1), state.a)
 
 
-def resume(state: State, last: Tensor | None = None, count: int = 0) -> State:
+def resume(state: State, last: Tensor | None = None, skipped: int = 0) -> State:
     """A state that has seen nothing: see `core.Family`. No position and no token is in it."""
     return State(torch.zeros_like(state.h), torch.stack((torch.ones_like(state.a[..., 0]), torch.zeros_like(state.a[..., 1])), -1))
 
@@ -221,4 +238,4 @@ FAMILY = Family(
         Config(dim=5, heads=3, dim_inner=9, add_swish_gating=False, ablate_complex=True),
         Config(dim=5, add_swish_gating=False, ablate_state_transition=True),
     ),
-    combine=combine, resume=resume, step=step)
+    combine=combine, resume=resume, step=step, absorb=absorb)

@@ -153,15 +153,9 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     shifted = shift_tokens(x, state.last if streaming else None) if cfg.shift_tokens else x
     normed = rms_norm(shifted, params.norm, impl) if cfg.prenorm else shifted
     q = split_heads(linear(normed, params.to_q, impl=impl), cfg.heads)
-    k, v = linear(normed if context is None else context, params.to_kv, impl=impl).chunk(2, -1)
-    kv_heads = 1 if cfg.one_headed_kv else cfg.heads
-    k, v = split_heads(k, kv_heads), split_heads(v, kv_heads)
+    k, v = _keys(params, normed if context is None else context, impl)
     if cfg.rotary_emb:
-        start = state.pos if streaming else torch.zeros((), dtype=torch.int64, device=x.device)
-        positions = start + torch.arange(x.shape[1], device=x.device)
-        freqs = ops.lang_freqs(cfg.dim_head, device=x.device)
-        turn = impl if impl == "reference" else "auto"
-        q, k = ops.rotary(q, positions, freqs, impl=turn), ops.rotary(k, positions, freqs, impl=turn)
+        q, k = _turned(cfg, state.pos if streaming else None, impl, q, k)
     q, k, v = taps.tap("q", q), taps.tap("k", k), taps.tap("v", v)
 
     out, sums = ops.taylor(q, k, v, keep=mask, sums=state.sums if streaming else None, causal=cfg.causal, impl=impl)
@@ -173,8 +167,39 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
         out = dropout(dropout_key, "out", linear(out, params.to_out, impl=impl), cfg.dropout)
     if not streaming:
         return out, EMPTY
+    return out, _after(cfg, state, x, sums)
+
+
+def _keys(params: Params, x: Tensor, impl: str) -> list[Tensor]:
+    """Keys and values [b, g, n, d]."""
+    heads = 1 if params.cfg.one_headed_kv else params.cfg.heads
+    return [split_heads(t, heads) for t in linear(x, params.to_kv, impl=impl).chunk(2, -1)]
+
+
+def _turned(cfg: Config, start: Tensor | None, impl: str, *rows: Tensor) -> list[Tensor]:
+    """Rows [b, h, n, d] turned by their positions, from `start` on."""
+    n, device = rows[0].shape[2], rows[0].device
+    positions = (torch.zeros((), dtype=torch.int64, device=device) if start is None else start) + torch.arange(n, device=device)
+    freqs = ops.lang_freqs(cfg.dim_head, device=device)
+    return [ops.rotary(t, positions, freqs, impl=impl if impl == "reference" else "auto") for t in rows]
+
+
+def _after(cfg: Config, state: State, x: Tensor, sums: Tensor) -> State:
     last = torch.cat((state.last, x.to(state.last.dtype)), 1)[:, -1:] if cfg.shift_tokens else EMPTY
-    return out, State(sums, last, state.pos + x.shape[1])
+    return State(sums, last, state.pos + x.shape[1])
+
+
+def absorb(params: Params, x: Tensor, state: State, *, mask: Tensor | None = None, impl: str = "auto") -> State:
+    """The state after x, as `apply` gives it, without queries and outputs: half of the work."""
+    cfg = config_of("taylor.absorb", params, Params)
+    check_input("taylor.absorb", x, cfg.dim, like=params.to_q, mask=mask)
+    _states.check("taylor", state, _layout(params, x.shape[0]))
+    shifted = shift_tokens(x, state.last) if cfg.shift_tokens else x
+    k, v = _keys(params, rms_norm(shifted, params.norm, impl) if cfg.prenorm else shifted, impl)
+    if cfg.rotary_emb:
+        k, = _turned(cfg, state.pos, impl, k)
+    nobody = k.new_zeros(x.shape[0], cfg.heads, 0, cfg.dim_head)
+    return _after(cfg, state, x, ops.taylor(nobody, k, v, keep=mask, sums=state.sums, causal=False, impl=impl)[1])
 
 
 def channel_first(params: Params, x: Tensor, *, mask: Tensor | None = None, dropout_key: Tensor | None = None,
@@ -237,10 +262,10 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
     return steps.linear(heads, params.to_out, out=out), State(sums, last, state.pos + 1)
 
 
-def resume(state: State, last: Tensor | None = None, count: int = 0) -> State:
-    """A state that has seen no keys, `count` positions later, after the token `last`: see `core.Family`."""
+def resume(state: State, last: Tensor | None = None, skipped: int = 0) -> State:
+    """A state that has seen no keys, `skipped` positions later, after the token `last`: see `core.Family`."""
     turned = state.last if last is None or isinstance(state.last, Empty) else last.to(state.last.dtype)
-    return State(torch.zeros_like(state.sums), turned, state.pos + count)
+    return State(torch.zeros_like(state.sums), turned, state.pos + skipped)
 
 
 def combine(a: State, b: State) -> State:
@@ -259,4 +284,4 @@ FAMILY = Family(
         Config(dim=5, dim_head=2, heads=3, one_headed_kv=True, combine_heads=False, gate_value_heads=True, prenorm=True,
                remove_even_power_dups=True),
     ),
-    combine=combine, resume=resume, step=step)
+    combine=combine, resume=resume, step=step, absorb=absorb)

@@ -1,6 +1,7 @@
 """Sequences that are spread over processes, and operators that want whole ones: each process takes some of the heads instead.
 
-    q, k, v [b, h, n / world, d]  --all_to_all-->  [b, h / world, n, d]  --operator-->  [b, h / world, n, e]  --all_to_all-->  [b, h, n / world, e]
+    q, k, v [b, h, n / world, d]  --all_to_all-->  [b, h / world, n, d]  --operator-->  [b, h / world, n, e]  --all_to_all-->
+    [b, h, n / world, e]
 
 Works for every operator of `fnattn.ops` whose heads do not meet, with every derivative, since an exchange has every derivative.
 

@@ -12,6 +12,7 @@ Source: the linear attention of LASP-2 (Sun et al. 2025, arXiv 2502.07563), for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -83,8 +84,8 @@ def apply(params: Params, x: Tensor, state: Any = EMPTY, *, mask: Tensor | None 
           dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Any]:
     """The attention's `apply` on this process's part of a sequence.
 
-    The forward pass over the part is done twice, for what it adds and for the result: so it pays from three processes on, or
-    where a sequence does not fit one.
+    Costs each process `apply` and `absorb` of its part (heads of taylor and wide ones of gate_loop: about half an apply more), and
+    one exchange of states.
 
     Args:
         params: from `init`; the same on every process.
@@ -116,7 +117,7 @@ def apply(params: Params, x: Tensor, state: Any = EMPTY, *, mask: Tensor | None 
     lasts = all_gather(x[:, -1:], 1, group)
     moved = family.resume(start, lasts[:, here - 1:here] if here else lasts[:, -1:], here * x.shape[1])
     first = _pick(here > 0, moved, family.resume(start), x)
-    _, own = family.apply(params.attn, x, first, **options)
+    own = (family.absorb or _absorb(family))(params.attn, x, first, **options)
     parts = tree.map(lambda t: all_gather(t.unsqueeze(0), 0, group), own)
     before = after = start
     for r in range(world):
@@ -125,6 +126,11 @@ def apply(params: Params, x: Tensor, state: Any = EMPTY, *, mask: Tensor | None 
             before = _pick(r < here, after, before, x)
     out, _ = family.apply(params.attn, x, before, dropout_key=dropout_key, **options)
     return out, after if streaming else EMPTY
+
+
+def _absorb(family: Family) -> Callable:
+    """The state after x for a family that has no shorter way to it."""
+    return lambda *args, **options: family.apply(*args, **options)[1]
 
 
 def _pick(first: bool, a: Any, b: Any, like: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,28 @@ def combine_is_associative(family: Family, cfg: Any, key: Tensor, impl: str, cut
     equal(family.combine(a, family.combine(b, c)), whole, "combine(a, combine(b, c))")
 
 
+def absorbing_is_applying(family: Family, cfg: Any, key: Tensor, impl: str, cut: int = 2) -> None:
+    """The state without outputs is the state beside them, and has the same gradients."""
+    if family.absorb is None:
+        raise NotApplicable("the family has no absorb")
+    params, x = make_params(family, cfg, key), make_x(cfg, key, length=LENGTH)
+    state = family.apply(params, x[:, :cut], need_state(family, params, x.shape[1]), impl=impl)[1]
+    masks = {"mask": (torch.arange(x.shape[1] - cut) % 3 != 1).expand(x.shape[0], -1)} if family.masks else {}
+
+    def total(after: Any) -> Tensor:
+        return sum(t.sin().sum() for t in tree.leaves(after) if tree.is_differentiable(t))
+
+    def slopes(run: Callable) -> list[Tensor]:
+        found = tree.grad(lambda params, x, state: total(run(params, x, state)), (0, 1, 2))(params, x[:, cut:], state)
+        return [t for t in tree.leaves(found) if isinstance(t, Tensor)]
+
+    for options in ({}, masks):
+        short = lambda *args, options=options: family.absorb(*args, impl=impl, **options)  # noqa: E731
+        whole = lambda *args, options=options: family.apply(*args, impl=impl, **options)[1]  # noqa: E731
+        equal(short(params, x[:, cut:], state), whole(params, x[:, cut:], state), "the state")
+        equal(slopes(short), slopes(whole), "its gradients")
+
+
 def causality(family: Family, cfg: Any, key: Tensor, impl: str, at: int = 3) -> None:
     """A change at one position leaves every earlier output as it was, to the bit, and reaches its own."""
     params, x = make_params(family, cfg, key), make_x(cfg, key, length=LENGTH)
@@ -195,5 +217,5 @@ def flat_round_trip(family: Family, cfg: Any, key: Tensor, impl: str) -> None:
 
 
 VALUE_LAWS = (shape_and_dtype, same_key_same_bits, names_are_stable, inputs_are_untouched, split_anywhere, combine_is_associative,
-              causality, batch_invariance, strides_do_not_matter, any_length, empty_batch, no_unwritten_memory, meta_init,
-              flat_round_trip)
+              absorbing_is_applying, causality, batch_invariance, strides_do_not_matter, any_length, empty_batch, no_unwritten_memory,
+              meta_init, flat_round_trip)
