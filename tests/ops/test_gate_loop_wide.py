@@ -68,7 +68,8 @@ def test_hessian_products_are_those_of_the_complex_loop(n, d, e, seen, poisoned_
     weights = [torch.randn_like(t) if i in seen else None for i, t in enumerate(loop(*args))]
     found, true = (hessian_product(fn, weights, args, push, range(6)) for fn in (ours, loop))
     for i, (u, v) in enumerate(zip(found, true)):
-        assert_close(u, v)
+        size = v.abs().max().clamp(min=1.0)  # entries of hundreds meet in sums whose result may be near 0
+        assert_close(u / size, v / size)
         if seen == (0, 1, 2):
             assert (v != 0).all(), i
 
