@@ -74,7 +74,7 @@ def warm(params, x, state):
     return state
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("cfg", KEPT, ids=str)
 def test_layers(cfg, dtype, again, monkeypatch):
     params, x, _ = sequence(cfg, dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fnattn_kernels.native import kept_steps
+from fnattn_kernels.native import kept_steps, steps_rows
 from fnattn_kernels.native import steps as native
 from fnattn_kernels.native.build import why_not
 
@@ -234,8 +234,8 @@ def test_params_and_states_of_other_layouts_or_precisions_get_the_ordinary_way(t
     torch.testing.assert_close(fnattn.apply(turned, x[:, :1], state)[0], expected)
     slices = state._replace(sums=torch.cat((state.sums, state.sums), 3)[..., :state.sums.shape[3]])
     torch.testing.assert_close(fnattn.apply(params, x[:, :1], slices)[0], expected)
-    half = tree.map(lambda t: t.bfloat16(), params)
-    fnattn.apply(half, x[:, :1].bfloat16(), fnattn.init_state(half, 3, capacity=CAPACITY))
+    half = tree.map(lambda t: t.half(), params)
+    fnattn.apply(half, x[:, :1].half(), fnattn.init_state(half, 3, capacity=CAPACITY))
     assert not taken
 
 
@@ -373,6 +373,6 @@ def test_a_gradient_that_only_one_of_many_tensors_wants(taken):
 def test_the_instructions_have_the_same_numbers_in_c_and_in_python():
     source = (Path(native.__file__).parent.parent / "csrc" / "steps.c").read_text()
     lists = [re.split(r",\s*", found.strip()) for found in re.findall(r"enum \{([^}]*)\}", source)]
-    assert len(lists[0]) == 28 and lists[1:] == [["IDENTITY", "GELU", "SILU"], ["DONE", "NO_MEMORY", "OUT_OF_RANGE"]]
+    assert len(lists[0]) == 30 and lists[1:] == [["IDENTITY", "GELU", "SILU"], ["DONE", "NO_MEMORY", "OUT_OF_RANGE"]]
     for names in lists:
-        assert [getattr(native, name, getattr(native.Steps, name, None)) for name in names] == list(range(len(names)))
+        assert [getattr(steps_rows, name, getattr(native.Steps, name, None)) for name in names] == list(range(len(names)))

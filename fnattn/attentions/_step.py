@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from fnattn_kernels.contracts import KernelUnavailable
 from fnattn_kernels.native import kept_steps
-from fnattn_kernels.native.steps import Row, Steps, Unfit, begin, fits
+from fnattn_kernels.native.steps import Steps, begin
+from fnattn_kernels.native.steps_rows import Row, Unfit, fits
 from torch import Tensor
 
 from .. import ops, taps

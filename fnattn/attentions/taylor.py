@@ -248,7 +248,7 @@ def step(steps: _step.Steps, params: Params, x: _step.Row, state: State, out: _s
         shifted, last, stay = steps.room(x.width), torch.empty_like(state.last), (x.width + 1) // 2
         steps.copy(x, shifted, stay)
         steps.copy(steps.given(state.last), shifted, x.width - stay, skip=stay)
-        steps.copy(x, steps.given(last), x.width)
+        steps.store(x, last)
     normed = steps.norm(shifted, params.norm) if cfg.prenorm else shifted
     q = steps.linear(normed, params.to_q)
     k, v = steps.parts(normed, params.to_kv, width, width)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fnattn_kernels.native.steps import Row, Steps, fits
+from fnattn_kernels.native.steps import Steps
+from fnattn_kernels.native.steps_rows import Row, fits
 from torch import Tensor
 
 from .. import attentions

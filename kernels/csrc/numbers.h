@@ -11,7 +11,15 @@ static inline REAL R(single)(const NUM *x) {
     memcpy(&whole, &word, sizeof whole);
     return whole;
 }
+/* The nearest, of two as near the even one. */
+static inline NUM R(rounded)(REAL x) {
+    uint32_t word;
+    memcpy(&word, &x, sizeof word);
+    const uint32_t near = word + 0x7FFF + (word >> 16 & 1), nan = word | 0x400000;
+    return (NUM)((x == x ? near : nan) >> 16);
+}
 #else
 static inline VF R(several)(const NUM *x) { return *(const VF *)x; }
 static inline REAL R(single)(const NUM *x) { return *x; }
+static inline NUM R(rounded)(REAL x) { return x; }
 #endif

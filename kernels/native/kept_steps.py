@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..watchers import unwatched
-from .steps import DONE, Steps, available, carry_out
+from .steps import Steps, available, carry_out
+from .steps_rows import DONE
 
 MOST = 16  # lists that are kept, those last written
 _KEPT: dict[tuple, Kept] = {}

@@ -1,4 +1,4 @@
-"""A step of generation as a list of instructions that one C call carries out: csrc/steps.c.
+"""A step of generation as a list of instructions that one C call carries out: csrc/steps.c, csrc/steps_code.h.
 
 A dozen small products and a recurrence cost more to call than to compute. `begin` says whether a step can be done so: plain
 CPU tensors in one precision, which no transform, mode or profiler watches and nothing differentiates. Then attentions and
@@ -11,54 +11,56 @@ Nothing here has a derivative or a batching rule: whoever needs one takes the or
 from __future__ import annotations
 
 import array
-import ctypes
-import functools
-import math
 import operator
-import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import crossovers
 from ..watchers import unwatched
-from .build import load, why_not
-from .call import SUFFIX, function
+from .build import why_not
+from .call import function
 from .gate_loop import EVERY
+from .steps_rows import (
+    ADD,
+    ALL,
+    APPEND,
+    CALL_DECODE,
+    CALL_NARROW,
+    CALL_SIMPLE,
+    CALL_TAYLOR,
+    CALL_WIDE,
+    COMPLEX_PRODUCT,
+    COPY,
+    DONE,
+    EMBED,
+    FLUSH,
+    GATE,
+    GATHER,
+    KINDS,
+    LAYER_NORM,
+    LAYOUT,
+    LINE,
+    LINEAR,
+    MULTIPLY,
+    NARROW_ROWS,
+    NO_MEMORY,
+    NORM,
+    SEEN,
+    SHIFT,
+    TURN,
+    Mask,
+    Row,
+    Rows,
+    bits,
+    fits,
+    kernel,
+)
 from .taylor import features
 
-(NORM, LAYER_NORM, LINEAR, EMBED, COPY, ADD, MULTIPLY, GATE, TURN, APPEND, FLUSH, SHIFT, GATHER, SEEN, COMPLEX_PRODUCT, LAYOUT,
- MEET, HIDE, MIX, AVERAGE, SPARSITY, CALL_TAYLOR, CALL_DECODE, CALL_SIMPLE, CALL_NARROW, CALL_WIDE, CALL_ITERATE, CALL_EXACT) = range(28)
-DONE, NO_MEMORY, OUT_OF_RANGE = range(3)
 ROWS = crossovers.limits("linear", "native")["rows"]
-_LINE = 16  # numbers of a cache line, at least
 _MARKS = 1 // EVERY + 2  # states that the gated loops keep for a backward pass
-
-
-class Unfit(Exception):
-    """Tensors that this step cannot be written for."""
-
-
-class Row(NamedTuple):
-    """One row of numbers per sequence. `at`: an address, or -1 - i for the i-th number of the scratch."""
-
-    at: int
-    width: int
-    stride: int  # from one row to the next
-
-
-class Mask(NamedTuple):
-    """Bytes that say which keys are there. `at` as of a Row; batch, head: from one sequence and head to the next; width: keys."""
-
-    at: int
-    batch: int
-    head: int
-    width: int
-
-
-_ALL = Mask(0, 0, 0, 0)  # nothing is hidden
 _whole, _dtype = Tensor.is_contiguous, operator.attrgetter("dtype")  # by map, without a frame of Python for each tensor
 
 
@@ -67,9 +69,9 @@ def begin(rows: int, x: Tensor, tensors: Sequence[Tensor]) -> Steps | None:
     if not 0 < rows <= ROWS or not available() or not unwatched((x, *tensors)):
         return None
     dtype = tensors[0].dtype
-    if dtype not in (torch.float32, torch.float64) or x.is_floating_point() and x.dtype is not dtype:
+    if dtype not in KINDS or x.is_floating_point() and x.dtype is not dtype:
         return None
-    if not all(map(_whole, tensors)) or not {dtype, torch.bool, torch.int64}.issuperset(map(_dtype, tensors)):
+    if not all(map(_whole, tensors)) or not {dtype, KINDS[dtype], torch.bool, torch.int64}.issuperset(map(_dtype, tensors)):
         return None
     return Steps(rows, dtype)
 
@@ -79,70 +81,27 @@ def available() -> bool:
     return why_not("steps") is None
 
 
-class Steps:
-    """The instructions so far, on `rows` rows of numbers of one dtype. Rows in the scratch follow each other without a gap.
+class Steps(Rows):
+    """The instructions so far, on `rows` rows of numbers.
 
     Weights are looked at here. Of states only what else depends on: whoever writes a step has compared them, kinds and dtypes too.
     """
 
     IDENTITY, GELU, SILU = range(3)
 
-    def __init__(self, rows: int, dtype: torch.dtype):
-        self.rows, self.dtype = rows, dtype
-        self.size = 4 if dtype == torch.float32 else 8
-        self.code: list[int] = []
-        self.kept: list[Any] = []  # what must live until the run
-        self.space = 0
-        # For kept_steps.py: whether the instructions serve this position only; else positions of states, and from which on the
-        # instructions are others; which numbers in the code grow with which of these.
-        self.fixed = False
-        self.clocks: list[tuple[Tensor, float]] = []
-        self.counts: list[tuple[int, int]] = []
-
-    def room(self, width: int) -> Row:
-        """Rows in the scratch."""
-        at = self.space
-        self.space = at + -(-self.rows * width // _LINE) * _LINE
-        return Row(-1 - at, width, width)
-
-    def result(self, width: int, x: Tensor | None = None) -> tuple[Tensor, Row]:
-        """Rows that outlive the call, as a tensor [b, 1, width] too; x: one that may be shaped so already."""
-        if x is not None and x.dtype is self.dtype and x.shape == (self.rows, 1, width) and x.is_contiguous():
-            out = torch.empty_like(x)  # a third of the time of the other
-        else:
-            out = torch.empty((self.rows, 1, width), dtype=self.dtype)
-        return out, Row(out.data_ptr(), width, width)
-
-    def given(self, x: Tensor) -> Row:
-        """The rows of x [b, 1, width], where they lie."""
-        fits(x.dtype is self.dtype and x.ndim == 3 and x.shape[:2] == (self.rows, 1) and (x.stride(2) == 1 or x.shape[2] == 1))
-        return Row(x.data_ptr(), x.shape[2], x.stride(0))
-
-    def clock(self, position: Tensor) -> None:
-        """What follows depends on this position of a state by nothing but numbers that `counted` knows of."""
-        self.clocks.append((position, math.inf))
-
-    def counted(self, from_end: int, until: float = math.inf) -> None:
-        """The number that was written so many places before the end is one more at the next position, up to `until`."""
-        if self.clocks:
-            self.counts.append((len(self.code) - from_end, len(self.clocks) - 1))
-            position, before = self.clocks[-1]
-            self.clocks[-1] = position, min(before, until)
-
-    # -------------------------------------------------------------------------------------------- instructions
-
     def norm(self, x: Row, gamma: Tensor) -> Row:
         """gamma x / root mean square of x."""
         fits(gamma.shape == (x.width,) and gamma.dtype is self.dtype)
-        y = self.room(x.width)
-        self.code += (NORM, x.at, x.stride, gamma.data_ptr(), y.at, self.rows, x.width)
+        y, gamma_at = self.room(x.width), self.vector(gamma)
+        self.code += (NORM, x.at, x.stride, gamma_at, y.at, self.rows, x.width)
         return y
 
     def layer_norm(self, x: Row, weight: Tensor, bias: Tensor, out: Row | None = None) -> Row:
         """weight (x - mean) / std + bias, eps 1e-5."""
         y = out or self.room(x.width)
         fits(weight.shape == bias.shape == (x.width,) and y.width == y.stride == x.width and weight.dtype is bias.dtype is self.dtype)
-        self.code += (LAYER_NORM, x.at, x.stride, weight.data_ptr(), bias.data_ptr(), y.at, self.rows, x.width)
+        places = self.vector(weight), self.vector(bias)
+        self.code += (LAYER_NORM, x.at, x.stride, *places, y.at, self.rows, x.width)
         return y
 
     def linear(self, x: Row, weight: Tensor, bias: Tensor | None = None, *, act: int = 0, add: Row | None = None,
@@ -157,7 +116,8 @@ class Steps:
             self.code += (*code, 0, 0, 0, *places)
         else:
             fits((bias is None or bias.shape == (m,) and bias.dtype is self.dtype) and (add is None or add.width == m))
-            self.code += (*code, 0 if bias is None else bias.data_ptr(), *((add.at, add.stride) if add else (0, 0)), *places)
+            bias_at = 0 if bias is None else self.vector(bias)
+            self.code += (*code, bias_at, *((add.at, add.stride) if add else (0, 0)), *places)
         return out
 
     def parts(self, x: Row, weight: Tensor, *widths: int) -> list[Row]:
@@ -166,7 +126,7 @@ class Steps:
         m, k = weight.shape
         fits(k == x.width and sum(widths) == m)
         rows, first = [self.room(width) for width in widths], 0
-        together = len(set(widths)) == 1 and self.rows * widths[0] % _LINE == 0
+        together = len(set(widths)) == 1 and self.rows * widths[0] % LINE == 0
         for row in rows[:1] if together else rows:
             self.code += (LINEAR, x.at, x.stride, weight.data_ptr() + first * k * self.size, 0, 0, 0, row.at, self.rows,
                           len(rows) if together else 1, row.width, k, 0)
@@ -222,13 +182,13 @@ class Steps:
         fits(b == self.rows and x.width == x.stride == g * d and large == (b, g, room, d) and 0 <= position < room)
         at = position % w
         if at + 1 < w:
-            out = torch.empty_like(late)
-            self.code += (APPEND, late.data_ptr(), x.at, out.data_ptr(), b * g, w, d, at)
+            out, x_at = torch.empty_like(late), self.narrow(x)
+            self.code += (APPEND, late.data_ptr(), x_at, out.data_ptr(), b * g, w, d, at)
             self.counted(1, min(position - at + w - 1, room))
             return main, out
         self.fixed = True
-        whole, out = torch.empty_like(main), torch.zeros_like(late)
-        self.code += (FLUSH, main.data_ptr(), late.data_ptr(), x.at, whole.data_ptr(), b * g, room, w, d, position - at)
+        whole, out, x_at = torch.empty_like(main), torch.zeros_like(late), self.narrow(x)
+        self.code += (FLUSH, main.data_ptr(), late.data_ptr(), x_at, whole.data_ptr(), b * g, room, w, d, position - at)
         return whole, out
 
     def taylor(self, q: Row, k: Row, v: Row, sums: Tensor, scale: float, eps: float) -> tuple[Row, Tensor]:
@@ -238,7 +198,7 @@ class Steps:
         d = e1 - 1
         fits(b == self.rows and f == features(d) and k.width == v.width == g * d and q.width % k.width == 0)
         heads, out, new = q.width // d, self.room(q.width), torch.empty_like(sums)
-        self.code += (CALL_TAYLOR, kernel("taylor", "try_taylor_forward", self.dtype), q.at, k.at, v.at, sums.data_ptr(), out.at,
+        self.code += (CALL_TAYLOR, kernel("taylor", "try_taylor_forward", self.wide), q.at, k.at, v.at, sums.data_ptr(), out.at,
                       self.room(heads).at, new.data_ptr(), b, heads, g, d, bits(scale), bits(eps))
         return out, new
 
@@ -247,7 +207,7 @@ class Steps:
         """One query per head over a cache in two parts, of which a mask hides some: `fnattn.ops.cached_attention`."""
         g, d, room, late = self.cache(q, k, v, first, length)
         fits(visible is None or visible.width >= length)
-        places = (k[0].data_ptr(), v[0].data_ptr(), k[1].data_ptr(), v[1].data_ptr(), *((visible or _ALL)[:3]))
+        places = (k[0].data_ptr(), v[0].data_ptr(), k[1].data_ptr(), v[1].data_ptr(), *((visible or ALL)[:3]))
         return self._decode(q, places, (g, d, room, late, first, length), scale)
 
     def cache(self, q: Row, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], first: int, length: int) -> tuple[int, ...]:
@@ -274,7 +234,7 @@ class Steps:
         fits(layout.dtype is torch.bool and len(shape) == 3)
         count, blocks, _ = shape
         fits(count in (1, heads) and shape[2] == blocks and 0 <= row < blocks and length <= min(known.width, blocks * block))
-        y = self.room(-(-count * length // self.size)).at  # bytes, [b, heads, length] without a gap: room for all of them
+        y = self.room(-(-count * length // self.number)).at  # bytes, [b, heads, length] without a gap: room for all of them
         self.code += (LAYOUT, layout.data_ptr(), count, blocks, row, block, known.at, known.batch, y, self.rows, length)
         return Mask(y, count * length, length if count > 1 else 0, length)
 
@@ -301,8 +261,9 @@ class Steps:
         parts = []
         for x, old in zip(new, image[:2]):
             parts.append(self.room(h * picks * d).at)
-            self.code += (GATHER, old.data_ptr(), x.at, slots.data_ptr(), parts[-1], b * h, w, d, picks)
-        seen = self.room(-(-(t + picks) // self.size)).at
+            x_at = self.narrow(x)
+            self.code += (GATHER, old.data_ptr(), x_at, slots.data_ptr(), parts[-1], b * h, w, d, picks)
+        seen = self.room(-(-(t + picks) // self.number)).at
         self.code += (SEEN, text[2].data_ptr(), t, image[2].data_ptr(), w, slots.data_ptr(), picks, int(every), seen, b)
         self.kept.append(slots)
         return self._decode(q, (text[0].data_ptr(), text[1].data_ptr(), *parts, seen, t + picks, 0), (h, d, t, picks, t, t + picks), scale)
@@ -312,8 +273,8 @@ class Steps:
         fits(old.ndim == 4)
         b, h, w, d = old.shape
         fits(b == self.rows and x.width == h * d and w > 0)
-        new = torch.empty_like(old)
-        self.code += (SHIFT, old.data_ptr(), x.at, new.data_ptr(), b * h, w, d)
+        new, x_at = torch.empty_like(old), self.narrow(x)
+        self.code += (SHIFT, old.data_ptr(), x_at, new.data_ptr(), b * h, w, d)
         return new
 
     def place(self, old: Tensor, x: Row, at: int) -> Tensor:
@@ -321,8 +282,8 @@ class Steps:
         fits(old.ndim == 4)
         b, h, w, d = old.shape
         fits(b == self.rows and x.width == h * d and 0 <= at < w)
-        new = torch.empty_like(old)
-        self.code += (APPEND, old.data_ptr(), x.at, new.data_ptr(), b * h, w, d, at)
+        new, x_at = torch.empty_like(old), self.narrow(x)
+        self.code += (APPEND, old.data_ptr(), x_at, new.data_ptr(), b * h, w, d, at)
         return new
 
     def simple_gate_loop(self, q: Row, x: Row, a: Row, h: Tensor, out: Row | None = None) -> tuple[Row, Tensor]:
@@ -331,7 +292,7 @@ class Steps:
         out = out or self.room(c)
         fits(h.shape == (self.rows, c) and x.width == a.width == out.width == c)
         new = torch.empty_like(h)
-        self.code += (CALL_SIMPLE, kernel("gate_loop", "simple_gate_loop", self.dtype), q.at, x.at, a.at, h.data_ptr(), out.at,
+        self.code += (CALL_SIMPLE, kernel("gate_loop", "simple_gate_loop", self.wide), q.at, x.at, a.at, h.data_ptr(), out.at,
                       new.data_ptr(), self.room(_MARKS * c).at, self.rows, c)
         return out, new
 
@@ -346,9 +307,9 @@ class Steps:
         rows = (q.at, k.at, v.at, a.at, h.data_ptr(), out.at, new.data_ptr(), after.data_ptr())
         if d == 1:
             marks = self.room(_MARKS * 2 * heads).at
-            self.code += (CALL_NARROW, kernel("gate_loop", "gate_loop_narrow", self.dtype), *rows, marks, b, heads)
+            self.code += (CALL_NARROW, kernel("gate_loop", "gate_loop_narrow", self.wide), *rows, marks, b, heads)
         else:
-            self.code += (CALL_WIDE, kernel("gate_loop", "gate_loop_wide", self.dtype), *rows, b, heads, d)
+            self.code += (CALL_WIDE, kernel("gate_loop", "gate_loop_wide", self.wide), *rows, b, heads, d)
         self.code += (COMPLEX_PRODUCT, after.data_ptr(), product.data_ptr(), b * heads)
         return out, new, after
 
@@ -358,31 +319,16 @@ class Steps:
         Raises:
             MemoryError: there is none for the scratch.
         """
+        for row, out in self.results:
+            self.code += (NARROW_ROWS, row.at, row.stride, out.data_ptr(), row.width, self.rows, row.width)
+        self.results = []
         return carry_out(array.array("q", self.code), self.space, self.dtype) == DONE
 
 
 def carry_out(code: array.array, space: int, dtype: torch.dtype) -> int:
     """Carries out instructions that need `space` numbers of scratch. DONE or OUT_OF_RANGE; MemoryError as in `Steps.run`."""
     place, length = code.buffer_info()
-    outcome = function("steps", "try_steps", dtype, "piii")(place, length, space + _LINE, torch.get_num_threads())
+    outcome = function("steps", "try_steps", dtype, "piii")(place, length, space + LINE, torch.get_num_threads())
     if outcome == NO_MEMORY:
         raise MemoryError(f"fnattn: no memory for the scratch of a step ({space} numbers of {dtype})")
     return outcome
-
-
-def fits(so: bool) -> None:
-    """Raises Unfit unless so."""
-    if not so:
-        raise Unfit
-
-
-@functools.cache
-def kernel(source: str, name: str, dtype: torch.dtype) -> int:
-    """The address of a C function."""
-    return ctypes.cast(getattr(load(source), f"fnattn_{name}_{SUFFIX[dtype]}"), ctypes.c_void_p).value
-
-
-@functools.lru_cache(maxsize=256)
-def bits(number: float) -> int:
-    """A double as an integer with the same bits."""
-    return struct.unpack("q", struct.pack("d", number))[0]

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .steps import AVERAGE, CALL_EXACT, CALL_ITERATE, HIDE, MEET, MIX, SPARSITY, Mask, Row, Steps, bits, fits, kernel
+from .steps import Steps
+from .steps_rows import AVERAGE, CALL_EXACT, CALL_ITERATE, HIDE, MEET, MIX, SPARSITY, Mask, Row, bits, fits, kernel
 
 
 class Part(NamedTuple):
@@ -74,11 +75,11 @@ def choose(steps: Steps, s: Weights, log_or_k: Row, eps: float, schedule: ctypes
     fits(log_or_k.width == log_or_k.stride == s.heads)
     y, marks = steps.room(s.heads * s.m).at, steps.room(s.heads * (2 if schedule is None else len(schedule) - 1)).at
     if schedule is None:
-        steps.code += (CALL_EXACT, kernel("coor_descent", "coor_exact", steps.dtype), s.at, log_or_k.at, y, marks, marks - rows, rows, s.m,
+        steps.code += (CALL_EXACT, kernel("coor_descent", "coor_exact", steps.wide), s.at, log_or_k.at, y, marks, marks - rows, rows, s.m,
                        bits(eps))
     else:
         steps.kept.append(schedule)
-        steps.code += (CALL_ITERATE, kernel("coor_descent", "coor_iterate", steps.dtype), s.at, log_or_k.at, y, marks, rows, s.m,
+        steps.code += (CALL_ITERATE, kernel("coor_descent", "coor_iterate", steps.wide), s.at, log_or_k.at, y, marks, rows, s.m,
                        ctypes.addressof(schedule), len(schedule) - 1)
     return s._replace(at=y)
 
