@@ -64,7 +64,7 @@ def tables(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> dict[str, li
     steps = [f"| {row['case'].removeprefix('training ')} | {row['peer']} | {row['shape']} | {row['ratio']:.2f} |"
              for row in one if row["kind"] == "training" and row.get("ratio") is not None]
     units = {"forward": "forwards", "forward+backward": "forward + backward", "loop": "times as fast as a loop",
-             "kernel by kernel": "times as fast as kernel by kernel"}
+             "kernel by kernel": "times as fast as kernel by kernel", "step in float32": "times as fast as in float32"}
     told = [row for row in one if row["kind"] == "transform" and "multiple" in row]
     multiples = [f"| {row['case']} | {row['shape']} | {row['multiple']:.1f} {units[row['pass']]} | {goal(row)} |"
                  for row in told if row["pass"] in units]

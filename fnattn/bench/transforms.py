@@ -141,6 +141,31 @@ def _token(family: str, s: dict, device: torch.device) -> Multiple:
     return Multiple(partial(step, "native"), step, check)
 
 
+def _narrow_token(family: str, s: dict, device: torch.device) -> Multiple:
+    """A token through a language model with weights and caches in bfloat16, against the same in float32."""
+    cfg = lm.Config(attention=ATTENTIONS[family](s["dim"], s["h"]), depth=s["depth"])
+    ids = random.randint(random.key(1, device=device), (s["b"], s["n"]), 0, 256)
+    made = lm.init(random.key(0, device=device), cfg)
+
+    def step(dtype: torch.dtype) -> Callable[[], Tensor]:
+        params = cast(made, dtype)
+        with torch.no_grad():
+            _, state = lm.apply(params, ids[:, :-1], lm.init_state(params, s["b"], capacity=s["n"]))
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                return lm.apply(params, ids[:, -1:], state)[0]
+
+        return run
+
+    narrow = step(torch.bfloat16)
+
+    def check():
+        return [narrow()], [lm.apply(cast(cast(made, torch.bfloat16), torch.float64), ids, impl="reference")[0][:, -1:]]
+
+    return Multiple(step(torch.float32), narrow, check)
+
+
 T16, T64 = {"b": 2, "h": 8, "n": 1024, "d": 16}, {"b": 1, "h": 4, "n": 1024, "d": 64}
 SMALL = {"b": 1, "h": 2, "n": 64, "d": 16}
 
@@ -158,4 +183,7 @@ CASES: dict[str, Transform] = {case.name: case for case in (
               2.0, "loop", True),
     *(Transform(f"decode lm {family}", partial(_token, family), {"b": 1, "n": 120, "dim": 64, "h": 4, "depth": 2},
                 {"b": 1, "n": 8, "dim": 16, "h": 2, "depth": 1}, 2.0, "kernel by kernel", True) for family in ATTENTIONS),
+    *(Transform(f"decode lm {family}, bfloat16", partial(_narrow_token, family), {"b": 1, "n": 120, "dim": 512, "h": 8, "depth": 2},
+                {"b": 1, "n": 8, "dim": 16, "h": 2, "depth": 1}, 0.7, "step in float32", True, tolerance=0.02)
+      for family in ("taylor", "full", "gate_loop")),
 )}
