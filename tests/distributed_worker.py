@@ -252,6 +252,28 @@ def batches(rank: int, world: int) -> Found:
     return found
 
 
+def groups(rank: int, world: int) -> Found:
+    """Groups given by themselves and by name, of all processes and of the first two."""
+    from fnattn import apply, init
+    from fnattn.distributed import sequence
+
+    every, pair = dist.new_group(list(range(world))), dist.new_group([0, 1])
+    x, cfg = normal("x", 1, 3 * world, 5), SPREAD["taylor, plain"]
+    own = x[:, 3 * rank:3 * (rank + 1)]
+    params = init(random.key(0), sequence.Config(attention=cfg, group=every.group_name), dtype=F64)
+    found = {"by name": error(apply(params, own)[0], apply(params.attn, x)[0][:, 3 * rank:3 * (rank + 1)])}
+    if rank < 2:
+        found["of two"] = error(distributed.all_gather(own, 1, pair), x[:, :6])
+    else:
+        try:
+            distributed.all_gather(own, 1, pair)
+        except ValueError as refused:
+            assert "this process must be in the group; it is process 2 of all" in str(refused)
+        else:
+            raise AssertionError("a process outside of a group took part")
+    return found
+
+
 def small_buckets(rank: int, world: int) -> Found:
     """Sums that travel in several pieces."""
     from fnattn.distributed import data_parallel
@@ -311,5 +333,6 @@ def alone(rank: int, world: int) -> Found:
 CHECKS: dict[str, Callable[[int, int], Found]] = {
     **{f"collective {name}": lambda rank, world, name=name: collective(name, rank, world) for name in COLLECTIVES},
     **{f"sequence {name}": lambda rank, world, name=name: sequence(name, rank, world) for name in SPREAD},
-    "language model": language_model, "heads": heads, "batches": batches, "small buckets": small_buckets, "engine": engine, "alone": alone,
+    "language model": language_model, "heads": heads, "batches": batches, "small buckets": small_buckets, "groups": groups,
+    "engine": engine, "alone": alone,
 }

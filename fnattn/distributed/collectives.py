@@ -51,7 +51,12 @@ def _group(group: Any) -> Any:
     dist = torch.distributed
     if not dist.is_available() or not dist.is_initialized():
         return None
-    return dist.group.WORLD if group is None else kernels.resolve(group) if isinstance(group, str) else group
+    if group is None:
+        return dist.group.WORLD
+    found = kernels.resolve(group) if isinstance(group, str) else group
+    check(dist.get_rank(found) >= 0, "fnattn.distributed: this process must be in the group; it is process {} of all, and not in {!r}.",
+          dist.get_rank(), group, remedy="Call it on the group's processes only, or leave group out.")
+    return found
 
 
 def world_size(group: Any = None) -> int:

@@ -23,7 +23,11 @@ INLINE VF S(read)(const NUM *p, int64_t count) {
 }
 
 INLINE void S(write)(NUM *p, VF x, int64_t count) {
+#if defined(__AVX512BF16__) && VECTOR_BYTES == 64
+    S(halves) y = (S(halves))_mm512_cvtneps_pbh((__m512)x);
+#else
     S(halves) y = NARROW(S(rounded)(x), S(halves));
+#endif
     if (count == LANES) *(S(halves) *)p = y;
     else memcpy(p, &y, (size_t)count * sizeof(NUM));
 }

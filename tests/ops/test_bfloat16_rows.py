@@ -161,3 +161,14 @@ def test_every_number_is_read_and_rounded_as_torch_does(instructions):
     both = known.view(-1, 2).all(-1).repeat_interleave(2)
     assert torch.equal(settled(held)[known], settled(every)[known]) and held[every.isnan()].isnan().all()
     assert torch.equal(turned[both], every[both]) and turned[every.isnan()].isnan().all()
+
+
+def test_sums_are_rounded_once_to_the_nearest_and_from_the_middle_to_the_even():
+    """Of 1 <= x < 2 and multiples of a quarter of its last bit, every fourth sum lies in the middle between two numbers."""
+    x = 1 + torch.arange(128) / 128
+    pairs = torch.cartesian_prod(x, torch.arange(-8, 9) / 512)  # both exact in bfloat16, and their sums in float32
+    pairs = torch.cat((pairs, -pairs, torch.tensor([[torch.inf, 1.0], [1.0, -torch.inf], [torch.nan, 1.0], [torch.inf, -torch.inf]])))
+    low = pairs.T.reshape(1, 2, -1).bfloat16()
+    assert torch.equal(low[..., :-4].float(), pairs.T.reshape(1, 2, -1)[..., :-4])
+    found, expected = ops.scan(torch.ones_like(low), low, impl="native")[0, 1], pairs.sum(1).bfloat16()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
