@@ -1,4 +1,4 @@
-"""Gradients by plain autograd where no transform is under way: what torch.func.vjp gives, without its cost per operation.
+"""Gradients and tangents by plain autograd where no transform is under way: what torch.func gives, without its cost per operation.
 
 The function runs on fresh leaves that share memory with the tensors to differentiate. Whatever it closes over stays
 differentiable: results that depend on such a tensor keep their graph, all others come back without one.
@@ -68,6 +68,46 @@ def by_transform(part: Callable, tensors: Sequence[Tensor]) -> tuple[Tensor, lis
             return by_transform(part, tensors)
     value, pull, aux = torch.func.vjp(part, *tensors, has_aux=True)
     return value, aux, pull(torch.ones_like(value))
+
+
+def jvp(part: Callable, tensors: Sequence[Tensor],
+        tangents: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]] | None:
+    """part(*tensors) -> (tensors, aux tensors): the former, their tangents, and aux; None if torch refuses something on the way.
+
+    A level of torch's own forward mode, which has one only: a function that takes such derivatives itself is for torch.func.
+    """
+    try:
+        with fwad.dual_level():
+            outs, aux = part(*[torch._VF._make_dual(x, t, level=0) for x, t in zip(tensors, tangents)])
+            return _apart(outs, aux)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # one of this library, or no memory
+            raise
+        return None
+
+
+def jvp_by_transform(part: Callable, tensors: Sequence[Tensor],
+                     tangents: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor | None], Sequence[Tensor]]:
+    """The same by torch.func, which nests with every transform."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # in it forward mode gives zeros, without a word
+            return jvp_by_transform(part, tensors, tangents)
+    if not tensors:
+        outs, aux = part()
+        return outs, [torch.zeros_like(o) if _moves(o) else None for o in outs], aux
+    outs, moved, aux = torch.func.jvp(lambda *new: tuple(map(tuple, part(*new))), tuple(tensors), tuple(tangents), has_aux=True)
+    return outs, [t if _moves(o) else None for o, t in zip(outs, moved)], aux
+
+
+def _apart(outs: Sequence[Tensor], aux: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
+    """Values and tangents of duals, zeros for those that have none."""
+    pairs = [torch._VF._unpack_dual(o, level=0) for o in outs]
+    moved = [t if t is not None else torch.zeros_like(o) if _moves(o) else None for o, t in pairs]
+    return [o for o, _ in pairs], moved, [torch._VF._unpack_dual(a, level=0)[0] for a in aux]
+
+
+def _moves(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
 
 
 def _leaf(t: Tensor, call: int) -> Tensor:

@@ -7,172 +7,41 @@ torch.func insists that every leaf is a floating tensor (grad) or a tensor (vmap
 tensors, None and Python values as leaves and leave them alone. `value_and_grad` is built on `torch.func.vjp`, because
 `torch.func.grad` keeps the graph for a second differentiation alive: about three times the memory. Where no transform is
 under way plain autograd does the same in less time.
-
-The only file that touches torch's private pytree module.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
-import optree
 import torch
 import torch.autograd.forward_ad as fwad
-import torch.utils._pytree as pytree
 from fnattn_kernels.watchers import alive
 from torch import Tensor
 
 from . import _autograd
+from ._trees import (
+    NAMESPACE,
+    combine,
+    flatten,
+    from_flat,
+    is_differentiable,
+    leaves,
+    map,
+    partition,
+    put_together,
+    stack,
+    static,
+    structure,
+    take_apart,
+    to_flat,
+    unflatten,
+    unstack,
+)
 
-NAMESPACE = "fnattn"
-T = TypeVar("T")
-
-
-def static(cls: type[T]) -> type[T]:
-    """Registers a frozen, hashable class as a node without leaves, for torch and optree (namespace "fnattn") alike."""
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    pytree.register_pytree_node(
-        cls, lambda node: ([], node), lambda leaves, node: node, serialized_type_name=name,
-        flatten_with_keys_fn=lambda node: ([], node),
-        to_dumpable_context=lambda node: dataclasses.asdict(node),
-        from_dumpable_context=lambda fields: cls(**fields))
-    optree.register_pytree_node(cls, lambda node: ((), node, ()), lambda node, leaves: node, namespace=NAMESPACE)
-    return cls
-
-
-def flatten(tree: Any) -> tuple[list, Any]:
-    """Leaves in order, and the structure that `unflatten` takes."""
-    return pytree.tree_flatten(tree)
-
-
-def unflatten(leaves: Iterable, structure: Any) -> Any:
-    """The tree with this structure and these leaves."""
-    return pytree.tree_unflatten(list(leaves), structure)
-
-
-def leaves(tree: Any) -> list:
-    """All leaves in order."""
-    return pytree.tree_leaves(tree)
-
-
-def structure(tree: Any) -> Any:
-    """What is left of a tree without its leaves; compares equal exactly for trees that can be mapped together."""
-    return pytree.tree_structure(tree)
-
-
-def map(fn: Callable, tree: Any, *others: Any) -> Any:
-    """fn applied to each leaf, together with the leaves of `others` at the same place."""
-    return pytree.tree_map(fn, tree, *others)
-
-
-def is_differentiable(x: Any) -> bool:
-    """True for floating and complex tensors: what a derivative can be taken for."""
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-
-
-def take_apart(*trees: Any) -> tuple[list[list], list]:
-    """The leaves and the structure of each tree, for `put_together` only: in a fifth of the time, in an order of its own.
-
-    Structures from one call compare equal exactly for trees that can be mapped together.
-    """
-    if not torch.compiler.is_compiling():
-        apart = [optree.tree_flatten(t, none_is_leaf=True, namespace=NAMESPACE) for t in trees]
-        # A class that only torch was told of is a leaf to optree.
-        if pytree.SUPPORTED_NODES.keys().isdisjoint({type(x) for items, _ in apart for x in items}):
-            return [items for items, _ in apart], [form for _, form in apart]
-    both = [flatten(t) for t in trees]
-    return [items for items, _ in both], [form for _, form in both]
-
-
-def put_together(items: Iterable, form: Any) -> Any:
-    """The inverse of `take_apart`, for one tree."""
-    return optree.tree_unflatten(form, items) if isinstance(form, optree.PyTreeSpec) else unflatten(items, form)
-
-
-# ------------------------------------------------------------------------------------------------ names of leaves
-
-
-def _name(path: tuple) -> str:
-    return ".".join(_key(entry) for entry in path)
-
-
-def _key(entry: Any) -> str:
-    for attribute in ("name", "key", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
-
-
-def to_flat(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted name, in order: {"blocks.0.attn.to_q": tensor, ...}. What safetensors, curvlinops and others take."""
-    named = [(_name(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
-    flat = dict(named)
-    if len(flat) != len(named):
-        twice = sorted({name for name, _ in named if sum(n == name for n, _ in named) > 1})
-        raise ValueError(f"tree.to_flat: expected every leaf to have its own name; got {twice} more than once.\n"
-                         f"  Do not mix keys that print alike, such as 1 and '1', in one dict.")
-    return flat
-
-
-def from_flat(flat: dict[str, Any], like: Any) -> Any:
-    """The tree shaped like `like` whose leaves are taken from `flat` by name; the inverse of `to_flat`.
-
-    Raises:
-        ValueError: a name is missing or unknown; both lists are named.
-    """
-    names = list(to_flat(like))
-    missing, unknown = [n for n in names if n not in flat], [n for n in flat if n not in set(names)]
-    if missing or unknown:
-        raise ValueError(f"tree.from_flat: expected the leaves of the given tree; got missing {missing}, unknown {unknown}.\n"
-                         f"  Compare with list(tree.to_flat(like)).")
-    return unflatten([flat[n] for n in names], structure(like))
-
-
-# ------------------------------------------------------------------------------------------------ parts of trees
-
-
-def partition(tree: Any, keep: Callable[[Any], bool] = is_differentiable) -> tuple[Any, Any]:
-    """Two trees of the same structure: leaves for which keep(leaf) holds, and the others; None elsewhere."""
-    items, form = flatten(tree)
-    kept = [x if keep(x) else None for x in items]
-    rest = [None if keep(x) else x for x in items]
-    return unflatten(kept, form), unflatten(rest, form)
-
-
-def combine(first: Any, second: Any) -> Any:
-    """The inverse of `partition`: at each place the leaf that is not None."""
-    a, form = flatten(first)
-    b, other = flatten(second)
-    if form != other:
-        raise ValueError(f"tree.combine: expected two trees of one structure; got {form} and {other}.\n"
-                         f"  Pass the two results of tree.partition.")
-    return unflatten([y if x is None else x for x, y in zip(a, b)], form)
-
-
-def stack(trees: Iterable[Any]) -> Any:
-    """One tree whose leaves carry a new leading axis, one entry per given tree: an ensemble's params."""
-    trees = list(trees)
-    if not trees:
-        raise ValueError("tree.stack: expected at least one tree; got none.\n  Pass a non-empty list of trees.")
-    return map(lambda *xs: torch.stack(xs), trees[0], *trees[1:])
-
-
-def unstack(tree: Any) -> list[Any]:
-    """The list of trees along the leading axis; the inverse of `stack`."""
-    items, form = flatten(tree)
-    if not items:
-        raise ValueError("tree.unstack: expected a tree with leaves; got none, so the number of members is unknown.\n"
-                         "  Stack trees that hold at least one tensor.")
-    sizes = {x.shape[0] for x in items}
-    if len(sizes) != 1:
-        raise ValueError(f"tree.unstack: expected one leading size for all leaves; got {sorted(sizes)}.\n"
-                         f"  Unstack only what tree.stack or vmap produced.")
-    return [unflatten([x[i] for x in items], form) for i in range(sizes.pop())]
-
-
-# ------------------------------------------------------------------------------------------------ transforms
+__all__ = ["NAMESPACE", "combine", "flatten", "from_flat", "grad", "is_differentiable", "jvp", "leaves", "map", "partition",
+           "put_together", "remat", "stack", "static", "structure", "take_apart", "to_flat", "unflatten", "unstack",
+           "value_and_grad", "vmap"]
 
 
 def _split(tree: Any) -> tuple[list[Tensor], Callable]:
@@ -257,6 +126,74 @@ def grad(fn: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
         return (grads, value[1]) if has_aux else grads
 
     return wrapped
+
+
+def jvp(fn: Callable, primals: tuple, tangents: tuple, has_aux: bool = False) -> tuple:
+    """The value of a function, and how it moves while its arguments move along tangents: forward mode over whole trees.
+
+    Args:
+        fn: returns a tree, or (tree, aux) if has_aux.
+        primals: its arguments.
+        tangents: a tree like it for each argument; None for leaves, or for whole arguments, that stay as they are.
+    Returns:
+        (value, tangent), or (value, tangent, aux). The tangent has the value's structure, with None for what is not floating.
+    Raises:
+        ValueError: tangents of other structures or shapes. TypeError: of other dtypes.
+
+    Nests with every transform. Where none is under way, torch's forward mode does it without a level of torch.func: the same numbers
+    in half the time for small functions; `fn` runs a second time if it takes derivatives of its own by forward mode.
+    """
+    if not isinstance(primals, tuple) or not isinstance(tangents, tuple) or len(primals) != len(tangents):
+        raise ValueError(f"tree.jvp: primals and tangents must be tuples with one entry per argument; got "
+                         f"{_length(primals)} and {_length(tangents)}.\n  Put a single argument into a tuple: (x,), (t,).")
+    items, form = flatten(primals)
+    moves = [t for primal, tangent in zip(primals, tangents) for t in _tangents(primal, tangent)]
+    places = [i for i, t in enumerate(moves) if t is not None]
+    around: list = []  # the structures of value and aux, and their leaves that are no tensors
+
+    def part(*new: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        full = list(items)
+        for i, x in zip(places, new):
+            full[i] = x
+        value, aux = _pair(fn(*unflatten(full, form))) if has_aux else (fn(*unflatten(full, form)), None)
+        both = [flatten(value), flatten(aux)]
+        around[:] = [(structure, [None if isinstance(x, Tensor) else (x,) for x in out]) for out, structure in both]
+        return tuple([x for x in out if isinstance(x, Tensor)] for out, _ in both)
+
+    xs, ts = [items[i] for i in places], [moves[i] for i in places]
+    quick = _autograd.jvp(part, xs, ts) if not _taps_in_use() and _autograd.usable([*xs, *ts]) else None
+    value, moved, aux = _autograd.jvp_by_transform(part, xs, ts) if quick is None else quick
+    (of_value, constants), (of_aux, others) = around
+    given, along, beside = iter(value), iter(moved), iter(aux)
+    found = [unflatten([next(given) if c is None else c[0] for c in constants], of_value),
+             unflatten([next(along) if c is None else None for c in constants], of_value)]
+    return (*found, unflatten([next(beside) if c is None else c[0] for c in others], of_aux)) if has_aux else tuple(found)
+
+
+def _length(given: Any) -> str:
+    return f"{len(given)} entries" if isinstance(given, tuple) else type(given).__name__
+
+
+def _tangents(primal: Any, tangent: Any) -> list[Tensor | None]:
+    """The tangent of each leaf of one argument, or None."""
+    items, form = flatten(primal)
+    if tangent is None:
+        return [None] * len(items)
+    moves, of_moves = flatten(tangent)
+    if of_moves != form:
+        raise ValueError(f"tree.jvp: a tangent must have the structure of its argument, {form}; got {of_moves}.\n"
+                         f"  Make it from the argument: tree.map(torch.zeros_like, primal); None stands for a leaf that stays.")
+    for x, t in zip(items, moves):
+        if t is None:
+            continue
+        if not is_differentiable(x) or not isinstance(t, Tensor) or t.dtype != x.dtype:
+            got = [f"{i.dtype}" if isinstance(i, Tensor) else type(i).__name__ for i in (x, t)]
+            raise TypeError(f"tree.jvp: a tangent must be a tensor of its leaf's floating dtype; got {got[1]} for {got[0]}.\n"
+                            f"  Cast it, or put None where nothing moves.")
+        if t.shape != x.shape:
+            raise ValueError(f"tree.jvp: a tangent must have its leaf's shape {list(x.shape)}; got {list(t.shape)}.\n"
+                             f"  Expand it: t.expand_as(x).")
+    return moves
 
 
 def vmap(fn: Callable, in_axes: Any = 0, out_axes: int = 0, *, chunk_size: int | None = None,

@@ -18,7 +18,8 @@ CODE = (".py", ".c", ".h")
 # From the cellar to the roof. A module imports from its own floor and from those below it.
 FLOORS = (
     ("fnattn_kernels",),
-    ("fnattn._kernels_path", "fnattn._later", "fnattn._autograd", "fnattn.tree", "fnattn.random", "fnattn.core", "fnattn.taps"),
+    ("fnattn._kernels_path", "fnattn._later", "fnattn._autograd", "fnattn._trees", "fnattn.tree", "fnattn.random", "fnattn.core",
+     "fnattn.taps"),
     ("fnattn.ops",),
     ("fnattn.attentions",),
     ("fnattn.models",),
@@ -32,7 +33,8 @@ PRIVATE = {
     "kernels/watchers.py": "what stands between a call and its backend",
     "kernels/collectives.py": "a group of processes by its name",
     "kernels/sharding.py": "what DTensor remembers a decision by",
-    "fnattn/tree.py": "torch's pytree module; remat's forward mode",
+    "fnattn/_trees.py": "torch's pytree module",
+    "fnattn/tree.py": "remat's forward mode",
     "kernels/higher_order.py": "torch's associative scan has no public name yet",
     "kernels/native/softmax_aten.py": "torch's fused attention for the CPU has no public name",
     "fnattn/_autograd.py": "which transforms and modes are under way",

@@ -64,7 +64,7 @@ def _math(*args: Tensor) -> Tensor:
 
 
 def _jvp(fn: Callable, args: tuple, tangents: tuple) -> Tensor:
-    return torch.func.jvp(fn, args, tangents)[1]
+    return tree.jvp(fn, args, tangents)[1]
 
 
 def _grad(fn: Callable, *args: Tensor) -> tuple[Tensor, ...]:
@@ -76,7 +76,7 @@ def _grad(fn: Callable, *args: Tensor) -> tuple[Tensor, ...]:
 
 
 def _hvp(fn: Callable, args: tuple, tangents: tuple) -> tuple[Tensor, ...]:
-    return torch.func.jvp(partial(_grad, fn), args, tangents)[1]
+    return tree.jvp(partial(_grad, fn), args, tangents)[1]
 
 
 def _derivative(family: str, order: int, s: dict, device: torch.device) -> Multiple:
@@ -169,7 +169,7 @@ def _narrow_token(family: str, s: dict, device: torch.device) -> Multiple:
 T16, T64 = {"b": 2, "h": 8, "n": 1024, "d": 16}, {"b": 1, "h": 4, "n": 1024, "d": 64}
 SMALL = {"b": 1, "h": 2, "n": 64, "d": 16}
 
-# Around a call of torch.func.jvp there are some 0.3 ms that no length changes: the long rows show what is left without them.
+# Around a call there is some tenth of a millisecond that no length changes: the long rows show what is left without it.
 LONG = {"n": 4096}
 
 CASES: dict[str, Transform] = {case.name: case for case in (
