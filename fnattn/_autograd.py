@@ -78,10 +78,13 @@ def jvp(part: Callable, tensors: Sequence[Tensor],
     """
     try:
         with fwad.dual_level():
-            outs, aux = part(*[torch._VF._make_dual(x, t, level=0) for x, t in zip(tensors, tangents)])
+            # The public function for the first: it also brings the rules that torch has for operations like the gradient of softmax.
+            first = fwad.make_dual(tensors[0], tangents[0])
+            others = [torch._VF._make_dual(x, t, level=0) for x, t in zip(tensors[1:], tangents[1:])]
+            outs, aux = part(first, *others)
             return _apart(outs, aux)
     except RuntimeError as error:
-        if type(error) is not RuntimeError:  # one of this library, or no memory
+        if type(error) not in (RuntimeError, NotImplementedError):  # one of this library, or no memory
             raise
         return None
 

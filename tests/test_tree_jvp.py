@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import assert_close
@@ -188,6 +191,16 @@ def test_tangents_that_do_not_fit_are_refused_with_a_remedy(primals, tangents, k
     with pytest.raises(kind) as caught:
         tree.jvp(lambda *args: args[0], primals, tangents)
     assert text in str(caught.value) and "\n  " in str(caught.value)
+
+
+def test_the_gradient_of_softmax_moves_in_a_process_that_took_no_other_derivative():
+    """torch's rule for it is loaded by who asks for forward mode."""
+    code = ("import torch; from fnattn import _autograd, tree; x = torch.randn(5, dtype=torch.float64); v = x.cos()\n"
+            "found = []; quick = _autograd.jvp; _autograd.jvp = lambda *a: found.append(quick(*a)) or found[-1]\n"
+            "slope = torch.func.grad(lambda x: (x.softmax(0) * torch.arange(5)).sum())\n"
+            "t = tree.jvp(slope, (x,), (v,))[1]; assert found[0] is not None\n"
+            "assert torch.allclose(t, torch.func.jvp(slope, (x,), (v,))[1], rtol=1e-12) and t.abs().max() > 1e-3")
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_errors_of_the_function_come_through(ways):
