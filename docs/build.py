@@ -36,8 +36,8 @@ LINKS = (("index", "fnattn"), ("which_attention", "Which attention?"), ("jax", "
          ("readme", "README"), ("api/index", "Reference"))
 PARTS = ("fnattn", "fnattn.core", "fnattn.tree", "fnattn.random", "fnattn.taps", "fnattn.ops", "fnattn.ops.layouts",
          "fnattn.attentions", "fnattn.models", "fnattn.inspect", "fnattn.ensemble", "fnattn.optim", "fnattn.checkpoint",
-         "fnattn.data", "fnattn.convert", "fnattn.testing")
-WITH_MODULES = ("fnattn.attentions", "fnattn.models")  # each file inside has a page
+         "fnattn.data", "fnattn.convert", "fnattn.distributed", "fnattn.testing")
+WITH_MODULES = ("fnattn.attentions", "fnattn.models", "fnattn.distributed")  # each file inside has a page
 
 
 def build(site: Path) -> None:
