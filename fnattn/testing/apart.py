@@ -179,6 +179,7 @@ def _carry_out(folder: str) -> None:
             log = os.open(os.path.join(folder, _LOG), os.O_WRONLY | os.O_APPEND)
             os.dup2(log, 1), os.dup2(log, 2)
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "cache")
+            _renew_threads()
             _work(worker, payload, names, answers)
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(0)
@@ -189,6 +190,15 @@ def _carry_out(folder: str) -> None:
             _write(answers, rest[0], f"{_DEAD} with status {status}")
             rest = rest[1:]
         names = rest
+
+
+def _renew_threads() -> None:
+    """torch's pool of threads does not survive a fork and is made anew when it is next set: now, by one thread. Of the threads by which a
+    CUDA build differentiates one would find it half made, and abort the process.
+    """
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def _work(worker: str, payload: bytes, names: Sequence[str], answers: str) -> None:
