@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, func
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 
 from .. import attentions, random, tree
 from ..core import Family
+from .autograd_checks import gradgradcheck_at
 from .family import family_subject
 from .subject import Subject, ripple
 from .world import NotApplicable, equal, make_params, make_x, require, same_bits
@@ -151,7 +152,7 @@ def gradgradcheck_passes(family: Family, cfg: Any, key: Tensor, impl: str) -> No
     _need_exact(cfg)
     s = family_subject(family, cfg, impl, key)
     leaves = [a.clone().requires_grad_() for a in s.pick(s.args)]
-    gradgradcheck(s.part(s.bent, s.args), leaves, fast_mode=True)
+    gradgradcheck_at(s.part(s.bent, s.args), leaves)
 
 
 DERIVATIVE_LAWS = (vmap_over_params, per_sample_gradients, gradients_of_per_sample_gradients, jvp_is_the_difference,
