@@ -167,6 +167,9 @@ def sequence(name: str, rank: int, world: int) -> Found:
     expected, last = apply(alone, second, between)
     found["continued"], found["state after both"] = error(out, expected[:, own]), errors(after, last)
 
+    nothing, kept = apply(params, first[:, :0], between)
+    assert nothing.shape == (2, 0, cfg.dim) and errors(kept, between) == 0
+
     value, grads = distributed.value_and_grad(loss, (0, 1, 2))(params, first, between)
     truth, true_grads = tree.value_and_grad(true, (0, 1, 2))(alone, first, between)
     found["loss"] = error(value * world, truth)

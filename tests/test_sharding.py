@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import spawned
 import torch
-import torch.multiprocessing
 from fnattn_kernels import contracts, sharding
 from sharded_calls import CALLS
 from sharded_worker import PLACES, work
 from torch.utils._python_dispatch import TorchDispatchMode
-
-SECONDS = 150
 
 
 class Record(TorchDispatchMode):
@@ -107,14 +105,7 @@ def test_groups_of_heads_are_never_torn_apart():
 def found(tmp_path_factory):
     """What two processes found; see sharded_worker."""
     folder = tmp_path_factory.mktemp("sharding")
-    processes = torch.multiprocessing.spawn(work, (2, str(folder)), nprocs=2, join=False)
-    try:
-        if not processes.join(timeout=SECONDS):  # true once all have ended well; raises if one failed
-            processes.join(timeout=SECONDS)
-    finally:
-        for process in processes.processes:
-            if process.is_alive():
-                process.kill()
+    spawned.run(work, 2, 2, str(folder))
     return json.loads((folder / "found.json").read_text())
 
 

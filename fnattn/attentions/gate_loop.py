@@ -192,15 +192,15 @@ def _gates(params: Params, x: Tensor, impl: str) -> Tensor:
 
 
 def absorb(params: Params, x: Tensor, state: State, *, mask: Tensor | None = None, impl: str = "auto") -> State:
-    """The state after x, as `apply` gives it, without queries and outputs where that is less work: for wide heads."""
+    """The state after x, as `apply` gives it, without the projections of queries, of the gate and of the result: half of the work."""
     cfg = config_of("gate_loop.absorb", params, Params)
-    if cfg.inner == cfg.head_count or cfg.ablate_state_transition or cfg.ablate_complex:
+    if cfg.ablate_state_transition or cfg.ablate_complex:
         return apply(params, x, state, mask=mask, impl=impl)[1]
     check_input("gate_loop.absorb", x, cfg.dim, like=params.to_qkv)
     refuse("gate_loop.absorb", "The recurrence has no keys to choose from.", "Leave it out.", mask=mask)
     _states.check("gate_loop", state, _layout(params, x.shape[0]))
     k, v = (split_heads(t, cfg.head_count) for t in linear(x, params.to_qkv[cfg.inner:], impl=impl).chunk(2, -1))
-    return State(*ops.gate_loop_state(k, v, _gates(params, x, impl), tuple(state)))
+    return State(*ops.gate_loop(k, k, v, _gates(params, x, impl), state=tuple(state), impl=impl)[1])  # no state depends on queries
 
 
 def _sum_without_decay(q: Tensor, k: Tensor, v: Tensor, state: State | Empty, impl: str) -> tuple[Tensor, State | Empty]:

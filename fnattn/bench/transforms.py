@@ -169,7 +169,7 @@ def _narrow_token(family: str, s: dict, device: torch.device) -> Multiple:
 T16, T64 = {"b": 2, "h": 8, "n": 1024, "d": 16}, {"b": 1, "h": 4, "n": 1024, "d": 64}
 SMALL = {"b": 1, "h": 2, "n": 64, "d": 16}
 
-# Around a call there is some tenth of a millisecond that no length changes: the long rows show what is left without it.
+# Around a call there are some tenths of a millisecond that no length changes: the long rows show what is left without it.
 LONG = {"n": 4096}
 
 CASES: dict[str, Transform] = {case.name: case for case in (

@@ -127,6 +127,7 @@ def all_reduce(x: Tensor, group: Any = None) -> Tensor:
 
 def broadcast(x: Tensor, source: int = 0, group: Any = None) -> Tensor:
     """What process `source` brought, for all of them; the others bring a tensor of the same shape. Cost as `all_reduce`."""
+    _tensor("broadcast", x)
     check_int("broadcast", "source", source)
     check(0 <= source < world_size(group), "broadcast: source must be a process in [0, {}); got {}.", world_size(group), source,
           remedy="Count processes from 0.")

@@ -84,8 +84,7 @@ def apply(params: Params, x: Tensor, state: Any = EMPTY, *, mask: Tensor | None 
           dropout_key: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Any]:
     """The attention's `apply` on this process's part of a sequence.
 
-    Costs each process `apply` and `absorb` of its part (heads of taylor and wide ones of gate_loop: about half an apply more), and
-    one exchange of states.
+    Costs each process `apply` and `absorb` of its part, about half an apply more, and one exchange of states.
 
     Args:
         params: from `init`; the same on every process.
@@ -107,7 +106,7 @@ def apply(params: Params, x: Tensor, state: Any = EMPTY, *, mask: Tensor | None 
     options = {"mask": mask, "impl": impl}
     check_input("sequence.apply", x, cfg.dim, mask=mask)
     refuse("sequence.apply", "A query attends to its own past, and a context has none.", "Leave it out.", context=context)
-    if world == 1:
+    if world == 1 or not x.shape[1]:
         return family.apply(params.attn, x, state, dropout_key=dropout_key, **options)
     streaming = not isinstance(state, Empty)
     start = state if streaming else family.init_state(params.attn, x.shape[0], capacity=0)

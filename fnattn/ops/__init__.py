@@ -13,7 +13,6 @@ from .conv_attention import conv_attention as conv_attention
 from .coor_attention import coor_descent_attention as coor_descent_attention
 from .coor_descent import coor_descent as coor_descent
 from .gate_loop import gate_loop as gate_loop
-from .gate_loop import gate_loop_state as gate_loop_state
 from .gate_loop import simple_gate_loop as simple_gate_loop
 from .heinsen import heinsen_gate_loop as heinsen_gate_loop
 from .linear import linear as linear

@@ -6,10 +6,9 @@ import importlib.util
 import json
 
 import pytest
-import torch.multiprocessing
+import spawned
 from distributed_worker import CHECKS, COLLECTIVES, work
 
-SECONDS = 150
 # Everything else is float64. The sums of two and three numbers, rounded once, against numbers that were never rounded.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2.0 ** -7}
 PLAIN = tuple(name for name in CHECKS if name not in ("engine", "alone"))
@@ -17,14 +16,7 @@ PLAIN = tuple(name for name in CHECKS if name not in ("engine", "alone"))
 
 def run(folder, world: int, names: tuple[str, ...]) -> list[dict]:
     """What every process found; see distributed_worker."""
-    processes = torch.multiprocessing.spawn(work, (world, str(folder), names), nprocs=world, join=False)
-    try:
-        if not processes.join(timeout=SECONDS):  # true once all have ended well; raises if one failed
-            processes.join(timeout=SECONDS)
-    finally:
-        for process in processes.processes:
-            if process.is_alive():
-                process.kill()
+    spawned.run(work, world, world, str(folder), names)
     return [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(world)]
 
 

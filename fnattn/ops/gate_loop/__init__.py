@@ -1,7 +1,6 @@
 """Gated loops: `gate_loop` with a complex gate per head, `simple_gate_loop` with a real gate per channel."""
 
 from .complex import GateLoopState, combine, gate_loop
-from .last import gate_loop_state
 from .simple import simple_gate_loop
 
-__all__ = ["GateLoopState", "combine", "gate_loop", "gate_loop_state", "simple_gate_loop"]
+__all__ = ["GateLoopState", "combine", "gate_loop", "simple_gate_loop"]
