@@ -13,22 +13,8 @@
 #elif !defined(NUM)
 #include "common.h"
 #include "lanes.h"
-#define HALF 0
-#define NUM REAL
-#define R S
-#include "linear.c"
-#undef HALF
-#undef NUM
-#undef R
-#if PRECISION == 32
-#define HALF 1
-#define NUM uint16_t
-#define R(x) PASTE(fnattn_, x, _, bf16)
-#include "linear.c"
-#undef HALF
-#undef NUM
-#undef R
-#endif
+#define EACH_KIND "linear.c"
+#include "each_kind.h"
 #else
 #include "numbers.h"
 #include "linear_rows.h"

@@ -94,20 +94,6 @@ static void S(turn)(REAL *x, const float *freqs, int64_t rows, int64_t heads, in
     }
 }
 
-#define HALF 0
-#define NUM REAL
-#define R S
-#include "steps_code.h"
-#undef HALF
-#undef NUM
-#undef R
-#if PRECISION == 32
-#define HALF 1
-#define NUM uint16_t
-#define R(x) PASTE(fnattn_, x, _, bf16)
-#include "steps_code.h"
-#undef HALF
-#undef NUM
-#undef R
-#endif
+#define EACH_KIND "steps_code.h"
+#include "each_kind.h"
 #endif
