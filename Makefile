@@ -12,6 +12,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -37,13 +38,14 @@ setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 setup-full: $(VENV)/.installed-full
 
-# torch comes first and on its own, and nothing that follows may choose another one.
+# torch comes first and on its own, and nothing that follows may choose another one. A CUDA build brings the Triton that it goes
+# with; a CPU build brings none, and gets TRITON for the interpreter's tests.
 KEEP_TORCH = --constraint $(VENV)/torch.txt
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "fnattn needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH)
-	$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/torch.txt
+	$(PY) -c 'import importlib.metadata as m; has = {d.name for d in m.distributions()}; print("torch==" + m.version("torch"), "triton==" + m.version("triton") if "triton" in has else "$(TRITON)", sep="\n")' > $(VENV)/torch.txt
 	$(PIP) install $(KEEP_TORCH) -e .
 	@touch $@
 
