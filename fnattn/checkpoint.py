@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import attentions, tree
-from .core import EMPTY, check
+from .core import EMPTY, check, kind_of
 
 FORMAT = 1
 
@@ -55,9 +55,11 @@ def save(path: str | Path, params: Any, *, opt_state: Any = EMPTY, key: Tensor |
         opt_state: any tree of tensors.
         extra: JSON values to keep, such as the settings of the training.
     Raises:
-        OSError: the file cannot be written; an older checkpoint is then as it was.
+        ValueError: path does not end in .safetensors. OSError: the file cannot be written; an older checkpoint is then as it was.
     """
     path = Path(path)
+    check(path.suffix == ".safetensors", "checkpoint.save: path must end in .safetensors; got {}.", path,
+          remedy="A .json file of the same name will lie beside it.")
     flat = {f"params.{name}": leaf for name, leaf in tree.to_flat(params).items()}
     flat.update({f"opt.{name}": leaf for name, leaf in tree.to_flat(opt_state).items()})
     if key is not None:
@@ -112,9 +114,7 @@ def load(path: str | Path, *, cfg: Any = None, device: object = None) -> Checkpo
     if "fnattn" not in header:
         raise ValueError(f"checkpoint.load: expected a checkpoint of fnattn at {path}; got a safetensors file without its config.\n"
                          f"  For weights of an upstream package use fnattn.convert.load.")
-    about = json.loads(header["fnattn"])
-    check(about.get("format") == FORMAT, "checkpoint.load: expected format {} in {}; got {}.", FORMAT, path, about.get("format"),
-          remedy="It was written by another version of fnattn; load it there.")
+    about = _header(path, header["fnattn"])
     try:
         found = from_json(about["config"])
     except (TypeError, ValueError) as error:
@@ -124,6 +124,22 @@ def load(path: str | Path, *, cfg: Any = None, device: object = None) -> Checkpo
     params = _shaped(path, found, _part(flat, "params."), about["members"])
     return Checkpoint(found, params, _part(flat, "opt."), flat.get("key", torch.zeros(0, dtype=torch.int64)), about["step"],
                       about["members"], about["extra"])
+
+
+def _header(path: Path, text: str) -> dict[str, Any]:
+    """What `save` wrote into the file's header."""
+    try:
+        about = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"checkpoint.load: expected JSON in the header of {path}; got something else ({error}).\n"
+                         f"  The file was changed after it was saved: restore it from a copy.") from None
+    written = about.get("format") if isinstance(about, dict) else kind_of(about)
+    check(written == FORMAT, "checkpoint.load: expected format {} in {}; got {}.", FORMAT, path, written,
+          remedy="It was written by another version of fnattn; load it there.")
+    lacking = [name for name in ("config", "step", "members", "extra") if name not in about]
+    check(not lacking, "checkpoint.load: the header of {} lacks {}.", path, lacking,
+          remedy="The file was changed after it was saved: restore it from a copy.")
+    return about
 
 
 def opt_state(checkpoint: Checkpoint, like: Any) -> Any:

@@ -15,7 +15,7 @@ from . import tree
 
 __all__ = ["EMPTY", "ApplyFn", "DerivativeUnsupported", "Empty", "Family", "InitFn", "KernelUnavailable", "check",
            "check_floating", "check_ids", "check_init", "check_input", "check_int", "check_sizes", "config", "config_of",
-           "kind_of", "peek", "peek_int", "refuse"]
+           "kind_of", "peek", "peek_int", "peek_most", "refuse"]
 
 
 class Empty(NamedTuple):
@@ -215,7 +215,7 @@ def check_ids(who: str, ids: Any, count: int | None = None, *, name: str = "ids"
         return
     low, high = (int(end) for end in torch.aminmax(values))
     if low < 0 or high >= count:
-        raise IndexError(f"{who}: {name} must lie in [0, {count}); got {low if low < 0 else high}.\n"
+        raise ValueError(f"{who}: {name} must lie in [0, {count}); got {low if low < 0 else high}.\n"
                          f"  Build the config with as many tokens as there are, or look for a wrong tokenizer.")
 
 
@@ -228,15 +228,17 @@ def refuse(who: str, reason: str, remedy: str, **given: Any) -> None:
             raise ValueError(f"{who}: cannot take {keyword}. {reason}\n  {remedy}")
 
 
-def peek(t: Tensor) -> Tensor | None:
-    """The tensor's values where Python may look at them, without gradient or tangent; None where they are mapped or traced."""
+def peek(t: Tensor, *, mapped: bool = False) -> Tensor | None:
+    """The tensor's values where Python may look at them, without gradient or tangent; None where they are traced or, unless
+    `mapped`, mapped: then those of all members at once.
+    """
     # Inside make_fx, FakeTensorMode and functionalisation even a plain tensor stands for others.
     modes = torch._C._TorchDispatchModeKey
     if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(m) for m in (modes.PROXY, modes.FAKE, modes.FUNCTIONAL)):
         return None
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(t):
-        if functorch.is_batchedtensor(t) or functorch.is_functionaltensor(t):
+        if functorch.is_batchedtensor(t) and not mapped or functorch.is_functionaltensor(t):
             return None
         t = functorch.get_unwrapped(t)
     return t.detach() if type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta" else None
@@ -246,3 +248,9 @@ def peek_int(t: Tensor) -> int | None:
     """The value of a 0-d integer tensor where Python may look at it, None where it is mapped or traced, or on a device."""
     value = peek(t) if t.device.type == "cpu" else None
     return None if value is None else int(value)
+
+
+def peek_most(t: Tensor) -> int | None:
+    """The largest value of an integer tensor, over all members where it is mapped; None where it is traced, or on a device."""
+    value = peek(t, mapped=True) if t.device.type == "cpu" else None
+    return None if value is None or not value.numel() else int(value.max())

@@ -17,6 +17,7 @@ torch makes the same ones. Source: Salmon et al. 2011, "Parallel random numbers:
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import zlib
 from collections.abc import Callable, Sequence
@@ -147,7 +148,10 @@ def randint(key: Key, shape: int | Sequence[int], minval: int, maxval: int) -> T
     """Integers in [minval, maxval): int64 of `shape`, equal to jax.random.randint. Bounds are 32-bit integers."""
     _check_key("randint", key)
     low = _integer("random.randint: minval", minval, -(1 << 31), 1 << 31)
-    span = _integer("random.randint: maxval", maxval, low + 1, (1 << 31) + 1) - low
+    high = _integer("random.randint: maxval", maxval, -(1 << 31), (1 << 31) + 1)
+    if not isinstance(high, torch.SymInt) and high <= low:
+        raise ValueError(f"random.randint: maxval must lie above minval; got {low} and {high}.\n  maxval itself never comes out.")
+    span = high - low
     first, second = (bits(k, shape) for k in split(key))
     # 64 random bits modulo the span, in 32-bit arithmetic: 2^32 mod span, with jax's wrap-around.
     multiplier = (((1 << 16) % span) ** 2 & _MASK) % span
@@ -157,9 +161,8 @@ def randint(key: Key, shape: int | Sequence[int], minval: int, maxval: int) -> T
 def bernoulli(key: Key, p: float | Tensor = 0.5, shape: int | Sequence[int] | None = None) -> Tensor:
     """True with probability p, a number or a tensor: bool of `shape`, by default p's. Equal to jax.random.bernoulli."""
     _check_key("bernoulli", key)
-    if not isinstance(p, Tensor) and not 0 <= p <= 1:
-        raise ValueError(f"random.bernoulli: p must be a probability in [0, 1]; got {p}.\n"
-                         f"  Clamp it: min(max(p, 0), 1).")
+    if not isinstance(p, Tensor):
+        _chance("bernoulli", p, "Clamp it: min(max(p, 0), 1).")
     dtype = torch.float64 if isinstance(p, Tensor) and p.dtype == torch.float64 else torch.float32
     chance = torch.as_tensor(p, dtype=dtype, device=key.device)
     return uniform(key, chance.shape if shape is None else shape, dtype) < chance
@@ -181,10 +184,15 @@ def categorical(key: Key, logits: Tensor, axis: int = -1, shape: int | Sequence[
     if not isinstance(logits, Tensor):
         raise TypeError(f"random.categorical: logits must be a floating tensor; got {type(logits).__name__}.\n"
                         f"  Convert it: torch.as_tensor(logits).")
+    if not logits.is_floating_point():
+        raise TypeError(f"random.categorical: logits must be a floating tensor; got {logits.dtype}.\n  Cast it: logits.float().")
     wide = _wide("categorical", logits.dtype)
     if not -logits.ndim <= axis < logits.ndim:
         raise ValueError(f"random.categorical: axis must be one of logits' {logits.ndim} axes; got {axis}.\n"
                          f"  Give logits at least one axis.")
+    if logits.shape[axis] == 0:
+        raise ValueError(f"random.categorical: logits must hold at least one choice along axis {axis}; got {list(logits.shape)}.\n"
+                         f"  There is nothing to draw from.")
     axis = axis % logits.ndim - logits.ndim
     rest = [size for i, size in enumerate(logits.shape) if i - logits.ndim != axis]
     shape = tuple(rest) if shape is None else _shape("categorical", shape)
@@ -207,9 +215,7 @@ def dropout(key: Key, x: Tensor, p: float) -> Tensor:
         p: a number in [0, 1]; 0 returns x itself, 1 zeros.
     """
     _check_key("dropout", key)
-    if not 0 <= p <= 1:
-        raise ValueError(f"random.dropout: p must be a probability in [0, 1]; got {p}.\n"
-                         f"  p is the chance of zeroing, such as 0.1.")
+    _chance("dropout", p, "p is the chance of zeroing, such as 0.1.")
     if p == 0:
         return x
     if p == 1:
@@ -316,16 +322,30 @@ def _integer(what: str, value: int, low: int, high: int) -> int:
 
 
 def _shape(who: str, shape: int | Sequence[int]) -> tuple[int, ...]:
-    sizes = (shape,) if isinstance(shape, (int, torch.SymInt)) else tuple(shape)
+    try:
+        sizes = (shape,) if isinstance(shape, (int, torch.SymInt)) else tuple(shape)
+        for size in sizes:
+            if not isinstance(size, torch.SymInt):
+                operator.index(size)
+    except TypeError:
+        raise TypeError(f"random.{who}: shape must be an int or a sequence of ints; got {shape!r}.\n"
+                        f"  Pass an int or a tuple of ints.") from None
     if any(size < 0 for size in sizes):
         raise ValueError(f"random.{who}: shape must hold sizes of at least 0; got {list(sizes)}.\n"
                          f"  Pass an int or a tuple of ints.")
     return sizes
 
 
+def _chance(who: str, p: float, remedy: str) -> None:
+    if not isinstance(p, (numbers.Real, torch.SymFloat)):
+        raise TypeError(f"random.{who}: p must be a number; got {type(p).__name__}.\n  {remedy}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"random.{who}: p must be a probability in [0, 1]; got {p}.\n  {remedy}")
+
+
 def _wide(who: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in."""
-    if not dtype.is_floating_point:
-        raise TypeError(f"random.{who}: dtype must be floating point; got {dtype}.\n"
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"random.{who}: dtype must be floating point; got {dtype!r}.\n"
                         f"  Use random.bits or random.randint for integers.")
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -19,7 +19,7 @@ import torch.autograd.forward_ad as fwad
 from fnattn_kernels.watchers import alive
 from torch import Tensor
 
-from . import _autograd
+from . import _autograd, _closures
 from ._trees import (
     NAMESPACE,
     combine,
@@ -303,13 +303,16 @@ def remat(fn: Callable) -> Callable:
     """fn, recomputed in the backward pass instead of keeping its intermediates: memory of its arguments, one more forward.
 
     Works under every torch.func transform, where torch.utils.checkpoint does not. Every tensor that is to receive a
-    gradient must be an argument, not captured by fn. Under torch.compile it is plain fn: the compiler decides there. So
+    gradient must be an argument: one that fn captures is refused. Under torch.compile it is plain fn: the compiler decides there. So
     it is while taps are harvested or planted: the second run would not see what was planted.
     """
 
     def wrapped(*args):
         if torch.compiler.is_compiling() or _taps_in_use():
             return fn(*args)
+        if found := _closures.moving(fn):
+            raise ValueError(f"tree.remat: {found[0]} captures a tensor of shape {list(found[1].shape)} that takes part in "
+                             f"differentiation, and would get no gradient for it.\n  Make it an argument of the function.")
         items, form = flatten(args)
         places = [i for i, x in enumerate(items) if isinstance(x, Tensor)]
         fixed = [None if isinstance(x, Tensor) else x for x in items]

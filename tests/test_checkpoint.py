@@ -127,6 +127,22 @@ def test_a_file_without_our_config_is_refused(path, params):
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize("header, text", [
+    ("{", "expected JSON in the header of .*checkpoint.safetensors"), ("[1]", "expected format 1 in .*checkpoint.safetensors; got list"),
+    ('{"format": 1}', "the header of .*checkpoint.safetensors lacks .'config', 'step', 'members', 'extra'.")])
+def test_a_header_that_was_changed_is_named(header, text, path):
+    path.parent.mkdir()
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path, {"fnattn": header})
+    with pytest.raises(ValueError, match=f"^checkpoint.load: {text}.*\n  "):
+        checkpoint.load(path)
+
+
+def test_a_name_that_would_be_overwritten_by_the_json_beside_it_is_refused(tmp_path, params):
+    with pytest.raises(ValueError, match=r"^checkpoint.save: path must end in .safetensors; got .*x.json\."):
+        checkpoint.save(tmp_path / "x.json", params)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_of_another_config_is_refused(path, params):
     checkpoint.save(path, params)
     other = lm.Config(attention=CFG.attention, depth=3, num_tokens=11)

@@ -18,8 +18,8 @@ CODE = (".py", ".c", ".h")
 # From the cellar to the roof. A module imports from its own floor and from those below it.
 FLOORS = (
     ("fnattn_kernels",),
-    ("fnattn._kernels_path", "fnattn._later", "fnattn._autograd", "fnattn._trees", "fnattn.tree", "fnattn.random", "fnattn.core",
-     "fnattn.taps"),
+    ("fnattn._kernels_path", "fnattn._later", "fnattn._autograd", "fnattn._trees", "fnattn._closures", "fnattn.tree", "fnattn.random",
+     "fnattn.core", "fnattn.taps"),
     ("fnattn.ops",),
     ("fnattn.attentions",),
     ("fnattn.models",),
@@ -38,6 +38,7 @@ PRIVATE = {
     "kernels/higher_order.py": "torch's associative scan has no public name yet",
     "kernels/native/softmax_aten.py": "torch's fused attention for the CPU has no public name",
     "fnattn/_autograd.py": "which transforms and modes are under way",
+    "fnattn/_closures.py": "which tensors take part in a derivative",
     "fnattn/_together.py": "many tensors in one call have no public name; forward mode under way",
     "fnattn/core.py": "whether Python may look at a value",
     "fnattn/taps.py": "how many transforms are under way",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import optree
@@ -200,3 +201,22 @@ def test_remat_saves_only_its_arguments():
 def test_remat_refuses_results_that_are_no_tensors():
     with pytest.raises(TypeError, match="must return tensors only"):
         tree.remat(lambda x: (x, 3))(torch.ones(2))
+
+
+CAPTURED = torch.ones(3, requires_grad=True)
+
+
+@pytest.mark.parametrize("make", [
+    lambda w: lambda x: x * w, lambda w: functools.partial(torch.mul, w), lambda w: lambda x, w=w: x * w,
+    lambda w: lambda x: (lambda y: y * w)(x), lambda w: {"w": w}["w"].mul], ids=["cell", "partial", "default", "inside", "method"])
+def test_remat_refuses_a_captured_tensor_that_wants_a_derivative(make):
+    def f(w):
+        return tree.remat(make(w))(torch.ones(3)).sum()
+
+    w = torch.full((3,), 0.5)
+    assert f(w) == 1.5  # constants may be captured
+    for run in (lambda: torch.func.grad(f)(w), lambda: torch.func.jvp(f, (w,), (w,)), lambda: tree.jvp(f, (w,), (w,)),
+                lambda: f(w.clone().requires_grad_()), lambda: tree.remat(lambda x: x * CAPTURED)(torch.ones(3)),
+                lambda: tree.remat(torch.nn.Linear(3, 3))(torch.ones(3))):
+        with pytest.raises(ValueError, match=r"^tree.remat: .* captures a tensor of shape \[3(, 3)?\] that .*\n  Make it an argument"):
+            run()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import EMPTY, Family
+from ..core import EMPTY, Family, kind_of
 
 FAMILIES: dict[str, Family] = {}
 _BY_CONFIG: dict[type, Family] = {}
@@ -50,7 +50,7 @@ def find(cfg: Any) -> Family:
     cfg = getattr(cfg, "cfg", cfg)
     if type(cfg) not in _BY_CONFIG:
         known = ", ".join(f"{f.name}.Config" for _, f in sorted(FAMILIES.items()))
-        raise TypeError(f"fnattn: expected the Config of a family, or params that hold one; got {type(cfg).__name__}.\n"
+        raise TypeError(f"fnattn: expected the Config of a family, or params that hold one; got {kind_of(cfg)}.\n"
                         f"  Choose one of: {known}; or register your own with fnattn.register(FAMILY).")
     return _BY_CONFIG[type(cfg)]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import ops
-from ..core import check, peek_int
+from ..core import check, peek_int, peek_most
 from ..ops.cached_attention import join
 from . import _states
 from ._states import Leaf
@@ -65,18 +65,20 @@ def capacity(state: Any) -> int | str:
     return rows
 
 
-def room(who: str, state: Any, x: Tensor, layout: Any) -> int | None:
-    """How many positions a family's state with caches holds, where Python may know.
+def room(who: str, state: Any, x: Tensor, layout: Any) -> tuple[Tensor, int | None]:
+    """x, and how many positions a family's state with caches holds, where Python may know. Where it may not look, x is NaN in the
+    positions that there is no room for.
 
     Raises:
         TypeError: the state is not of the layout's kind. ValueError: it has not the shapes of x's state, or no room for x.
     """
     _states.check(who, state, layout)
     used, n, most = peek_int(state.pos), x.shape[1], capacity(state)
-    if used is not None and used + n > most:
-        check(False, "{}.apply: the state holds {} of {} positions and {} more {} given.", who, used, most, n,
-              "was" if n == 1 else "were", remedy=f"Make it larger: init_state(params, batch, capacity={used + n} or more).")
-    return used
+    held = peek_most(state.pos) if used is None else used
+    if held is not None and held + n > most:
+        check(False, "{}.apply: the state holds {} of {} positions and {} more {} given.", who, held, most, n,
+              "was" if n == 1 else "were", remedy=f"Make it larger: init_state(params, batch, capacity={held + n} or more).")
+    return _states.within(x, state.pos, most) if held is None else x, used
 
 
 def positions(pos: Tensor, n: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, taps
-from ..core import Empty, check, check_input, check_sizes, config_of, kind_of, peek_int, refuse
+from ..core import Empty, check, check_input, check_sizes, config_of, kind_of, peek_int, peek_most, refuse
 from ..ops._door import Kernel, choose, no_autocast, widen
 from ..ops._picture import bands_reason
 from ..ops.softmax import weights
@@ -135,7 +135,7 @@ def attend(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, *,
         others = () if angles is None else (angles,)
         if done := _step.layer(partial(step, pattern, angles=angles), params, x, state, cfg.dim, *others):
             return done
-    used = _check(pattern, params, x, state, mask, context)
+    x, used = _check(pattern, params, x, state, mask, context)
     qkv = linear(x, params.to_qkv, impl=impl).chunk(3, -1)
     q, k, v = (split_heads(part, cfg.heads) for part in qkv)
     if angles is not None:
@@ -210,22 +210,23 @@ def _slots(pattern: Pattern, cfg: Any, pos: int) -> Tensor:
 
 
 def _check(pattern: Pattern, params: Params, x: Tensor, state: State | Empty, mask: Tensor | None,
-           context: Tensor | None) -> int | None:
-    """Raises for what cannot be honoured. Returns how many positions came before, where Python may know."""
+           context: Tensor | None) -> tuple[Tensor, int | None]:
+    """Raises for what cannot be honoured. Returns x, and how many positions came before, where Python may know: see `_cache.room`."""
     who, cfg = pattern.who, params.cfg
     check_input(who + ".apply", x, cfg.dim, like=params.to_qkv, mask=mask)
     refuse(who + ".apply",
            "A position attends to its own past by its place in text and picture, and a context has neither.",
            "Use attentions.full with causal=False for cross attention.", context=context)
-    n, used = x.shape[1], 0
+    n, used, held = x.shape[1], 0, 0
     if not isinstance(state, Empty):
         _states.check(who, state, _layout(pattern, params, x.shape[0]))
         used = peek_int(state.pos)
-    check((used or 0) + n <= cfg.seq_len + 1,
+        held = peek_most(state.pos) if used is None else used
+    check((held or 0) + n <= cfg.seq_len + 1,
           who + ".apply: x has {} positions{}, but cfg allows {} = text_len {} + image_size^2 {}.", n,
-          f" after {used}" if used else "", cfg.seq_len + 1, text_len(cfg), cfg.image_size ** 2,
+          f" after {held}" if held else "", cfg.seq_len + 1, text_len(cfg), cfg.image_size ** 2,
           remedy="Shorten x, or build the Config with a larger seq_len.")
-    return used
+    return _states.within(x, state.pos, cfg.seq_len + 1) if held is None else x, used
 
 
 def _text_only(mask: Tensor, t: int) -> Tensor:

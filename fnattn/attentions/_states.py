@@ -65,6 +65,12 @@ def check(who: str, state: Any, layout: Any, make: str = "init_state(params, bat
         raise error(f"{who}.apply: the state must have {text}.\n  Make it with {make}.")
 
 
+def within(x: Tensor, pos: Tensor, most: int) -> Tensor:
+    """x [b, n, dim] of the positions from pos on, NaN from position `most` on: where no value can be read, nothing else can say so."""
+    beyond = pos + torch.arange(x.shape[1], device=pos.device) >= most
+    return torch.where(beyond[:, None], torch.full((), torch.nan, dtype=x.dtype, device=x.device), x)
+
+
 def fits(state: Any, layout: Any) -> bool:
     """Whether the state is exactly as the layout says, no leaf wider: the same comparison in a fraction of the time, without a reason."""
     if type(state) is not type(layout):

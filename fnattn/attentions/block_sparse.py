@@ -164,7 +164,7 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
         others = () if angles is None else (angles,)
         if done := _step.layer(partial(step, angles=angles), params, x, state, cfg.dim, *others):
             return done
-    used, n = _check(params, x, state, mask, context), x.shape[1]
+    (x, used), n = _check(params, x, state, mask, context), x.shape[1]
     pos = state.pos if isinstance(state, State) else torch.zeros((), dtype=torch.int64, device=x.device)
     positions = _cache.positions(pos, n)
     turn = "reference" if impl == "reference" else "auto"
@@ -215,7 +215,8 @@ def _any_visible(params: Params, keep: Tensor, positions: Tensor, causal: bool) 
     return (seen & keep[:, None, :]).any(-1)
 
 
-def _check(params: Params, x: Tensor, state: State | Empty, mask: Tensor | None, context: Tensor | None) -> int | None:
+def _check(params: Params, x: Tensor, state: State | Empty, mask: Tensor | None,
+           context: Tensor | None) -> tuple[Tensor, int | None]:
     cfg = params.cfg
     check_input("block_sparse.apply", x, cfg.dim, like=params.to_qkv, mask=mask)
     refuse("block_sparse.apply", "Rows and columns of the layout are positions of x.",
@@ -224,7 +225,7 @@ def _check(params: Params, x: Tensor, state: State | Empty, mask: Tensor | None,
     check(n <= limit, "block_sparse.apply: x has {} positions, but the layout covers {}.", n, limit,
           remedy="Shorten x, or build the Config with a larger seq_len.")
     if isinstance(state, Empty):
-        return 0
+        return x, 0
     if not cfg.causal:
         refuse("block_sparse.apply", "A non-causal query sees later keys, so no prefix has a final answer.",
                "Use Config(causal=True, ...), or call apply(params, x) on the whole sequence.", state=state)

@@ -155,7 +155,9 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
     refuse("coor_descent.apply", "A query attends to its own past, and a context has none.",
            "Choose a family with cross attention: full, linformer, taylor.", context=context)
     n = x.shape[1]
-    used = _cache.room("coor_descent", state, x, _layout(params, x.shape[0], _cache.capacity(state))) if streaming else 0
+    used = 0
+    if streaming:
+        x, used = _cache.room("coor_descent", state, x, _layout(params, x.shape[0], _cache.capacity(state)))
 
     x = layer_norm(x, params.norm, params.norm_bias)
     q, k, v = (split_heads(t, cfg.heads) for t in F.linear(x, params.to_qkv).chunk(3, -1))

@@ -160,7 +160,7 @@ def attend(params: Params, x: Tensor, state: State | Empty = EMPTY, *, angles: T
         own, others = (step, ()) if angles is None else (partial(step, angles=angles), (angles,))
         if done := _step.layer(own, params, x, state, cfg.dim, *others):
             return done
-    used, n = _check(params, x, state, mask, context, angles), x.shape[1]
+    (x, used), n = _check(params, x, state, mask, context, angles), x.shape[1]
     pos = state.pos if isinstance(state, State) else torch.zeros((), dtype=torch.int64, device=x.device)
     if mask is None and context is not None and context.shape[1] == 0:  # no key at all: as if all were hidden
         mask = torch.zeros_like(context[..., 0], dtype=torch.bool)
@@ -259,7 +259,7 @@ _words._dynamo_marked_constant = True
 
 
 def _check(params: Params, x: Tensor, state: State | Empty, mask: Tensor | None, context: Tensor | None,
-           angles: Tensor | None) -> int | None:
+           angles: Tensor | None) -> tuple[Tensor, int | None]:
     """Raises for what cannot be honoured. Returns how many positions the state holds, where Python may know."""
     cfg = params.cfg
     check_input("full.apply", x, cfg.dim, like=params.to_qkv, mask=mask, context=context)
@@ -277,11 +277,11 @@ def _check(params: Params, x: Tensor, state: State | Empty, mask: Tensor | None,
                "Use Config(static_mask=None, ...) for cross attention.", context=context)
     n, used = x.shape[1], 0
     if not isinstance(state, Empty):
-        used = _cache.room("full", state, x, _layout(params, x.shape[0], _cache.capacity(state)))
+        x, used = _cache.room("full", state, x, _layout(params, x.shape[0], _cache.capacity(state)))
     limit = cfg.seq_len if cfg.static_mask is not None else None
     check(limit is None or used is None or used + n <= limit, "full.apply: x has {} positions, but cfg.static_mask has {}.", n,
           limit, remedy="Shorten x, or build the Config with a larger seq_len and static_mask.")
-    return used
+    return x, used
 
 
 FAMILY = Family(

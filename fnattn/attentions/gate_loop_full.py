@@ -154,7 +154,9 @@ def apply(params: Params, x: Tensor, state: State | Empty = EMPTY, *, mask: Tens
            "Leave padding at the end of the sequence and ignore its outputs, or choose a family that masks: full, taylor.",
            mask=mask, context=context)
     streaming, n = not isinstance(state, Empty), x.shape[1]
-    used = _cache.room("gate_loop_full", state, x, _layout(params, x.shape[0], _cache.capacity(state))) if streaming else 0
+    used = 0
+    if streaming:
+        x, used = _cache.room("gate_loop_full", state, x, _layout(params, x.shape[0], _cache.capacity(state)))
     pos = state.pos if streaming else torch.zeros((), dtype=torch.int64, device=x.device)
 
     q, k, v = (split_heads(t, cfg.heads) for t in F.linear(x, params.to_qkv).chunk(3, -1))

@@ -33,7 +33,7 @@ class KeyMap(NamedTuple):
     init:      our init function, for structure and shapes.
     leaves:    upstream key -> our leaf; several upstream keys may name one shared leaf.
     constants: upstream keys that are no parameters, with their values: written by dump, ignored by load.
-    shapes:    upstream shapes that have axes of length one which our leaves do not have.
+    shapes:    upstream shapes that have axes of length one which our leaves do not have, or as many layouts as heads.
     """
 
     init: Callable
@@ -94,6 +94,13 @@ def _dalle(family):
     return lambda cfg: (family.init, DALLE_ATTENTION, {})
 
 
+LAYOUT = "attn_fn.master_layout"  # a buffer of DeepSpeed's SparseSelfAttention
+
+
+def _block_sparse(cfg: block_sparse.Config):
+    return block_sparse.init, DALLE_ATTENTION | {LAYOUT: "layout"}, {}, {LAYOUT: (cfg.heads, cfg.blocks, cfg.blocks)}
+
+
 def _linformer(cfg: linformer.Config):
     leaves = {"to_q.weight": "to_q", "to_k.weight": "to_k", "proj_k": "proj_k",
               **when(not cfg.share_kv, to_v="to_v.weight", proj_v="proj_v"),
@@ -126,7 +133,7 @@ def linear_keys(theirs: str, ours: str) -> dict[str, str]:
 
 
 RULES: dict[type, Callable] = {
-    block_sparse.Config: _dalle(block_sparse),
+    block_sparse.Config: _block_sparse,
     coor_descent.Config: _coor_descent,
     full.Config: _dalle(full),
     gate_loop.Config: _gate_loop,

@@ -102,6 +102,7 @@ def _linformer_lm(cfg: linformer_lm.Config):
 def _dalle_transformer(cfg: dalle_transformer.Config):
     """Transformer of dalle-pytorch; shared layers appear under every layer that uses them."""
     leaves: dict[str, str] = {}
+    shapes: dict[str, tuple] = {}
     attn_at, ff_at = (list(dict.fromkeys(ids)) for ids in (cfg.attn_ids, cfg.ff_ids))
     # PreNorm, then a wrapper for the cache around the attention, then two more around both parts with token shift.
     attn_in, ff_in = ("fn.fn.fn.fn.fn.", "fn.fn.fn.fn.") if cfg.shift_tokens else ("fn.fn.fn.", "fn.fn.")
@@ -112,12 +113,16 @@ def _dalle_transformer(cfg: dalle_transformer.Config):
             if cfg.sandwich_norm:
                 leaves |= norm_keys(f"{theirs}fn.norm_out", f"layers.{i}.{ours}_norm_out")
         number = attn_at.index(cfg.attn_ids[i])
-        leaves |= under(attn + attn_in, key_map(cfg.attention(kind)).leaves, f"attns.{number}.")
+        inner = key_map(attn_cfg := cfg.attention(kind))
+        leaves |= under(attn + attn_in, inner.leaves, f"attns.{number}.")
+        if kind == "sparse":  # whose layout there is that of one position less
+            blocks = -(-cfg.seq_len // attn_cfg.block_size)
+            shapes[attn + attn_in + keys.LAYOUT] = (cfg.heads, blocks, blocks)
         number = ff_at.index(cfg.ff_ids[i])
         for theirs, name in (("net.0", "in"), ("net.3", "out")):
             leaves |= {f"{ff}{ff_in}{theirs}.weight": f"ffs.{number}.w_{name}", f"{ff}{ff_in}{theirs}.bias": f"ffs.{number}.b_{name}"}
     table = dalle_transformer.rotary_table(cfg)
-    shapes = {theirs: (1, 1, cfg.dim) for theirs in leaves if theirs.endswith("scale")}
+    shapes |= {theirs: (1, 1, cfg.dim) for theirs in leaves if theirs.endswith("scale")}
     return dalle_transformer.init, leaves, {} if table is None else {"pos_emb": table.repeat_interleave(2, 1)[None]}, shapes
 
 

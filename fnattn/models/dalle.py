@@ -221,13 +221,12 @@ def loss(params: Params, text: Tensor, image: Tensor, *, null_cond_prob: float =
     Args:
         text: int64 [b, t]. image: int64 [b, image_seq_len].
         null_cond_prob: chance that a sample's text is replaced by padding, which trains guidance; needs dropout_key.
-        dropout_key: must be given if null_cond_prob or a dropout of the config is above 0.
+        dropout_key: drops if the config has a chance of dropout above 0: in training a new one for each step, fold_in(key, step);
+            None for an evaluation.
     """
     cfg = config_of("dalle.loss", params, Params)
-    random_parts = {"null_cond_prob": null_cond_prob, "cfg.attn_dropout": cfg.attn_dropout, "cfg.ff_dropout": cfg.ff_dropout}
-    active = [f"{name}={p}" for name, p in random_parts.items() if p > 0]
-    check(not active or dropout_key is not None, "dalle.loss: dropout_key must be given, because {}; got None.", " and ".join(active),
-          remedy="Pass dropout_key=fold_in(key, step).")
+    check(null_cond_prob == 0 or dropout_key is not None, "dalle.loss: dropout_key must be given, because null_cond_prob={}; got None.",
+          null_cond_prob, remedy="Pass dropout_key=fold_in(key, step).")
     for name, t in (("text", text), ("image", image)):
         check_ids("dalle.loss", t, name=name)
     check(image.shape[-1] == cfg.image_seq_len, "dalle.loss: image must be [batch, {}] (cfg.image_seq_len); got {}.",

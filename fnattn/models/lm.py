@@ -239,12 +239,10 @@ def loss(params: Params, ids: Tensor, *, mask: Tensor | None = None, dropout_key
     Args:
         ids: int64 [b, n], n >= 2; the first n - 1 tokens predict the last n - 1.
         mask: bool [b, n]; False tokens are neither attended to nor counted. If none is left to count, the loss is 0.
-        dropout_key: must be given if the config has a chance of dropout above 0; for an evaluation use `nll(...).mean()`.
+        dropout_key: drops if the config has a chance of dropout above 0 (`dropout_chances`): in training a new one for each step,
+            fold_in(key, step); None for an evaluation.
     """
-    chances = dropout_chances(config_of("lm.loss", params, Params))
-    check(not chances or dropout_key is not None, "lm.loss: dropout_key must be given, because {}; got None.",
-          " and ".join(f"{name}={p}" for name, p in chances.items()),
-          remedy="Pass dropout_key=fold_in(key, step), or evaluate with lm.nll(params, ids).mean().")
+    config_of("lm.loss", params, Params)
     each = nll(params, ids, mask=mask, dropout_key=dropout_key, impl=impl)
     if mask is None:
         return each.mean()

@@ -23,7 +23,7 @@ import torch.autograd.forward_ad as fwad
 from fnattn_kernels.watchers import alive
 from torch import Tensor
 
-from .. import taps, tree
+from .. import _closures, taps, tree
 from ..core import check
 
 MERGES = ("sum", "mean")
@@ -147,31 +147,11 @@ def _call(fn: Callable, form: Any, others: list, at: list[int], x: Tensor, *tens
     return out
 
 
-def _check_closure(fn: Callable, seen: frozenset = frozenset()) -> None:
+def _check_closure(fn: Callable) -> None:
     """A tensor that fn captures would silently get no gradient: refuse the ones that want one."""
-    if id(fn) in seen:
-        return
-    captured = []
-    inner = fn
-    while isinstance(inner, functools.partial):
-        captured += [inner.args, inner.keywords]
-        inner = inner.func
-    captured += [cell.cell_contents for cell in getattr(inner, "__closure__", None) or () if _filled(cell)]
-    for t in tree.leaves(captured):
-        if callable(t):
-            _check_closure(t, seen | {id(fn)})
-        hidden = tree.is_differentiable(t) and (t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t))
-        check(not hidden, "models.reversible: {} captures a tensor of shape {} that takes part in differentiation, and "
-              "would get no gradient for it.", getattr(inner, "__name__", "a block"), list(t.shape) if hidden else "",
-              remedy="Pass it in params or shared.")
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 - raises while the variable has no value
-    except ValueError:
-        return False
-    return True
+    if found := _closures.moving(fn):
+        check(False, "models.reversible: {} captures a tensor of shape {} that takes part in differentiation, and would get no gradient "
+              "for it.", found[0], list(found[1].shape), remedy="Pass it in params or shared.")
 
 
 # ------------------------------------------------------------------------------------------------ both passes

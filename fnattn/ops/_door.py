@@ -6,6 +6,7 @@ can serve the call and is worth it at this size (`fnattn_kernels.crossovers`, as
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -139,6 +140,19 @@ def no_autocast(t: Tensor) -> AbstractContextManager:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return _NOTHING
+
+
+def scale_of(who: str, scale: float | None, width: int) -> float:
+    """What scores are multiplied by: a number, by default width^-1/2.
+
+    No tensor: kernels take it as a number, and a derivative with respect to it would be zero without a word.
+    """
+    if scale is None:
+        return width ** -0.5 if width else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{who}: scale must be a number or None; got {type(scale).__name__}.\n"
+                        f"  To learn it, or to have one for each head, multiply the queries: q * scale, with scale=1.0.")
+    return float(scale)
 
 
 def check_heads(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core import check_sizes
 from .softmax import KERNELS, softmax_attention, weights
 
 # b batch, h query heads, g key heads, r = h / g, n positions, t text positions, d width of q and k, e width of v
@@ -23,9 +24,8 @@ TABLE = 1 << 20  # scores held at once: blocks that stay in the cache are as fas
 
 def check_picture(who: str, n: int, text_len: int, image_size: int) -> None:
     """text_len >= 0, image_size >= 1, and n positions fit text and picture."""
-    if text_len < 0 or image_size < 1:
-        raise ValueError(f"{who}: expected text_len >= 0 and image_size >= 1; got {text_len} and {image_size}.\n"
-                         f"  image_size is the side of the square picture, in tokens.")
+    check_sizes(who, 0, "It is the number of positions before the first pixel.", text_len=text_len)
+    check_sizes(who, 1, "It is the side of the square picture, in tokens.", image_size=image_size)
     if n > text_len + image_size ** 2:
         raise ValueError(f"{who}: expected at most {text_len + image_size ** 2} positions = text_len {text_len} + "
                          f"image_size^2 {image_size ** 2}; got {n}.\n"

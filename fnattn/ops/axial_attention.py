@@ -17,7 +17,7 @@ from fnattn_kernels.native.build import narrower_than_torch
 from torch import Tensor
 
 from . import _segment_kernel
-from ._door import Kernel, cast, check_heads, choose, no_autocast, widen
+from ._door import Kernel, cast, check_heads, choose, no_autocast, scale_of, widen
 from ._picture import attend, attend_bands, bands_reason, check_mask, check_picture
 
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
@@ -55,7 +55,7 @@ def axial_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_siz
     if axis not in (0, 1):
         raise ValueError(f"axial_attention: axis must be 0 (along a row) or 1 (along a column); got {axis}.\n"
                          f"  Use conv_attention for a window of both.")
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = scale_of("axial_attention", scale, q.shape[3])
     kernel = choose("axial_attention", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):

@@ -21,9 +21,9 @@ from fnattn_kernels.deepspeed import sparse_missing
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core import peek
+from ..core import check_sizes, peek
 from . import _segment_kernel
-from ._door import Kernel, cast, check_heads, choose, no_autocast, widen
+from ._door import Kernel, cast, check_heads, choose, no_autocast, scale_of, widen
 from .softmax import reference as dense_attention
 from .softmax import weights
 
@@ -53,6 +53,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, *, b
     if k.shape[1] != q.shape[1] or k.shape[2] != n:
         raise ValueError(f"block_sparse_attention: q, k and v must have the same heads and length; got q {list(q.shape)}, "
                          f"k {list(k.shape)}.\n  This is self-attention: project q, k and v from one sequence.")
+    check_sizes("block_sparse_attention", 1, block=block)
     blocks = -(-n // block)
     if not isinstance(layout, Tensor) or layout.dtype != torch.bool:
         raise TypeError("block_sparse_attention: layout must be a bool tensor; got "
@@ -72,7 +73,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, *, b
                          f"{list(keep.shape)}.\n  Give one bool for each position of each sequence.")
     kernel = choose("block_sparse_attention", impl, KERNELS, q, k, v, layout)
     run = reference if kernel is None else kernel.run
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = scale_of("block_sparse_attention", scale, q.shape[3])
     with no_autocast(v):
         return cast(run(*widen(q, k, v), layout, block, causal, keep, scale), v.dtype)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core import check_int
-from ._door import Kernel, cast, check_heads, choose, no_autocast, widen
+from ._door import Kernel, cast, check_heads, choose, no_autocast, scale_of, widen
 from ._softmax_rules import backward_formula, tangent_formula
 from .softmax import KERNELS as SOFTMAX
 from .softmax import _check_mask
@@ -57,16 +57,16 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, k_late: Tensor, v_late: Te
     """
     check_heads("cached_attention", q, k, v)
     b, h, n, d = q.shape
-    _check(q, k, v, k_late, v_late, first, length, scale)
+    _check(q, k, v, k_late, v_late, first, length)
     mask = _check_mask(mask, (b, h, n, length))
-    scale = (d ** -0.5 if d else 1.0) if scale is None else float(scale)
+    scale = scale_of("cached_attention", scale, d)
     kernel = choose("cached_attention", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):
         return cast(run(q, k, v, k_late, v_late, mask, first, length, scale), v.dtype)
 
 
-def _check(q, k, v, k_late, v_late, first, length, scale) -> None:
+def _check(q, k, v, k_late, v_late, first, length) -> None:
     for name, t in (("k_late", k_late), ("v_late", v_late)):
         if not isinstance(t, Tensor) or not t.is_floating_point():
             got = t.dtype if isinstance(t, Tensor) else type(t).__name__
@@ -77,9 +77,6 @@ def _check(q, k, v, k_late, v_late, first, length, scale) -> None:
                              f"  Add the missing axes, for example {name}[None, None].")
     check_int("cached_attention", "first", first)
     check_int("cached_attention", "length", length)
-    if scale is not None and (not hasattr(scale, "__float__") or isinstance(scale, Tensor) and scale.ndim):
-        raise TypeError(f"cached_attention: scale must be a number or None; got {type(scale).__name__}.\n"
-                        f"  Multiply q by what differs from head to head.")
     (b, g, c, d), e, w = k.shape, v.shape[3], k_late.shape[2]
     if k_late.shape != (b, g, w, d) or v_late.shape != (b, g, w, e):
         raise ValueError(f"cached_attention: expected k_late [{b}, {g}, w, {d}] and v_late [{b}, {g}, w, {e}], as k and v; "

@@ -15,8 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core import check_sizes
 from . import _segment_kernel
-from ._door import Kernel, cast, check_heads, choose, no_autocast, widen
+from ._door import Kernel, cast, check_heads, choose, no_autocast, scale_of, widen
 from ._picture import attend, attend_bands, bands_reason, check_mask, check_picture
 
 # b batch, h query heads, g key heads, n positions, d width of q and k, e width of v
@@ -52,10 +53,8 @@ def conv_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_size
     check_heads("conv_attention", q, k, v)
     check_picture("conv_attention", q.shape[2], text_len, image_size)
     check_mask("conv_attention", mask, q.shape[0], q.shape[2])
-    if kernel_size < 1 or dilation < 1:
-        raise ValueError(f"conv_attention: kernel_size and dilation must be at least 1; got {kernel_size} and "
-                         f"{dilation}.\n  A window of one pixel has kernel_size=1.")
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    check_sizes("conv_attention", 1, "A window of one pixel has kernel_size=1.", kernel_size=kernel_size, dilation=dilation)
+    scale = scale_of("conv_attention", scale, q.shape[3])
     kernel = choose("conv_attention", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):

@@ -16,8 +16,9 @@ from fnattn_kernels.native import coor_attention as native
 from fnattn_kernels.native.coor_descent import SOURCE
 from torch import Tensor
 
+from ..core import check_int
 from . import _coor_math as math
-from ._door import Kernel, cast, check_heads, choose, native_reason, no_autocast
+from ._door import Kernel, cast, check_heads, choose, native_reason, no_autocast, scale_of
 from .coor_descent import check_settings, settings, spread_k
 
 # b batch, h query heads, g key heads, n queries, m keys, d width of q and k, e width of v
@@ -62,6 +63,7 @@ def coor_descent_attention(q: Tensor, k: Tensor, v: Tensor, sparsity_k: float | 
     check_settings(who, eps, eps_init, eps_decay, n_iters, solver)
     _check_mask(keep, k)
     (b, _, n, d), m = q.shape, k.shape[2]
+    check_int(who, "nulls", nulls)
     if not 0 <= nulls <= m:
         raise ValueError(f"{who}: nulls must lie in [0, {m}], the number of keys; got {nulls}.\n"
                          f"  Put the keys without a position first: torch.cat((null_k, k), 2).")
@@ -69,7 +71,7 @@ def coor_descent_attention(q: Tensor, k: Tensor, v: Tensor, sparsity_k: float | 
     log_or_k = spread_k(who, sparsity_k, q.shape[:3], like, solver)
     wide = log_or_k.dtype
     start = _start(who, offset, m - nulls - n if causal else m, b, q)
-    options = (nulls, float(d ** -0.5 if scale is None else scale), solver == "exact", *settings(eps, eps_init, eps_decay, n_iters))
+    options = (nulls, scale_of(who, scale, d), solver == "exact", *settings(eps, eps_init, eps_decay, n_iters))
     kernel = choose(who, impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):
@@ -97,6 +99,7 @@ def _start(who: str, offset: int | Tensor | None, default: int, b: int, like: Te
         if offset.ndim > 1 or offset.ndim == 1 and offset.shape[0] != 1 and offset.shape[0] != b:
             raise ValueError(f"{who}: offset must be [] or [{b}]; got {list(offset.shape)}.\n  Give one position per sequence.")
         return offset.to(torch.int64).expand(b)
+    check_int(who, "offset", offset)
     return like.new_full((b,), offset, dtype=torch.int64)
 
 

@@ -179,8 +179,15 @@ native.rotate.derive(vjp=_vjp, jvp=_jvp, batch=_batch, save_outputs=False)
 # ------------------------------------------------------------------------------------------------ rotary-embedding-torch
 
 
+def _installed() -> bool:
+    return importlib.util.find_spec("rotary_embedding_torch") is not None
+
+
+_installed._dynamo_marked_constant = True  # a tracer cannot follow the search
+
+
 def _package_reason(x: Tensor, angles: Tensor) -> str | None:
-    if importlib.util.find_spec("rotary_embedding_torch") is None:
+    if not _installed():
         return "the package is not installed: pip install rotary-embedding-torch==0.9.1"
     return None
 

@@ -22,7 +22,7 @@ from fnattn_kernels.triton import softmax as triton
 from torch import Tensor
 
 from ..core import peek_int
-from ._door import Kernel, cast, check_heads, choose, no_autocast, widen
+from ._door import Kernel, cast, check_heads, choose, no_autocast, scale_of, widen
 from ._softmax_rules import _table, derive
 from ._softmax_rules import weights as weights
 
@@ -62,7 +62,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = 
     check_heads("softmax_attention", q, k, v)
     mask = _check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
     start, mask = _start(q.shape[2], k.shape[2], mask, causal, offset, q.device)
-    scale = q.shape[3] ** -0.5 if scale is None and q.shape[3] else float(1.0 if scale is None else scale)
+    scale = scale_of("softmax_attention", scale, q.shape[3])
     kernel = choose("softmax_attention", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run
     with no_autocast(v):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import assert_close
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from fnattn import ops, tree
-from fnattn.attentions import _cache
+import fnattn
+from fnattn import ops, random, tree
+from fnattn.attentions import _cache, block_sparse, coor_descent, full, gate_loop_full, sparse_axial, sparse_conv
 
 ROWS = torch.arange(1, 2 * 3 * 11 * 5 + 1, dtype=torch.float64).reshape(2, 3, 11, 5)
 
@@ -89,3 +91,35 @@ def test_low_precision_and_many_queries_take_the_same_door():
     wide = ops.cached_attention(*(t.double() for t in low), first=10, length=11, scale=1e-3)
     assert out.dtype == torch.bfloat16
     assert ((out.double() - wide).abs() <= wide.abs() / 128).all()
+
+
+FULL = {
+    "full": full.Config(dim=8, seq_len=16, heads=2, dim_head=4),
+    "coor_descent": coor_descent.Config(dim=8, heads=2, dim_head=4, use_coor_descent=True),
+    "gate_loop_full": gate_loop_full.Config(dim=8, heads=2, dim_head=4),
+    "block_sparse": block_sparse.Config(dim=8, seq_len=32, heads=2, dim_head=4, text_seq_len=16),
+    "sparse_conv": sparse_conv.Config(dim=8, seq_len=4, image_size=1, heads=2, dim_head=4, kernel_size=1),
+    "sparse_axial": sparse_axial.Config(dim=8, seq_len=4, image_size=1, heads=2, dim_head=4)}
+
+
+@pytest.mark.parametrize("cfg", FULL.values(), ids=FULL)
+def test_more_positions_than_there_is_room_for_are_never_silent(cfg):
+    params, x = fnattn.init(random.key(0), cfg), random.normal(random.key(1), (2, 8, 8))
+    state = fnattn.init_state(params, 1, capacity=5)
+    whole = fnattn.apply(params, x[:, :5])[0]
+
+    def run(x, state, n):
+        first, state = fnattn.apply(params, x[None, :4], state)
+        return torch.cat((first, fnattn.apply(params, x[None, 4:n], state)[0]), 1)[0]
+
+    both = tree.map(lambda t: torch.stack((t, t)), state)
+    assert_close(torch.vmap(lambda x, state: run(x, state, 5))(x, both), whole)
+    with pytest.raises(ValueError, match="apply: (the state holds 4 of 5 positions and 4 more|x has 4 positions after 4, but cfg allows 5)"):
+        torch.vmap(lambda x, state: run(x, state, 8))(x, both)
+
+    def traced(x, state):  # where no value can be read
+        return run(x, state, 8)
+
+    out = make_fx(traced)(x[0], state)(x[0], state)
+    assert_close(out[:4], whole[0, :4])
+    assert out[5:].isnan().all()

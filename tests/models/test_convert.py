@@ -9,7 +9,7 @@ from upstream import upstream
 
 from fnattn import convert, random, tree
 from fnattn.attentions import block_sparse, coor_descent, full, gate_loop, gate_loop_full, taylor
-from fnattn.models import feedforward_coor_descent, linformer_lm, lm
+from fnattn.models import dalle_transformer, feedforward_coor_descent, linformer_lm, lm
 from fnattn.models.feedforward_coor_descent import CoorDescent
 
 
@@ -88,13 +88,50 @@ def test_linformer_goes_both_ways_in_both_layouts(reversible, tokens):
     module.load_state_dict(convert.dump(params), strict=True)
 
 
-def test_what_upstream_does_not_save_is_drawn_from_a_key():
-    cfg = block_sparse.FAMILY.examples[0]
+@pytest.mark.parametrize("cfg", block_sparse.FAMILY.examples)
+def test_layouts_are_deepspeeds_buffer(cfg):
     params = block_sparse.init(random.key(0), cfg)
-    with pytest.raises(ValueError, match=r"params_key must be given, because upstream does not save \['layout'\]"):
-        convert.load(cfg, convert.dump(params))
-    back = convert.load(cfg, convert.dump(params), params_key=random.key(0))
+    theirs = convert.dump(params)
+    layout = theirs["attn_fn.master_layout"]
+    assert layout.dtype == torch.int64 and layout.shape == (cfg.heads, cfg.blocks, cfg.blocks) and 0 < layout.sum() < layout.numel()
+    for back in (convert.load(cfg, theirs), convert.load(cfg, theirs, dtype=torch.float64)):
+        assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(tree.leaves(params), tree.leaves(back)))
+        assert back.layout.dtype == torch.bool
+
+
+def test_a_layout_that_is_not_there_is_drawn_from_a_key_and_a_wrong_one_is_named():
+    cfg = next(cfg for cfg in block_sparse.FAMILY.examples if not cfg.layout.different_layout_per_head)
+    params = block_sparse.init(random.key(0), cfg)
+    theirs = convert.dump(params)
+    without = {name: t for name, t in theirs.items() if name != "attn_fn.master_layout"}
+    with pytest.raises(ValueError, match=r"params_key must be given, because state_dict does not hold \['layout'\]"):
+        convert.load(cfg, without)
+    back = convert.load(cfg, without, params_key=random.key(0))
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(back), tree.leaves(params)))
+    layout = theirs["attn_fn.master_layout"]
+    for wrong, text in ((layout[:, 1:, 1:], r"attn_fn.master_layout must be \[.*\]; got"), (layout[:1, 0], "attn_fn.master_layout must be"),
+                        (torch.cat((layout[:1], 1 - layout[1:])), "must be the same for all heads")):
+        with pytest.raises(ValueError, match=f"^convert.load: {text}" if "same" not in text else text):
+            convert.load(cfg, {**theirs, "attn_fn.master_layout": wrong})
+
+
+def test_dalle_with_sparse_layers_takes_upstreams_smaller_layout():
+    cfg = dalle_transformer.Config(dim=8, depth=2, seq_len=288, heads=2, dim_head=4, image_fmap_size=16, attn_types=("sparse", "full"))
+    params = dalle_transformer.init(random.key(0), cfg)
+    theirs = convert.dump(params)
+    back = convert.load(cfg, theirs)
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(back), tree.leaves(params)))
+    name, = (key for key in theirs if key.endswith("master_layout"))
+    smaller = convert.load(cfg, {**theirs, name: theirs[name][:, :18, :18]})
+    x = random.normal(random.key(1), (1, 289, 8))
+    ours, other = (dalle_transformer.apply(p, x)[0] for p in (params, smaller))
+    assert torch.equal(ours[:, :288], other[:, :288]) and smaller.attns[0].layout[:, 18].all()
+
+
+def test_dump_names_what_it_cannot_take():
+    for wrong in (3, full.Config(dim=6, seq_len=8)):
+        with pytest.raises(TypeError, match=r"^convert.dump: params must come from an init of this library; got (int|full.Config)\.\n  "):
+            convert.dump(wrong)
 
 
 def test_a_model_that_upstream_does_not_have_is_refused():

@@ -191,8 +191,9 @@ def test_what_it_refuses_it_refuses_with_the_reason(key, ids):
             lambda: lm.apply(params, torch.cat((ids, ids[:, :1]), 1)))
     dropping = lm.init(key, lm.Config(attention=taylor.Config(dim=6, causal=True, dropout=0.25), depth=1, dropout=0.5,
                                       num_tokens=11))
-    refused("lm.loss: dropout_key must be given, because cfg.dropout=0.5 and cfg.attention.dropout=0.25; got None.",
-            lambda: lm.loss(dropping, ids))
+    assert lm.dropout_chances(dropping.cfg) == {"cfg.dropout": 0.5, "cfg.attention.dropout": 0.25}
+    without = lm.loss(dropping, ids)  # no key, no randomness: an evaluation
+    assert torch.equal(without, lm.nll(dropping, ids).mean()) and without != lm.loss(dropping, ids, dropout_key=key)
 
 
 @pytest.mark.parametrize("name", ["taylor", "gate_loop_post"])

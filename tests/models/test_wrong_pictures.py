@@ -58,8 +58,8 @@ def test_token_numbers_that_are_none_are_refused(who):
     run(ids), run(ids + count - 1 - ids)
     for wrong, error, text in ((ids.tolist(), TypeError, "must be an int64 tensor of token numbers; got list"),
                                (ids.bool(), TypeError, "must be an int64 tensor of token numbers; got torch.bool"),
-                               (ids - 4, IndexError, f"must lie in .0, {count}.; got -"),
-                               (ids + count, IndexError, f"must lie in .0, {count}.; got {int(ids.max()) + count}")):
+                               (ids - 4, ValueError, f"must lie in .0, {count}.; got -"),
+                               (ids + count, ValueError, f"must lie in .0, {count}.; got {int(ids.max()) + count}")):
         with pytest.raises(error, match=f"^{who}: {name} {text}"):
             run(wrong)
 

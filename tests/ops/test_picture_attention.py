@@ -124,7 +124,10 @@ def test_large_scores_overflow_nothing():
 
 ERRORS = [
     (dict(), dict(text_len=3), ValueError, r"expected at most 12 positions = text_len 3 \+ image_size\^2 9; got 13"),
-    (dict(), dict(text_len=-1), ValueError, "expected text_len >= 0 and image_size >= 1; got -1 and 3"),
+    (dict(), dict(text_len=-1), ValueError, "text_len must be at least 0; got -1"),
+    (dict(), dict(image_size=0), ValueError, "image_size must be at least 1; got 0"),
+    (dict(), dict(image_size=2.5), TypeError, "image_size must be an int; got 2.5"),
+    (dict(), dict(text_len=float("nan")), TypeError, "text_len must be an int; got nan"),
     (dict(), dict(mask=torch.ones(2, 12, dtype=torch.bool)), ValueError, r"mask must be \[batch, seq\] = \[2, 13\]; got \[2, 12\]"),
     (dict(), dict(mask=torch.ones(2, 13)), TypeError, "mask must be a bool tensor"),
     (dict(h=3), dict(), ValueError, "h a multiple of g"),
@@ -140,7 +143,9 @@ def test_mistakes_are_named(name, shapes, options, kind, text):
 
 
 def test_wrong_windows_and_axes_are_named():
-    with pytest.raises(ValueError, match="kernel_size and dilation must be at least 1; got 0 and 1"):
+    with pytest.raises(ValueError, match="kernel_size must be at least 1; got 0"):
         ops.conv_attention(*made(13), text_len=4, image_size=3, kernel_size=0)
+    with pytest.raises(TypeError, match=r"dilation must be an int; got 1.5"):
+        ops.conv_attention(*made(13), text_len=4, image_size=3, dilation=1.5)
     with pytest.raises(ValueError, match=r"axis must be 0 \(along a row\) or 1 \(along a column\); got 2"):
         ops.axial_attention(*made(13), text_len=4, image_size=3, axis=2)

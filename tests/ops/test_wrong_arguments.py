@@ -31,6 +31,7 @@ def test_simple_gate_loop_takes_tensors(which, wrong):
     (dict(scale=[1.0]), TypeError, "scale must be a number or None; got list"),
     (dict(scale="1"), TypeError, "scale must be a number or None; got str"),
     (dict(scale=torch.ones(2)), TypeError, "scale must be a number or None; got Tensor"),
+    (dict(scale=torch.tensor(1.0)), TypeError, "scale must be a number or None; got Tensor"),
     (dict(length=[3]), TypeError, "length must be an int; got .3. of type list"),
     (dict(length=3.0), TypeError, "length must be an int; got 3.0 of type float"),
     (dict(first=None), TypeError, "first must be an int; got None of type NoneType"),
@@ -41,6 +42,45 @@ def test_cached_attention_says_what_is_wrong(wrong, error, text):
     assert ops.cached_attention(Q, ROWS, ROWS, **right).shape == Q.shape
     with pytest.raises(error, match=rf"^cached_attention: {text}.*\n  "):
         ops.cached_attention(Q, ROWS, ROWS, **{**right, **wrong})
+
+
+SCALED = {
+    "softmax_attention": {}, "taylor": {}, "cached_attention": dict(first=5, length=5),
+    "conv_attention": dict(text_len=1, image_size=2), "axial_attention": dict(text_len=1, image_size=2),
+    "block_sparse_attention": dict(layout=torch.ones(1, 1, 1, dtype=torch.bool), block=5), "coor_descent_attention": dict(sparsity_k=2.0)}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_scale_that_wants_a_derivative_is_refused_and_a_scaled_query_has_it(name):
+    rows, options = random.normal(random.key(3), (1, 2, 5, 3), torch.float64), dict(SCALED[name])
+    if name == "cached_attention":
+        options.update(k_late=rows[:, :, :0], v_late=rows[:, :, :0])
+
+    def run(scale, q=rows):
+        out = getattr(ops, name)(q, rows, rows, scale=scale, **options)
+        return (out[0] if isinstance(out, tuple) else out).square().sum()
+
+    for wrong in (torch.tensor(0.5), "1", True):
+        with pytest.raises(TypeError, match=rf"^{name}: scale must be a number or None; got {type(wrong).__name__}\.\n  .*q \* scale"):
+            run(wrong)
+    with pytest.raises(TypeError, match=rf"^{name}: scale must be a number or None; got Tensor"):
+        torch.func.grad(run)(torch.tensor(0.5))
+    slope = torch.func.grad(lambda scale: run(1.0, rows * scale))(torch.tensor(0.5, dtype=rows.dtype))
+    step = 1e-5
+    assert abs(slope) > 1e-2 and abs(slope - (run(0.5 + step) - run(0.5 - step)) / (2 * step)) < 1e-6 * abs(slope)
+
+
+def test_whole_numbers_are_asked_for():
+    q = X[:, None].expand(-1, 2, -1, -1)
+    layout = torch.ones(1, 5, 5, dtype=torch.bool)
+    for call, text in (
+            (lambda: ops.coor_descent_attention(q, q, q, 2.0, offset=2.5), "coor_descent_attention: offset must be an int; got 2.5"),
+            (lambda: ops.coor_descent_attention(q, q, q, 2.0, nulls="x"), "coor_descent_attention: nulls must be an int; got 'x'"),
+            (lambda: ops.block_sparse_attention(q, q, q, layout, block=None), "block_sparse_attention: block must be an int; got None")):
+        with pytest.raises(TypeError, match=f"^{text}"):
+            call()
+    with pytest.raises(ValueError, match="^block_sparse_attention: block must be at least 1; got -1"):
+        ops.block_sparse_attention(q, q, q, layout, block=-1)
 
 
 def test_categorical_takes_a_tensor():

@@ -17,7 +17,7 @@ from fnattn_kernels.native import taylor as native
 from fnattn_kernels.triton import taylor as triton
 from torch import Tensor
 
-from .._door import Kernel, cast, check_heads, choose, compute_dtype, native_reason, no_autocast
+from .._door import Kernel, cast, check_heads, choose, compute_dtype, native_reason, no_autocast, scale_of
 from .reference import CHUNK, EPS, reference
 from .rules import derive
 
@@ -59,7 +59,7 @@ def taylor(q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, sums:
     kernel = choose("taylor", impl, KERNELS, q, k, v)
     dtype = compute_dtype(q, k, v, sums)
     hard = keep is not None and not keep.is_floating_point()
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = scale_of("taylor", scale, q.shape[3])
     q_w, k_w, v_w, keep, sums = (None if t is None else cast(t, dtype) for t in (q, k, v, keep, sums))
     with no_autocast(v):
         if kernel is not None:
