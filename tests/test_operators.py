@@ -9,10 +9,12 @@ from fnattn.attentions import _heads
 from fnattn.testing import CHECKS, brute, check_operator
 from fnattn.testing.cases import CASES, REFERENCE, modules, pairs
 from fnattn.testing.operators import APART
+from versions import OLD
 
 FULL = {case.operator: case.name for case in reversed(CASES)}  # the first case of each operator is also compiled and exported
 # What torch itself cannot do, whatever the operator: saved-tensor hooks under torch.func.
-TORCH_LIMITS = {"grad(checkpoint(f))", "compile: grad(checkpoint(f))"}
+TORCH_LIMITS = {"grad(checkpoint(f))", "compile: grad(checkpoint(f))",
+                *(("make_fx(hessian)", "compile: hessian(f)", "compile: jacfwd(f)") if OLD else ())}
 COMPILED = ("compile: grad(f)", "compile: jvp(f)", "compile: vmap(grad(f))", "export", "export, free sizes")
 # Plain torch, whose operations torch itself puts together under nested transforms: the first case of each operator goes through all
 # of them, the others through one of each kind.
@@ -34,6 +36,8 @@ def test_every_transform_is_right(case, impl):
     first = FULL[case.operator] == case.name
     only = [check for check in CHECKS if impl == "native" or check not in APART or check in COMPILED]
     only = only if first or impl != REFERENCE else PLAIN
+    if OLD and impl == REFERENCE:  # torch's own backward of expanded sizes that are symbols ends in an internal error
+        only = [check for check in only if check != "make_fx(grad), symbolic"]
     report = check_operator(case.call(impl), case.args(), reference=case.brute(), differentiable=case.diff,
                             dynamic=case.dynamic, compile=first and impl != "bands", only=only)
     report.require()

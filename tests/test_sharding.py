@@ -11,6 +11,7 @@ from fnattn_kernels import contracts, sharding
 from sharded_calls import CALLS
 from sharded_worker import PLACES, work
 from torch.utils._python_dispatch import TorchDispatchMode
+from versions import OLD
 
 
 class Record(TorchDispatchMode):
@@ -114,6 +115,8 @@ def test_two_processes_give_the_numbers_of_one(found, name):
     for place in PLACES:
         for transform in ("backward", "grad") if place == "batch" else ("backward",):
             error = found[name][place][transform]
+            if OLD and place != "batch" and "Attempted to flatten multiple dimensions" in str(error):
+                continue  # newer versions gather such an axis
             assert isinstance(error, float) and error < 1e-10, (place, transform, error)
 
 

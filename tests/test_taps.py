@@ -6,11 +6,11 @@ import threading
 
 import pytest
 import torch
+from versions import OLD
 
 from fnattn import tree
 from fnattn.taps import harvest, in_use, plant, scope, tap
 
-OLD = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13)
 X = torch.linspace(-0.7, 0.9, 5, dtype=torch.float64)
 
 

@@ -7,12 +7,12 @@ import os
 import pytest
 import torch
 import wrong_operators as wrong
+from versions import OLD
 
 from fnattn.testing import APART, CHECKS, check_operator
 from fnattn.testing.apart import run_apart
 
 ARGS = tuple(torch.linspace(*ends, 6, dtype=torch.float64).reshape(2, 3) for ends in ((-1.2, 1.5), (0.4, 2.0)))
-OLD = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13)  # what torch itself cannot do depends on its version
 EAGER = tuple(name for name in CHECKS if name not in APART)
 
 

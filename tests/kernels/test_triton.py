@@ -15,6 +15,7 @@ import torch
 from compiling import SHARED, compiled, needs_triton
 from fnattn_kernels.contracts import KernelUnavailable
 from fnattn_kernels.triton import lang
+from versions import INTERPRETER_TOO_OLD
 
 from fnattn import ops
 
@@ -25,6 +26,7 @@ FILES = [*TOGETHER, *((path.stem,) for path in sorted((HERE / "interpreted").glo
 
 
 @needs_triton
+@pytest.mark.skipif(INTERPRETER_TOO_OLD, reason="Triton's interpreter before 3.7 needs numpy<2.4")
 @pytest.mark.parametrize("names", FILES, ids=" ".join)
 def test_interpreted(names):
     paths = [str(HERE / "interpreted" / f"{name}.py") for name in names]
