@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from versions import OLD
 
 from fnattn.attentions import _heads
 from fnattn.testing import CHECKS, brute, check_operator
 from fnattn.testing.cases import CASES, REFERENCE, modules, pairs
 from fnattn.testing.operators import APART
-from versions import OLD
 
 FULL = {case.operator: case.name for case in reversed(CASES)}  # the first case of each operator is also compiled and exported
 # What torch itself cannot do, whatever the operator: saved-tensor hooks under torch.func.
