@@ -1,15 +1,15 @@
-"""Tensors that a function reads without being given them.
+"""What functions that are recomputed in the backward pass must not capture.
 
-What recomputes a function in the backward pass differentiates it with respect to its arguments. A tensor that it captures would get
-no gradient, without a word: this finds such tensors, so that they can be refused.
+They are differentiated with respect to their arguments. A tensor that one of them reads otherwise would get no gradient, without a
+word. Leaves of autograd show themselves where the function first runs; tensors of a transform's level do not, since that runs below
+all levels. Those are looked for in all that the function holds.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
-from collections.abc import Callable, Iterator
-from types import CodeType
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,45 +18,65 @@ from torch import Tensor
 
 from ._trees import is_differentiable, leaves
 
-
-def moving(fn: Callable) -> tuple[str, Tensor] | None:
-    """The first tensor that fn captures and that takes part in a derivative or a transform, with the name of the function that does."""
-    return next(_moving(fn, set()), None)
-
-
-def _moving(fn: Callable, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    if id(fn) in seen:
-        return
-    seen.add(id(fn))
-    inner, held = fn, []
-    while isinstance(inner, functools.partial):
-        held += [inner.args, inner.keywords]
-        inner = inner.func
-    held += _held(inner)
-    for item in leaves(held):
-        if isinstance(item, Tensor):
-            if is_differentiable(item) and _moves(item):
-                yield getattr(inner, "__name__", type(inner).__name__), item
-        elif callable(item):
-            yield from _moving(item, seen)
+_DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+_MOST = 1000  # objects to look into
+_CLOSED = (str, int, float, complex, bool, bytes, type, types.ModuleType, torch.dtype, torch.device, type(None))
 
 
-def _held(fn: Callable) -> list[Any]:
-    """What a function holds: cells of its closure, defaults, its object, parameters, and the tensors among the globals that it reads."""
-    if isinstance(fn, torch.nn.Module):
-        return [*fn.parameters(), *fn.buffers()]
-    held = [cell.cell_contents for cell in getattr(fn, "__closure__", None) or () if _filled(cell)]
-    held += [getattr(fn, name, None) for name in ("__defaults__", "__kwdefaults__", "__self__")]
-    code, everything = getattr(fn, "__code__", None), getattr(fn, "__globals__", None)
-    if isinstance(code, CodeType) and everything is not None:
-        held += [everything[name] for name in _globals(code) if isinstance(everything.get(name), (Tensor, torch.nn.Module))]
-    return held
+def differentiated(tensors: Sequence[Any]) -> bool:
+    """Whether a derivative may be asked for of what is computed from these."""
+    if fwad._current_level >= 0:
+        return True
+    functorch = torch._C._functorch
+    if functorch.get_dynamic_layer_stack_depth() and any(level.key() in _DERIVATIVES for level in functorch.get_interpreter_stack()):
+        return True
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
-@functools.lru_cache(maxsize=1024)
-def _globals(code: CodeType) -> frozenset[str]:
-    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-    return frozenset(names).union(*(_globals(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+def check(who: str, fn: Callable, remedy: str) -> None:
+    """Raises ValueError if fn holds a tensor of a transform's level, in a closure, a default, an argument of partial or an attribute."""
+    for name, t in _held(fn):
+        raise _refusal(who, name, f" of shape {list(t.shape)}", remedy)
+
+
+def run(who: str, fn: Callable, args: Sequence[Tensor], remedy: str) -> tuple[Tensor, ...]:
+    """fn(*args) below all levels, without a graph. Raises ValueError if a leaf of autograd takes part that is none of the arguments."""
+    with torch.enable_grad():
+        outs = fn(*(t.detach() for t in args))
+    if any(out.requires_grad for out in outs):
+        raise _refusal(who, "the function", "", remedy)
+    return tuple(outs)
+
+
+def _refusal(who: str, name: str, shape: str, remedy: str) -> ValueError:
+    return ValueError(f"{who}: {name} captures a tensor{shape} that takes part in differentiation, and would get no gradient for it.\n"
+                      f"  {remedy}")
+
+
+def _held(fn: Callable) -> Iterator[tuple[str, Tensor]]:
+    """(the holder's name, tensor) for tensors of a transform's level."""
+    seen: set[int] = set()
+    todo = [fn]
+    while todo and len(seen) < _MOST:
+        holder = todo.pop()
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        for item in leaves(_parts(holder)):
+            if isinstance(item, Tensor):
+                if is_differentiable(item) and _moves(item):
+                    yield getattr(holder, "__name__", type(holder).__name__), item
+            elif not isinstance(item, _CLOSED):  # such as a function, or an object
+                todo.append(item)
+
+
+def _parts(holder: Any) -> list[Any]:
+    if isinstance(holder, functools.partial):
+        return [holder.func, holder.args, holder.keywords]
+    parts = [cell.cell_contents for cell in getattr(holder, "__closure__", None) or () if _filled(cell)]
+    parts += [getattr(holder, name, None) for name in ("__defaults__", "__kwdefaults__", "__self__", "__wrapped__")]
+    parts += [getattr(holder, name, None) for name in getattr(type(holder), "__slots__", ()) if isinstance(name, str)]
+    return [*parts, *getattr(holder, "__dict__", {}).values()]
 
 
 def _filled(cell: Any) -> bool:
@@ -68,6 +88,11 @@ def _filled(cell: Any) -> bool:
 
 
 def _moves(t: Tensor) -> bool:
-    if t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t):
-        return True
-    return fwad._current_level >= 0 and fwad.unpack_dual(t).tangent is not None
+    """Whether t is mapped, has a tangent, or takes part in a gradient. torch.func.grad also wraps arguments that it leaves alone."""
+    functorch = torch._C._functorch
+    gradients = {level.level() for level in functorch.get_interpreter_stack() or () if level.key() == functorch.TransformType.Grad}
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.maybe_get_level(t) not in gradients or t.requires_grad:
+            return True
+        t = functorch.get_unwrapped(t)
+    return fwad._current_level >= 0 and torch._VF._unpack_dual(t, level=0)[1] is not None

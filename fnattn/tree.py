@@ -244,6 +244,9 @@ def _spread(axis: Any, tree: Any) -> list[int | None]:
                      f"  Use an int or None for a whole argument, or a tree of the same outer shape.")
 
 
+_ARGUMENT = "Make it an argument of the function."
+
+
 class _Remat(torch.autograd.Function):
     """Calls fn now and again in backward; saves its arguments only."""
 
@@ -251,11 +254,12 @@ class _Remat(torch.autograd.Function):
 
     @staticmethod
     def forward(fn, *xs):
-        return fn(*xs)
+        return _closures.run("tree.remat", fn, xs, _ARGUMENT)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.fn, *xs = inputs
+        ctx.mark_non_differentiable(*[out for out in output if not is_differentiable(out)])
         ctx.save_for_backward(*xs)
         ctx.save_for_forward(*xs)
 
@@ -269,11 +273,14 @@ class _Remat(torch.autograd.Function):
             full = list(xs)
             for i, x in zip(wanted, chosen):
                 full[i] = x
-            return fn(*full)
+            outs = fn(*full)
+            moving[:] = [i for i, out in enumerate(outs) if is_differentiable(out)]
+            return tuple(outs[i] for i in moving)
 
+        moving: list[int] = []
         _, pull = torch.func.vjp(part, *[xs[i] for i in wanted])
         grads: list = [None] * len(xs)
-        for i, g in zip(wanted, pull(tuple(cotangents))):
+        for i, g in zip(wanted, pull(tuple(cotangents[i] for i in moving))):
             grads[i] = g
         return (None, *grads)
 
@@ -284,7 +291,7 @@ class _Remat(torch.autograd.Function):
             xs = [torch._VF._unpack_dual(x, level=0)[0] for x in ctx.saved_tensors]
             duals = [x if t is None else torch._VF._make_dual(x, t, level=0) for x, t in zip(xs, tangents)]
             outs = [torch._VF._unpack_dual(out, level=0) for out in ctx.fn(*duals)]
-            return tuple(torch.zeros_like(p) if t is None else t for p, t in outs)
+            return tuple((torch.zeros_like(p) if t is None else t) if is_differentiable(p) else None for p, t in outs)
 
     @staticmethod
     def vmap(info, in_dims, fn, *xs):
@@ -299,21 +306,31 @@ def _taps_in_use() -> bool:
     return taps.in_use()
 
 
+def _check_tensors(outs: list) -> None:
+    bad = [type(x).__name__ for x in outs if not isinstance(x, Tensor)]
+    if bad:
+        raise TypeError(f"tree.remat: the function must return tensors only; got {bad}.\n"
+                        f"  Return the other values separately, outside remat.")
+
+
 def remat(fn: Callable) -> Callable:
     """fn, recomputed in the backward pass instead of keeping its intermediates: memory of its arguments, one more forward.
 
     Works under every torch.func transform, where torch.utils.checkpoint does not. Every tensor that is to receive a
-    gradient must be an argument: one that fn captures is refused. Under torch.compile it is plain fn: the compiler decides there. So
-    it is while taps are harvested or planted: the second run would not see what was planted.
+    gradient must be an argument: one that fn captures is refused. It is plain fn where no derivative is taken, and under
+    torch.compile: the compiler decides there. So it is while taps are harvested or planted: the second run would not see what
+    was planted.
     """
 
     def wrapped(*args):
         if torch.compiler.is_compiling() or _taps_in_use():
             return fn(*args)
-        if found := _closures.moving(fn):
-            raise ValueError(f"tree.remat: {found[0]} captures a tensor of shape {list(found[1].shape)} that takes part in "
-                             f"differentiation, and would get no gradient for it.\n  Make it an argument of the function.")
         items, form = flatten(args)
+        if not _closures.differentiated(items):
+            out = fn(*args)
+            _check_tensors(leaves(out))
+            return out
+        _closures.check("tree.remat", fn, _ARGUMENT)
         places = [i for i, x in enumerate(items) if isinstance(x, Tensor)]
         fixed = [None if isinstance(x, Tensor) else x for x in items]
         out_form: list = []
@@ -323,10 +340,7 @@ def remat(fn: Callable) -> Callable:
             for i, t in zip(places, tensors):
                 full[i] = t
             out, form_out = flatten(fn(*unflatten(full, form)))
-            bad = [type(x).__name__ for x in out if not isinstance(x, Tensor)]
-            if bad:
-                raise TypeError(f"tree.remat: the function must return tensors only; got {bad}.\n"
-                                f"  Return the other values separately, outside remat.")
+            _check_tensors(out)
             out_form[:] = [form_out]
             # An argument returned as it is cannot be saved as well; a view of it can.
             return tuple(x.view_as(x) if any(x is t for t in tensors) else x for x in out)

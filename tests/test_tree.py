@@ -203,20 +203,45 @@ def test_remat_refuses_results_that_are_no_tensors():
         tree.remat(lambda x: (x, 3))(torch.ones(2))
 
 
-CAPTURED = torch.ones(3, requires_grad=True)
+class Holder:
+    def __init__(self, w):
+        self.w = w
+
+    def __call__(self, x):
+        return x * self.w
 
 
 @pytest.mark.parametrize("make", [
     lambda w: lambda x: x * w, lambda w: functools.partial(torch.mul, w), lambda w: lambda x, w=w: x * w,
-    lambda w: lambda x: (lambda y: y * w)(x), lambda w: {"w": w}["w"].mul], ids=["cell", "partial", "default", "inside", "method"])
+    lambda w: lambda x: (lambda y: y * w)(x), Holder, lambda w: Holder(w).__call__,
+    lambda w: (lambda o: lambda x: o["o"](x))({"o": Holder(w)})],
+    ids=["cell", "partial", "default", "inside", "object", "method", "attribute"])
 def test_remat_refuses_a_captured_tensor_that_wants_a_derivative(make):
-    def f(w):
-        return tree.remat(make(w))(torch.ones(3)).sum()
+    def f(w, x):
+        return tree.remat(make(w))(x).sum()
 
-    w = torch.full((3,), 0.5)
-    assert f(w) == 1.5  # constants may be captured
-    for run in (lambda: torch.func.grad(f)(w), lambda: torch.func.jvp(f, (w,), (w,)), lambda: tree.jvp(f, (w,), (w,)),
-                lambda: f(w.clone().requires_grad_()), lambda: tree.remat(lambda x: x * CAPTURED)(torch.ones(3)),
-                lambda: tree.remat(torch.nn.Linear(3, 3))(torch.ones(3))):
-        with pytest.raises(ValueError, match=r"^tree.remat: .* captures a tensor of shape \[3(, 3)?\] that .*\n  Make it an argument"):
+    w, x = torch.full((3,), 0.5), torch.ones(3)
+    leaf = w.clone().requires_grad_()
+    for run in (lambda: torch.func.grad(f)(w, x), lambda: torch.func.jvp(f, (w, x), (w, x)), lambda: tree.jvp(f, (w, x), (w, None)),
+                lambda: torch.vmap(torch.func.grad(f))(w[None], x[None]), lambda: f(leaf, x.clone().requires_grad_())):
+        with pytest.raises(ValueError, match=r"^tree.remat: .* captures a tensor.* that takes part in .*\n  Make it an argument"):
             run()
+    # Constants may be captured, and where nothing is recomputed everything may.
+    assert torch.equal(torch.func.grad(f, 1)(w, x), w)
+    assert torch.equal(torch.autograd.grad(f(leaf, x), leaf)[0], x)
+    assert torch.equal(torch.vmap(f)(torch.stack((w, x)), torch.stack((x, x))), torch.tensor([1.5, 3.0]))
+    with torch.no_grad():
+        assert f(leaf, x.clone().requires_grad_()) == 1.5
+
+
+def test_remat_takes_functions_that_also_return_whole_numbers():
+    def f(x):
+        return x.sin(), x.argmax()
+
+    x, t = torch.linspace(0.2, 0.9, 3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    for transform in (lambda f: torch.func.grad(lambda x: f(x)[0].square().sum())(x),
+                      lambda f: torch.func.jvp(lambda x: f(x)[0], (x,), (t,))[1],
+                      lambda f: torch.func.hessian(lambda x: f(x)[0].square().sum())(x),
+                      lambda f: torch.vmap(torch.func.grad(lambda x: f(x)[0].sum()))(torch.stack((x, t)))):
+        torch.testing.assert_close(transform(tree.remat(f)), transform(f))
+    assert tree.remat(f)(x.clone().requires_grad_())[1] == 2

@@ -60,7 +60,8 @@ def reversible(blocks: Sequence[tuple[Callable, Callable]], params: Sequence[tup
     _check_pairs(blocks, params)
     check(merge in MERGES, "models.reversible: merge must be 'sum' or 'mean'; got {!r}.", merge,
           remedy="Linformer adds the streams, DALLE takes their mean.")
-    if torch.compiler.is_compiling():  # what is captured has its gradient in `plain`, and a compiler does not show it
+    # Where no derivative is taken there is nothing to save; a compiler decides itself.
+    if torch.compiler.is_compiling() or not _closures.differentiated(tree.leaves((params, x, shared))):
         return plain(blocks, params, x, *shared, merge=merge)
     halves, tensors = _flatten(blocks, params, shared)
     if not halves or taps.in_use():
@@ -87,6 +88,9 @@ def _merged(y1: Tensor, y2: Tensor, merge: str, dtype: torch.dtype) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ flat form
+
+
+_WHO, _REMEDY = "models.reversible", "Pass it in params or shared."
 
 
 class _Half(NamedTuple):
@@ -120,7 +124,7 @@ def _flatten(blocks: Sequence, params: Sequence, shared: tuple) -> tuple[list[_H
     halves = []
     for pair, pair_params in zip(blocks, params):
         for fn, fn_params in zip(pair, pair_params):
-            _check_closure(fn)
+            _closures.check(_WHO, fn, _REMEDY)
             items, form = tree.flatten((fn_params, *shared))
             at = [i for i, item in enumerate(items) if isinstance(item, Tensor)]
             for i in at:
@@ -145,13 +149,6 @@ def _call(fn: Callable, form: Any, others: list, at: list[int], x: Tensor, *tens
           list(x.shape), list(out.shape) if isinstance(out, Tensor) else type(out).__name__,
           remedy="Return the residual only, without states.")
     return out
-
-
-def _check_closure(fn: Callable) -> None:
-    """A tensor that fn captures would silently get no gradient: refuse the ones that want one."""
-    if found := _closures.moving(fn):
-        check(False, "models.reversible: {} captures a tensor of shape {} that takes part in differentiation, and would get no gradient "
-              "for it.", found[0], list(found[1].shape), remedy="Pass it in params or shared.")
 
 
 # ------------------------------------------------------------------------------------------------ both passes
@@ -197,7 +194,7 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     def forward(stack, x, *tensors):
-        return _forward(stack, x, tensors)
+        return _closures.run(_WHO, lambda x, *tensors: _forward(stack, x, tensors), (x, *tensors), _REMEDY)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
