@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -30,7 +31,30 @@ def config(cls: type) -> type:
 
     It can therefore travel inside params, be compared, hashed, printed in errors and guarded by torch.compile.
     """
+    own = getattr(cls, "__post_init__", None)
+
+    def checked(self) -> None:
+        _check_fields(self)
+        if own is not None:
+            own(self)
+
+    cls.__post_init__ = checked
     return tree.static(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+
+
+def _check_fields(cfg: Any) -> None:
+    """Fields that are numbers or switches must be such: a word for a switch would be true, and for a number fail much later."""
+    for field in dataclasses.fields(cfg):
+        kinds = {kind.strip() for kind in str(getattr(field.type, "__name__", field.type)).split("|")}
+        value = getattr(cfg, field.name)
+        if not kinds <= {"bool", "float", "None"} or value is None and "None" in kinds:
+            continue
+        is_bool = isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")  # Python's and numpy's
+        if "bool" in kinds and not is_bool:
+            raise TypeError(f"{kind_of(cfg)}: {field.name} must be a bool; got {value!r} of type {kind_of(value)}.\n  Use True or False.")
+        if "float" in kinds and (is_bool or not isinstance(value, numbers.Real)):
+            raise TypeError(f"{kind_of(cfg)}: {field.name} must be a number; got {value!r} of type {kind_of(value)}.\n"
+                            f"  Give a Python number; a config holds no tensors.")
 
 
 class InitFn(Protocol):
@@ -173,7 +197,15 @@ def check_floating(who: str, name: str, t: Tensor, like: Tensor | None, remedy: 
     """t must be floating, and in the dtype of the weight `like`, or one that autocast brings it to."""
     if not t.is_floating_point():
         raise TypeError(f"{who}: {name} must be floating point; got {t.dtype}.\n  {remedy}")
-    if like is None or t.dtype == like.dtype:
+    if like is None:
+        return
+    if like.is_meta != t.is_meta:  # torch would give empty memory for some of these
+        raise ValueError(f"{who}: {name} and the params must be on one device; got {t.device} and {like.device}.\n"
+                         f"  The meta device holds no numbers: draw or load the params on {name}'s device.")
+    if like.ndim == 3:
+        raise ValueError(f"{who}: the params must be those of one model; got {like.shape[0]} stacked ones.\n"
+                         f"  Map over them: tree.vmap(lambda params: apply(params, x))(stacked).")
+    if t.dtype == like.dtype:
         return
     if not like.is_floating_point():
         raise TypeError(f"{who}: the params must be floating point; got {like.dtype}.\n  Draw them with init(key, cfg, dtype={t.dtype}).")

@@ -77,7 +77,7 @@ class Operator:
             if fn is not None:
                 _LIB.impl(self.name, fn, key)
         self._ends = {watchers.bits(key): fn or any_device for key, fn in (("CPU", cpu), ("CUDA", cuda)) if fn or any_device}
-        torch.library.register_fake(self.qualified, fake, lib=_LIB)
+        torch.library.register_fake(self.qualified, self._on_one_device(fake), lib=_LIB)
         _LIB.impl(self.name, self._autograd, "Autograd", with_keyset=True)
         if autocast is not None:
             for device in ("cpu", "cuda"):
@@ -86,6 +86,18 @@ class Operator:
         self._reverse = _reverse(self)
         OPERATORS.append(self)
         sharding.add(self)
+
+    def _on_one_device(self, fake: Callable) -> Callable:
+        """`fake`, which the dispatcher also takes if only some tensors are on the meta device: its results would be empty memory."""
+
+        def checked(*args):
+            devices = {t.device.type for t in args[:self.tensors] if type(t) in watchers.PLAIN}
+            if len(devices) > 1:
+                raise ValueError(f"{self.qualified}: tensors must be on one device; got {', '.join(sorted(devices))}.\n"
+                                 f"  Move them: .to(device); from the meta device, which holds no numbers, draw or load them.")
+            return fake(*args)
+
+        return checked
 
     def __repr__(self) -> str:
         return f"Operator({self.qualified})"

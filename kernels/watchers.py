@@ -21,7 +21,7 @@ def bits(key: str) -> int:
 CPU, CUDA = bits("CPU"), bits("CUDA")
 # What every plain tensor brings with it, and has nothing to do for one that carries neither gradient nor tangent.
 _PASSED = (bits("BackendSelect") | bits("ADInplaceOrView") | bits("AutogradCPU")) & ~CPU
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 _FRONT_AND_BACK = bits("FuncTorchDynamicLayerFrontMode") | bits("FuncTorchDynamicLayerBackMode")
 _AUTOCAST = (bits("AutocastCPU") | bits("AutocastCUDA")) & ~(CPU | CUDA)
 
@@ -38,7 +38,7 @@ def backend(tensors: Sequence[Tensor | None]) -> int | None:
         return None
     found, keys = _C._dispatch_tls_local_include_set().raw_repr(), _C._dispatch_keys
     for t in tensors:
-        if type(t) in _PLAIN:
+        if type(t) in PLAIN:
             found |= keys(t).raw_repr()
         elif t is not None:
             return None
@@ -88,7 +88,7 @@ def plain(tensors: Sequence[Tensor]) -> bool:
     """Whether these are plain tensors of one backend, through which no gradient is to flow."""
     found = 0
     for t in tensors:
-        if type(t) not in _PLAIN:
+        if type(t) not in PLAIN:
             return False
         found |= _C._dispatch_keys(t).raw_repr()
     return found & ~(_PASSED | _AUTOCAST) in (CPU, CUDA) and not (_C.is_grad_enabled() and _C._any_requires_grad(*tensors))

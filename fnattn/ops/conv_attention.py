@@ -54,6 +54,8 @@ def conv_attention(q: Tensor, k: Tensor, v: Tensor, *, text_len: int, image_size
     check_picture("conv_attention", q.shape[2], text_len, image_size)
     check_mask("conv_attention", mask, q.shape[0], q.shape[2])
     check_sizes("conv_attention", 1, "A window of one pixel has kernel_size=1.", kernel_size=kernel_size, dilation=dilation)
+    # No two pixels are further apart than that: what follows may take time that grows with these.
+    kernel_size, dilation = min(kernel_size, image_size), min(dilation, image_size)
     scale = scale_of("conv_attention", scale, q.shape[3])
     kernel = choose("conv_attention", impl, KERNELS, q, k, v)
     run = reference if kernel is None else kernel.run

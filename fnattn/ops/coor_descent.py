@@ -11,6 +11,7 @@ Ainslie et al. 2023 (CoLT5), arXiv 2303.09752; epsilon scaling: Schmitzer 2016, 
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from math import log
 from typing import NamedTuple
@@ -110,6 +111,11 @@ def _of_rows(k: float, solver: str) -> float:
 
 def spread_k(who: str, k: float | Tensor, shape: torch.Size, like: Tensor, solver: str) -> Tensor:
     """log k (k itself for the exact solver) as a wide tensor of this shape."""
+    if not isinstance(k, Tensor):
+        if not isinstance(k, (numbers.Real, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{who}: k must be a number or a tensor; got {type(k).__name__}.\n  Convert it: torch.as_tensor(k).")
+        if k != k:
+            raise ValueError(f"{who}: k must be a number; got nan.\n  It says how many entries of a row are to come near 1.")
     # One call of torch in place of five.
     if not isinstance(k, Tensor) and not torch.compiler.is_compiling():
         return like.new_full(shape, _of_rows(float(k), solver), dtype=compute_dtype(like))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import random
-from ..core import check, config
+from ..core import check, check_sizes, config
 
 # h heads, nb blocks per side; uni = unidirectional
 
@@ -148,6 +148,7 @@ def make(cfg: Any, seq_len: int, *, key: Tensor | None = None, draw: Callable[[i
     if type(cfg) not in _RULES:
         raise TypeError(f"layouts.make: cfg must be one of {', '.join(k.__name__ for k in _RULES)}; got {type(cfg).__name__}.\n"
                         f"  For example layouts.Fixed(num_heads=4).")
+    check_sizes("layouts.make", 1, seq_len=seq_len)
     check(cfg.block >= 1 and seq_len % cfg.block == 0, "layouts.make: seq_len must be a multiple of cfg.block={}; got {}.",
           cfg.block, seq_len, remedy="Pad the sequence, or choose another block.")
     nb = seq_len // cfg.block

@@ -50,13 +50,20 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, t in (("x", x), ("weight", weight)):
+    for name, t in (("x", x), ("weight", weight), *((("bias", bias),) if bias is not None else ())):
         if not isinstance(t, Tensor) or not t.is_floating_point():
             got = t.dtype if isinstance(t, Tensor) else type(t).__name__
             raise TypeError(f"linear: {name} must be a floating point tensor; got {got}.\n  Convert it: torch.as_tensor({name}).float().")
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(f"linear: expected x [..., k], weight [m, k] and bias [m] or None; got {list(x.shape)}, {list(weight.shape)} "
                          f"and {None if bias is None else list(bias.shape)}.\n  weight has a row for each result, as in torch.nn.Linear.")
+    if x.is_meta != weight.is_meta or bias is not None and x.is_meta != bias.is_meta:  # torch's own gives empty memory for some of these
+        raise ValueError(f"linear: x, weight and bias must be on one device; got {x.device}, {weight.device} and "
+                         f"{None if bias is None else bias.device}.\n  The meta device holds no numbers: draw or load them.")
+    other = weight.dtype if x.dtype != weight.dtype else x.dtype if bias is None else bias.dtype
+    if x.dtype != other and not torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
+        raise TypeError(f"linear: x, weight and bias must have one dtype; got {x.dtype}, {weight.dtype} and "
+                        f"{None if bias is None else bias.dtype}.\n  Convert x: x.to(weight.dtype).")
 
 
 # ------------------------------------------------------------------------------------------------ the native kernel

@@ -20,6 +20,7 @@ import torch
 from fnattn_kernels.native import rotary as native
 from torch import Tensor
 
+from ..core import check_sizes
 from ._door import Kernel, cast, choose, compute_dtype, native_reason, no_autocast, rows_as_they_are, widen
 
 # n positions, d channels, f frequencies, 2 f <= d
@@ -44,7 +45,7 @@ def rotary(x: Tensor, positions: Tensor, freqs: Tensor, *, impl: str = "auto") -
     exports.
     """
     _check(x)
-    if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
+    if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
         got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
         raise TypeError(f"rotary: positions must be an integer tensor; got {got}.\n"
                         f"  Use torch.arange(n); for fractional positions compute angles and call ops.rotate(x, angles).")
@@ -55,6 +56,8 @@ def rotary(x: Tensor, positions: Tensor, freqs: Tensor, *, impl: str = "auto") -
     if not isinstance(freqs, Tensor) or freqs.ndim != 1:
         got = list(freqs.shape) if isinstance(freqs, Tensor) else type(freqs).__name__
         raise ValueError(f"rotary: freqs must be a tensor [f]; got {got}.\n  Use ops.lang_freqs(dim).")
+    if not freqs.is_floating_point():
+        raise TypeError(f"rotary: freqs must be floating point; got {freqs.dtype}.\n  Cast it: freqs.float().")
     if positions.ndim == 0:
         positions = positions + torch.arange(n, device=x.device)
     freqs = freqs if freqs.dtype == torch.float64 else freqs.float()
@@ -88,11 +91,13 @@ def _turn(x: Tensor, angles: Tensor, impl: str) -> Tensor:
 
 def lang_freqs(dim: int, theta: float = 10000.0, *, device: object = None) -> Tensor:
     """Frequencies for positions in a text, theta^(-2 c / dim): float32 [dim // 2], for a head of `dim` channels."""
+    check_sizes("lang_freqs", 0, dim=dim)
     return 1.0 / (theta ** (torch.arange(0, dim, 2, device=device)[:dim // 2].float() / dim))
 
 
 def pixel_freqs(dim: int, max_freq: float = 10.0, *, device: object = None) -> Tensor:
     """Frequencies for coordinates in [-1, 1], pi times 1 to max_freq / 2: float32 [dim // 2]."""
+    check_sizes("pixel_freqs", 0, dim=dim)
     return torch.linspace(1.0, max_freq / 2, dim // 2, device=device) * math.pi
 
 

@@ -61,8 +61,10 @@ static void S(normalise)(REAL *p, int64_t count) {
     for (int64_t j = LANES; j < count; j += LANES) best = S(select)(*(VF *)(p + j) > best, *(VF *)(p + j), best);
     REAL top = best[0];
     for (int i = 1; i < LANES; i++) top = best[i] > top ? best[i] : top;
-    if (top == -(REAL)INFINITY) {
-        memset(p, 0, (size_t)count * sizeof(REAL));
+    if (top == -(REAL)INFINITY) { /* no key is visible, or the scores of those that are are NaN, which is above nothing */
+        REAL weight = 0;
+        for (int64_t j = 0; j < count; j++) weight = p[j] == p[j] ? weight : p[j];
+        for (int64_t j = 0; j < count; j++) p[j] = weight;
         return;
     }
     for (int64_t j = 0; j < count;) {

@@ -115,7 +115,7 @@ static void S(write_out)(S(work) *w, REAL *out, REAL *den, int64_t n, REAL eps) 
     int64_t e = w->e1 - 1;
     REAL *sum = w->acc + e * CHUNK, least[CHUNK];
     memcpy(den, sum, (size_t)n * sizeof(REAL));
-    for (int64_t t = 0; t < CHUNK; t++) least[t] = sum[t] > eps ? sum[t] : eps;
+    for (int64_t t = 0; t < CHUNK; t++) least[t] = sum[t] < eps ? eps : sum[t]; /* NaN stays */
     for (int64_t c = 0; c < e; c++)
         for (int64_t t = 0; t < CHUNK; t++) w->acc[c * CHUNK + t] /= least[t];
     S(transpose)(w->acc, CHUNK, out, e, e, n);

@@ -15,7 +15,7 @@ static void S(load_gradient)(S(work) *w, const REAL *grad, const REAL *out, cons
             memset(row, 0, (size_t)w->ldv * sizeof(REAL));
             continue;
         }
-        REAL least = den[t] > eps ? den[t] : eps, dot = 0; /* divides: times the inverse would be rounded twice */
+        REAL least = den[t] < eps ? eps : den[t], dot = 0; /* divides: times the inverse would be rounded twice */
         VF dots = {0};
         __builtin_prefetch(grad + (t + ahead) * e);
         __builtin_prefetch(out + (t + ahead) * e);

@@ -18,7 +18,7 @@ static void S(load_gradient_along)(S(work) *w, const S(second) *a, int64_t at, i
         REAL *row = w->dg1 + t * w->ldv, *g1 = w->g1 + t * w->ldv;
         memset(row, 0, (size_t)w->e1 * sizeof(REAL));
         if (t >= n) continue;
-        REAL den = a->at.den[at + t], inverse = 1 / (den > eps ? den : eps), dot = 0;
+        REAL den = a->at.den[at + t], inverse = 1 / (den < eps ? eps : den), dot = 0;
         REAL rate = den >= eps ? a->tden[at + t] * inverse : 0;
         const REAL *out = a->at.out + (at + t) * e, *tout = a->tout + (at + t) * e;
         if (a->tgrad)

@@ -130,7 +130,7 @@ static void S(group_steps)(REAL *space, const REAL *q, const REAL *k, const REAL
         for (int64_t r = 0; r < queries; r++) {
             REAL *row = acc + r * ldv;
             if (!sums0) S(step_pairs)(row, qs + r * d, k, keep, v1, t + 1, d, e + 1, ldv, hard);
-            REAL sum = row[e], least = sum > eps ? sum : eps;
+            REAL sum = row[e], least = sum < eps ? eps : sum;
             den[r * n + t] = sum;
             for (int64_t c = 0; c < e; c++) out[(r * n + t) * e + c] = row[c] / least;
         }

@@ -40,7 +40,7 @@ static void S(write_tangent)(S(work) *w, const S(tangent) *a, int64_t at, int64_
     memcpy(den, a->den + at, (size_t)n * sizeof(REAL));
     memcpy(a->tden + at, sum, (size_t)n * sizeof(REAL));
     for (int64_t t = 0; t < CHUNK; t++) {
-        inverse[t] = 1 / (den[t] > a->eps ? den[t] : a->eps);
+        inverse[t] = 1 / (den[t] < a->eps ? a->eps : den[t]);
         ratio[t] = den[t] >= a->eps ? sum[t] * inverse[t] : 0; /* where the clamp holds, the normaliser stays */
     }
     for (int64_t c = 0; c < e * CHUNK; c += CHUNK)

@@ -149,3 +149,13 @@ def test_wrong_windows_and_axes_are_named():
         ops.conv_attention(*made(13), text_len=4, image_size=3, dilation=1.5)
     with pytest.raises(ValueError, match=r"axis must be 0 \(along a row\) or 1 \(along a column\); got 2"):
         ops.axial_attention(*made(13), text_len=4, image_size=3, axis=2)
+
+
+def test_a_window_wider_than_the_picture_costs_no_more_than_the_picture():
+    q = made(13)
+    for far in (dict(dilation=10 ** 9), dict(kernel_size=10 ** 9)):
+        near = {name: 3 for name in far}
+        for impl in ("auto", "reference"):
+            options = dict(text_len=4, image_size=3, kernel_size=3, impl=impl)
+            out = ops.conv_attention(*q, **{**options, **far})
+            assert_close(out, ops.conv_attention(*q, **{**options, **near, "impl": "reference"}))

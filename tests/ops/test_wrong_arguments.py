@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import assert_close
 
 import fnattn
-from fnattn import convert, ops, random
-from fnattn.attentions import gate_loop
+from fnattn import convert, ops, random, tree
+from fnattn.attentions import gate_loop, taylor
 
 X = torch.ones(2, 3, 5)
 Q, ROWS = torch.ones(1, 2, 1, 3), torch.ones(1, 2, 5, 3)
@@ -98,3 +99,70 @@ def test_load_takes_tensors_by_name():
     for wrong in (None, list(given.items())):
         with pytest.raises(TypeError, match=rf"^convert.load: state_dict must be a mapping of tensors; got {type(wrong).__name__}\.\n  "):
             convert.load(cfg, wrong)
+
+
+FOUR = torch.ones(1, 2, 4, 3)
+
+
+@pytest.mark.parametrize("call, error, text", [
+    (lambda: ops.gate_loop(FOUR, FOUR, FOUR, FOUR[..., :2], state=3), TypeError, r"gate_loop: state must be \(H, A\); got int"),
+    (lambda: ops.coor_descent(FOUR, None), TypeError, "coor_descent: k must be a number or a tensor; got NoneType"),
+    (lambda: ops.coor_descent(FOUR, float("nan")), ValueError, "coor_descent: k must be a number; got nan"),
+    (lambda: ops.coor_descent_attention(FOUR, FOUR, FOUR, "x"), TypeError, "coor_descent_attention: k must be a number or a tensor"),
+    (lambda: ops.linear(FOUR, torch.ones(5, 3), 3), TypeError, "linear: bias must be a floating point tensor; got int"),
+    (lambda: ops.linear(FOUR, torch.ones(5, 3).double()), TypeError, "linear: x, weight and bias must have one dtype; got torch.float32"),
+    (lambda: ops.linear(FOUR, torch.ones(5, 3), torch.ones(5).half()), TypeError, "linear: .* and torch.float16"),
+    (lambda: ops.layouts.make(ops.layouts.Fixed(num_heads=2), "x"), TypeError, "layouts.make: seq_len must be an int; got 'x'"),
+    (lambda: ops.lang_freqs(-1), ValueError, "lang_freqs: dim must be at least 0; got -1"),
+    (lambda: ops.rotary(FOUR, torch.arange(4), torch.tensor([1j])), TypeError, "rotary: freqs must be floating point; got torch.complex64"),
+    (lambda: ops.rotary(FOUR, torch.arange(4) * 1j, torch.ones(1)), TypeError, "rotary: positions must be an integer tensor"),
+])
+def test_what_is_of_no_use_is_named(call, error, text):
+    with pytest.raises(error, match=rf"^{text}.*\n  "):
+        call()
+
+
+@pytest.mark.parametrize("call", [
+    lambda t: ops.rms_norm(FOUR, t(3)), lambda t: ops.linear(FOUR, t(5, 3)), lambda t: ops.linear(FOUR, torch.ones(5, 3), t(5)),
+    lambda t: ops.softmax_attention(FOUR, FOUR, FOUR, mask=t(4, 4) > 0), lambda t: ops.taylor(FOUR, FOUR, FOUR, keep=t(1, 4) > 0),
+    lambda t: ops.conv_attention(FOUR, FOUR, FOUR, text_len=3, image_size=1, mask=t(1, 4) > 0), lambda t: ops.rotate(FOUR, t(4, 1)),
+    lambda t: ops.coor_descent(FOUR, t(1, 2, 4)), lambda t: ops.cached_attention(FOUR, t(1, 2, 4, 3), t(1, 2, 4, 3), t(1, 2, 1, 3),
+                                                                               t(1, 2, 1, 3), first=4, length=4)])
+def test_tensors_without_numbers_beside_others_are_refused(call):
+    assert call(torch.ones) is not None
+    with pytest.raises((ValueError, RuntimeError), match="on one device; got|expected device meta"):  # the latter is torch's own
+        call(lambda *shape: torch.ones(*shape, device="meta"))
+
+
+def test_params_without_numbers_and_stacked_ones_are_named():
+    cfg, x = gate_loop.Config(dim=3), torch.ones(1, 4, 3)
+    params = fnattn.init(random.key(0), cfg)
+    with pytest.raises(ValueError, match="^gate_loop.apply: x and the params must be on one device; got cpu and meta.\n  The meta device"):
+        fnattn.apply(fnattn.init(random.key(0), cfg, device="meta"), x)
+    stacked = tree.map(lambda t: torch.stack((t, t)), params)
+    with pytest.raises(ValueError, match="^gate_loop.apply: the params must be those of one model; got 2 stacked ones.\n  Map over them"):
+        fnattn.apply(stacked, x)
+    assert_close(tree.vmap(lambda p: fnattn.apply(p, x)[0])(stacked)[1], fnattn.apply(params, x)[0])
+
+
+@pytest.mark.parametrize("field, value, text", [
+    ("dropout", None, "must be a number; got None"), ("dropout", "x", "must be a number; got 'x'"),
+    ("dropout", True, "must be a number; got True"), ("causal", "no", "must be a bool; got 'no'"), ("causal", 1, "must be a bool; got 1")])
+def test_fields_of_configs_are_of_their_kind(field, value, text):
+    with pytest.raises(TypeError, match=rf"^taylor.Config: {field} {text} of type .*\n  "):
+        taylor.Config(dim=8, **{field: value})
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_what_is_not_a_number_stays_so(impl):
+    nan = float("nan")
+    q, rows, late = torch.tensor([[[[nan, 1.0]]]]), torch.ones(1, 1, 3, 2), torch.ones(1, 1, 0, 2)
+    for visible, expected in (([False, True, True], True), ([True, True, True], True), ([False, False, False], False)):
+        mask = torch.tensor([[[visible]]])
+        out = ops.cached_attention(q, rows, rows, late, late, first=3, length=3, mask=mask, impl=impl)
+        assert out.isnan().all() == expected and (expected or not out.any())
+    for n in (1, 3, 300):
+        x = torch.ones(1, 1, n, 2)
+        sums = ops.taylor(x, x, x)[1].clone()
+        sums[0, 0, 0, 2] = nan  # of the normaliser
+        assert ops.taylor(x, x, x, sums=sums, impl=impl)[0].isnan().all()

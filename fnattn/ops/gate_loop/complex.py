@@ -115,8 +115,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state) -> None:
         raise ValueError(f"gate_loop: q and k must have one length; got {n} and {k.shape[2]}.\n  Cut or pad the longer one.")
     expected = [("a", a, (b, h, n, 2))]
     if state is not None:
-        if len(state) != 2:
-            raise ValueError(f"gate_loop: state must be (H, A); got {len(state)} parts.\n  Pass on what the last call returned.")
+        parts = len(state) if isinstance(state, (tuple, list)) else None
+        if parts is None:
+            raise TypeError(f"gate_loop: state must be (H, A); got {type(state).__name__}.\n  Pass on what the last call returned.")
+        if parts != 2:
+            raise ValueError(f"gate_loop: state must be (H, A); got {parts} parts.\n  Pass on what the last call returned.")
         expected += [("state H", state[0], (b, h, d, v.shape[3], 2)), ("state A", state[1], (b, h, 2))]
     for name, t, shape in expected:
         if not isinstance(t, Tensor) or not t.is_floating_point():
