@@ -115,8 +115,8 @@ def test_two_processes_give_the_numbers_of_one(found, name):
     for place in PLACES:
         for transform in ("backward", "grad") if place == "batch" else ("backward",):
             error = found[name][place][transform]
-            if OLD and place != "batch" and "Attempted to flatten multiple dimensions" in str(error):
-                continue  # newer versions gather such an axis
+            if OLD and place != "batch" and "Attempted to" in str(error) and "sharded" in str(error):
+                continue  # newer versions gather such an axis by themselves
             assert isinstance(error, float) and error < 1e-10, (place, transform, error)
 
 
