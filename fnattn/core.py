@@ -32,29 +32,42 @@ def config(cls: type) -> type:
     It can therefore travel inside params, be compared, hashed, printed in errors and guarded by torch.compile.
     """
     own = getattr(cls, "__post_init__", None)
+    typed: list[tuple[str, type, bool]] = []
 
     def checked(self) -> None:
-        _check_fields(self)
+        _check_fields(self, typed)
         if own is not None:
             own(self)
 
     cls.__post_init__ = checked
-    return tree.static(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    typed += _typed_fields(made)
+    return tree.static(made)
 
 
-def _check_fields(cfg: Any) -> None:
+def _check_fields(cfg: Any, typed: list[tuple[str, type, bool]]) -> None:
     """Fields that are numbers or switches must be such: a word for a switch would be true, and for a number fail much later."""
-    for field in dataclasses.fields(cfg):
-        kinds = {kind.strip() for kind in str(getattr(field.type, "__name__", field.type)).split("|")}
-        value = getattr(cfg, field.name)
-        if not kinds <= {"bool", "float", "None"} or value is None and "None" in kinds:
+    for name, kind, optional in typed:
+        value = getattr(cfg, name)
+        if type(value) is kind or optional and value is None:
             continue
         is_bool = isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")  # Python's and numpy's
-        if "bool" in kinds and not is_bool:
-            raise TypeError(f"{kind_of(cfg)}: {field.name} must be a bool; got {value!r} of type {kind_of(value)}.\n  Use True or False.")
-        if "float" in kinds and (is_bool or not isinstance(value, numbers.Real)):
-            raise TypeError(f"{kind_of(cfg)}: {field.name} must be a number; got {value!r} of type {kind_of(value)}.\n"
+        if kind is bool and not is_bool:
+            raise TypeError(f"{kind_of(cfg)}: {name} must be a bool; got {value!r} of type {kind_of(value)}.\n  Use True or False.")
+        if kind is float and (is_bool or not isinstance(value, (int, float)) and not isinstance(value, numbers.Real)):
+            raise TypeError(f"{kind_of(cfg)}: {name} must be a number; got {value!r} of type {kind_of(value)}.\n"
                             f"  Give a Python number; a config holds no tensors.")
+
+
+def _typed_fields(cls: type) -> list[tuple[str, type, bool]]:
+    """(name, bool or float, whether None will do) of the fields that are annotated so."""
+    found = []
+    for field in dataclasses.fields(cls):
+        kinds = {kind.strip() for kind in str(getattr(field.type, "__name__", field.type)).split("|")}
+        for word, kind in (("bool", bool), ("float", float)):
+            if kinds - {"None"} == {word}:
+                found.append((field.name, kind, "None" in kinds))
+    return found
 
 
 class InitFn(Protocol):

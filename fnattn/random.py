@@ -120,6 +120,8 @@ def uniform(key: Key, shape: int | Sequence[int] = (), dtype: torch.dtype = torc
     unit = _unit(key, shape, wide)
     if isinstance(minval, Tensor) or isinstance(maxval, Tensor) or (minval, maxval) != (0.0, 1.0):
         low, high = (torch.as_tensor(bound, dtype=wide, device=key.device) for bound in (minval, maxval))
+        for name, bound in (("minval", low), ("maxval", high)):
+            _fits("uniform", name, bound, shape)
         # One rounding, as in the fused multiply-add of jax's compiled code.
         scaled = (unit.double() * (high - low).double() + low.double()).to(wide)
         return torch.maximum(scaled, low).to(dtype)
@@ -165,7 +167,9 @@ def bernoulli(key: Key, p: float | Tensor = 0.5, shape: int | Sequence[int] | No
         _chance("bernoulli", p, "Clamp it: min(max(p, 0), 1).")
     dtype = torch.float64 if isinstance(p, Tensor) and p.dtype == torch.float64 else torch.float32
     chance = torch.as_tensor(p, dtype=dtype, device=key.device)
-    return uniform(key, chance.shape if shape is None else shape, dtype) < chance
+    sizes = chance.shape if shape is None else _shape("bernoulli", shape)
+    _fits("bernoulli", "p", chance, sizes)
+    return uniform(key, sizes, dtype) < chance
 
 
 def categorical(key: Key, logits: Tensor, axis: int = -1, shape: int | Sequence[int] | None = None) -> Tensor:
@@ -334,6 +338,13 @@ def _shape(who: str, shape: int | Sequence[int]) -> tuple[int, ...]:
         raise ValueError(f"random.{who}: shape must hold sizes of at least 0; got {list(sizes)}.\n"
                          f"  Pass an int or a tuple of ints.")
     return sizes
+
+
+def _fits(who: str, name: str, t: Tensor, shape: Sequence[int]) -> None:
+    sizes = tuple(shape)[max(0, len(shape) - t.ndim):]
+    if t.ndim > len(shape) or any(given not in (1, size) for given, size in zip(t.shape, sizes)):
+        raise ValueError(f"random.{who}: {name} must broadcast to {list(shape)}; got {list(t.shape)}.\n"
+                         f"  Give shape the axes that {name} has.")
 
 
 def _chance(who: str, p: float, remedy: str) -> None:

@@ -370,6 +370,8 @@ def test_dropout_under_vmap_shares_or_splits_the_key(key):
     (lambda k: random.bits(k, "ab"), TypeError, "random.bits: shape must be an int or a sequence of ints; got 'ab'."),
     (lambda k: random.bits(k, (2.0,)), TypeError, "random.bits: shape must be an int or a sequence of ints; got (2.0,)."),
     (lambda k: random.uniform(k, 2, "float32"), TypeError, "random.uniform: dtype must be floating point; got 'float32'."),
+    (lambda k: random.bernoulli(k, torch.ones(2), (3,)), ValueError, "random.bernoulli: p must broadcast to [3]; got [2]."),
+    (lambda k: random.uniform(k, 3, minval=torch.zeros(2, 3)), ValueError, "random.uniform: minval must broadcast to [3]; got [2, 3]."),
     (lambda k: random.bernoulli(k, None), TypeError, "random.bernoulli: p must be a number; got NoneType."),
     (lambda k: random.categorical(k, torch.zeros(3, 0)), ValueError, "at least one choice along axis -1; got [3, 0]."),
     (lambda k: random.categorical(k, torch.ones(3).long()), TypeError, "logits must be a floating tensor; got torch.int64."),
