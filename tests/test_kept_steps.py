@@ -138,7 +138,7 @@ def test_a_token_that_is_not_there_is_still_an_error(again):
     for _ in range(3):
         lm.apply(params, ids, state)
     assert len(again) == 1
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="ids must lie in"):
         lm.apply(params, torch.tensor([[19]]), state)
 
 

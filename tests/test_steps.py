@@ -151,7 +151,7 @@ def test_a_token_that_is_not_there_is_an_error(taken):
     params = lm.init(random.key(0), MODELS[0])
     state = lm.init_state(params, 1, capacity=4)
     for wrong in (19, -1):
-        with pytest.raises(IndexError):
+        with pytest.raises(ValueError, match="ids must lie in"):
             lm.apply(params, torch.tensor([[wrong]]), state)
     lm.apply(params, torch.tensor([[18]], dtype=torch.int32), state)
 
