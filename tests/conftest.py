@@ -22,6 +22,9 @@ if "FNATTN_TEST_COMPILE_CACHE" not in os.environ:
     # A forked child that ends must not take the folder with it.
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(cache, ignore_errors=True))
 
+# As it has been: from Triton 3.9 on it warns where this is not said.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 import hypothesis
 import torch
 from fnattn_kernels.contracts import KernelUnavailable

@@ -75,8 +75,9 @@ def forward(q, k, v, a, starts, out, marks, ends, products, n, c, tiles, slots, 
         place = (batch * n + t[:, None]) * c + column[None, :]
         if OUT:
             mark = (batch * slots + tile) * 2 * c + column
-            tl.store(marks + mark, state_r, mask=real & (tile * T < n))
-            tl.store(marks + mark + c, state_i, mask=real & (tile * T < n))
+            begun = real & (tile * T + 0 * column < n)  # tensors on both sides: the interpreter's & with a number is a number
+            tl.store(marks + mark, state_r, mask=begun)
+            tl.store(marks + mark + c, state_i, mask=begun)
         x = tl.load(k + place, mask=inside, other=0.0).to(ACC) * tl.load(v + place, mask=inside, other=0.0).to(ACC)
         gate_r, gate_i, _, _, _, _, _ = _alpha(a, place, inside, ACC)
         gate_r, gate_i, xr, xi = tl.associative_scan((gate_r, gate_i, x, x * 0.0), 0, after_pairs)
