@@ -75,7 +75,8 @@ def forward(q, k, v, a, starts, out, marks, ends, products, n, c, tiles, slots, 
         place = (batch * n + t[:, None]) * c + column[None, :]
         if OUT:
             mark = (batch * slots + tile) * 2 * c + column
-            begun = real & (tile * T + 0 * column < n)  # tensors on both sides: the interpreter's & with a number is a number
+            # 0 * column here and below: in Triton's interpreter & of a mask and a number is a number, which from 3.9 on is no mask.
+            begun = real & (tile * T + 0 * column < n)
             tl.store(marks + mark, state_r, mask=begun)
             tl.store(marks + mark + c, state_i, mask=begun)
         x = tl.load(k + place, mask=inside, other=0.0).to(ACC) * tl.load(v + place, mask=inside, other=0.0).to(ACC)
@@ -121,7 +122,7 @@ def backward(q, k, v, a, marks, g, fixed, starts, dq, dk, dv, da, ends, products
         er, ei = er + sr, ei + si
         if OUT:
             mark = (batch * slots + tile) * 2 * c + column
-            hr, hi = _before(k, v, a, marks, place, mark, inside, c, real & (tile >= 0), T, ACC)
+            hr, hi = _before(k, v, a, marks, place, mark, inside, c, real & (tile + 0 * column >= 0), T, ACC)
             key = tl.load(k + place, mask=inside, other=0.0).to(ACC)
             value = tl.load(v + place, mask=inside, other=0.0).to(ACC)
             total = (er * ux - ei * uy) / size
@@ -158,7 +159,7 @@ def tangent(q, k, v, a, marks, tq, tk, tv, ta, starts, out, logs, ends, products
         inside = (t < n)[:, None] & real[None, :]
         place = (batch * n + t[:, None]) * c + column[None, :]
         mark = (batch * slots + tile) * 2 * c + column
-        hr, hi = _before(k, v, a, marks, place, mark, inside, c, real & (tile * T < n), T, ACC)
+        hr, hi = _before(k, v, a, marks, place, mark, inside, c, real & (tile * T + 0 * column < n), T, ACC)
         gate_r, gate_i, ux, uy, size, slow, inverse = _alpha(a, place, inside, ACC)
         tx, ty = load_pairs(ta, place, inside, 0.0, ACC)
         lr, li = slow * (ux * tx + uy * ty), inverse * (ux * ty - uy * tx)

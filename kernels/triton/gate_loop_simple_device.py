@@ -71,7 +71,7 @@ def forward(q, x, a, starts, out, marks, ends, products, n, c, tiles, slots, REV
         inside = (t < n)[:, None] & real[None, :]
         place = _place(batch, t, column, n, c, REVERSE)
         if OUT:
-            tl.store(marks + (batch * slots + tile) * c + column, state, mask=real & (tile * T < n))
+            tl.store(marks + (batch * slots + tile) * c + column, state, mask=real & (tile * T + 0 * column < n))
         push = tl.load(x + place, mask=inside, other=0.0).to(ACC)
         gate, push = tl.associative_scan((_gates(a, place, inside, ACC), push), 0, after)
         push += gate * state[None, :]
@@ -112,7 +112,7 @@ def backward(q, x, a, marks, g, starts, dq, dx, da, ends, products, n, c, tiles,
         gate = tl.where(inside, _sigmoid(raw), 1.0)
         if OUT:
             mark = (batch * slots + tile) * c + column
-            h = _before(x, a, marks, place, step, mark, inside, real & (tile >= 0), T, ACC)
+            h = _before(x, a, marks, place, step, mark, inside, real & (tile + 0 * column >= 0), T, ACC)
             push = tl.load(x + place, mask=inside, other=0.0).to(ACC)
             tl.store(dq + place, slope * (gate * h + push), mask=inside)
             tl.store(dx + place, total, mask=inside)
@@ -142,7 +142,7 @@ def tangent(q, x, a, marks, tq, tx, ta, starts, out, ends, products, n, c, tiles
         inside = (t < n)[:, None] & real[None, :]
         place = _place(batch, t, column, n, c, REVERSE)
         mark = (batch * slots + tile) * c + column
-        h = _before(x, a, marks, place, step, mark, inside, real & (tile * T < n), T, ACC)
+        h = _before(x, a, marks, place, step, mark, inside, real & (tile * T + 0 * column < n), T, ACC)
         raw = tl.load(a + place, mask=inside, other=0.0).to(ACC)
         gate = tl.where(inside, _sigmoid(raw), 1.0)
         moved = gate * h
